@@ -1,0 +1,56 @@
+"""Token reduction for vision transformers, in plain torch.
+
+This package knows nothing of timm or Lightning: tokens, assignments, reducers and schedules work
+on tensors. `zoo` attaches them to models.
+"""
+
+from reduction.assignment import Assignment, Keep, Merge, Mix, apply, unmerge
+from reduction.base import Budget, Card, Dims, Reducer, ScoreReducer, Step
+from reduction.errors import UnknownName, UnreachableBudget, ZooError
+from reduction.registry import card, create, create_reducer, list_methods, register
+from reduction.schedule import (
+    ConstantR,
+    KeepRate,
+    PerBlock,
+    Schedule,
+    TargetGmacs,
+    create_schedule,
+    list_schedules,
+    parse_r,
+    register_family,
+)
+from reduction.tokens import Signals, Tokens
+
+__all__ = [
+    "Assignment",
+    "Budget",
+    "Card",
+    "ConstantR",
+    "Dims",
+    "Keep",
+    "KeepRate",
+    "Merge",
+    "Mix",
+    "PerBlock",
+    "Reducer",
+    "Schedule",
+    "ScoreReducer",
+    "Signals",
+    "Step",
+    "TargetGmacs",
+    "Tokens",
+    "UnknownName",
+    "UnreachableBudget",
+    "ZooError",
+    "apply",
+    "card",
+    "create",
+    "create_reducer",
+    "create_schedule",
+    "list_methods",
+    "list_schedules",
+    "parse_r",
+    "register",
+    "register_family",
+    "unmerge",
+]

@@ -1,0 +1,236 @@
+"""What a reducer is: a module that looks at tokens and signals and returns an assignment."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from reduction.assignment import Assignment, Keep, apply
+from reduction.errors import ZooError
+from reduction.tokens import SIGNALS, Signals, Tokens
+
+Site = Literal["pre", "mid", "post"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """Who made a method, and what it needs.
+
+    Attributes:
+        title: Title of the paper.
+        authors: First author and "et al.", or all of a few.
+        venue: Conference or journal; "arXiv" while unpublished.
+        year: Year of the venue.
+        arxiv: arXiv identifier, or None.
+        code: Official implementation, or None when there is none.
+        licence: Licence of the official implementation; "none" when it has no licence file.
+        kind: What happens to tokens: "merge", "prune", "prune + fuse", "pattern", ...
+        training: What has to be trained: "none", "fine-tuning recommended", "predictor", ...
+        note: One sentence that a user must know, or empty.
+    """
+
+    title: str
+    authors: str
+    venue: str
+    year: int
+    arxiv: str | None
+    code: str | None
+    licence: str | None
+    kind: str
+    training: str
+    note: str = ""
+
+
+class Budget(NamedTuple):
+    """What a schedule allows one block.
+
+    Attributes:
+        keep: Reducible tokens to keep.
+        prune: Tokens that survive pruning before merging, for methods that do both.
+    """
+
+    keep: int
+    prune: int | None = None
+
+
+class Step(NamedTuple):
+    """Where in the network a reduction happens. Plain integers, known before any data.
+
+    Attributes:
+        block: Index of the block, from 0.
+        depth: Number of blocks.
+        budget: What the schedule allows here; `keep` is already clipped to what is possible.
+        grid: Patch grid `(rows, columns)` of the input.
+    """
+
+    block: int
+    depth: int
+    budget: Budget
+    grid: tuple[int, int]
+
+    @property
+    def keep(self) -> int:
+        """Reducible tokens to keep."""
+        return self.budget.keep
+
+
+class Dims(NamedTuple):
+    """Widths that decide what a reducer's own products cost.
+
+    Attributes:
+        width: C, features per token.
+        heads: H, attention heads.
+        head_dim: d, features per head.
+    """
+
+    width: int
+    heads: int
+    head_dim: int
+
+
+class Reducer(nn.Module):
+    """Base of all methods. A subclass writes `assign` and states what it needs.
+
+    Constructor arguments must be stored under their own names: `config` reads them back, and with
+    that a reducer can be written to disk and built again.
+
+    Attributes:
+        name: Registry name, set by `reduction.register`.
+        card: Provenance of the method.
+        site: Where it acts: at the block input ("pre"), between attention and MLP ("mid"), or at
+            the block output ("post").
+        needs: Fields of `Signals` that `assign` reads. "pre" reads those of the previous block.
+        needs_origin: Whether `assign` reads `Tokens.origin`.
+        prop_attn: Whether attention adds log(size) to its logits (proportional attention).
+        family: Schedule family whose one free parameter `target_gmacs` solves for.
+        needs_class_token: Whether the model must have a class token.
+    """
+
+    name: ClassVar[str] = ""
+    card: ClassVar[Card]
+    site: Site = "mid"
+    needs: frozenset[str] = frozenset()
+    needs_origin: bool = False
+    prop_attn: bool = False
+    family: str = "keep_rate"
+    needs_class_token: bool = False
+
+    def assign(self, t: Tokens, s: Signals, step: Step) -> Assignment:
+        """Decide what happens to each token.
+
+        Args:
+            t: Tokens with N > `step.keep` reducible tokens.
+            s: The signals named in `needs`.
+            step: Budget and position.
+
+        Returns:
+            An assignment that leaves `count(N, step)` reducible tokens.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override assign or reduce")
+
+    def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
+        """Apply `assign`. Override only where no assignment can say what the method does."""
+        return apply(t, self.assign(t, s, step))
+
+    def count(self, n: int, step: Step) -> int:
+        """Reducible tokens that leave when `n` enter; `step.keep` unless a method adds some."""
+        return min(n, step.keep)
+
+    def max_drop(self, n: int) -> int:
+        """The most that the method can remove from `n` tokens in one block."""
+        return n - 1
+
+    def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
+        """Multiply-accumulates of the method's own matrix products for one image.
+
+        Signals are not counted here: whoever computes them counts them.
+        """
+        return 0
+
+    def auxiliary_losses(self, trace: tuple[Tokens, ...]) -> dict[str, Tensor]:
+        """Losses to add while training, by name."""
+        return {}
+
+    def config(self) -> dict[str, Any]:
+        """Registry name and constructor arguments: enough to build the reducer again."""
+        return {"name": self.name or _qualified_name(self), **constructor_arguments(self)}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in constructor_arguments(self).items())
+
+
+class ScoreReducer(Reducer):
+    """Keep the tokens with the highest score. A subclass writes `score`."""
+
+    def score(self, t: Tokens, s: Signals, step: Step) -> Tensor:
+        """Scores `(B, N)`, higher is kept."""
+        raise NotImplementedError(f"{type(self).__name__} must override score")
+
+    def assign(self, t: Tokens, s: Signals, step: Step) -> Assignment:
+        """Keep the `step.keep` best tokens, in no particular order."""
+        score = self.score(t, s, step)
+        return Keep(score.topk(step.keep, dim=1, sorted=False).indices)
+
+
+SCORES = ("class", "column_mean")
+
+
+def attention_score(s: Signals, score_from: str, prefix: int) -> Tensor:
+    """Importance from attention, `(B, N)`.
+
+    Args:
+        s: Signals with `cls_row` or `column`.
+        score_from: "class": what the class token pays, averaged over heads. "column_mean": what a
+            token receives, averaged over heads and queries.
+        prefix: Number of prefix tokens, which get no score.
+    """
+    if score_from == "class":
+        assert s.cls_row is not None
+        return s.cls_row.mean(1)[:, prefix:]
+    assert s.column is not None
+    return s.column[:, prefix:]
+
+
+def score_signal(score_from: str) -> frozenset[str]:
+    """The signal that `attention_score` reads.
+
+    Raises:
+        ZooError: If `score_from` is neither "class" nor "column_mean".
+    """
+    if score_from not in SCORES:
+        raise ZooError(f"score_from must be one of {SCORES}, got {score_from!r}")
+    return frozenset({"cls_row" if score_from == "class" else "column"})
+
+
+def constructor_arguments(obj: object) -> dict[str, Any]:
+    """Values of an object's constructor arguments, read from attributes of the same names."""
+    names = list(inspect.signature(type(obj).__init__).parameters.values())[1:]
+    plain = [p for p in names if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return {p.name: _plain(getattr(obj, p.name)) for p in plain}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _qualified_name(obj: object) -> str:
+    return f"{type(obj).__module__}.{type(obj).__qualname__}"
+
+
+def check_needs(reducer: Reducer) -> None:
+    """Refuse a reducer that asks for a signal that does not exist.
+
+    Raises:
+        ZooError: Naming the unknown signals.
+    """
+    unknown = reducer.needs - SIGNALS
+    if unknown:
+        raise ZooError(
+            f"{type(reducer).__name__}.needs must be a subset of {sorted(SIGNALS)}, "
+            f"got {sorted(unknown)}"
+        )

@@ -1,0 +1,1 @@
+"""Pure functions on tensors that several methods share."""

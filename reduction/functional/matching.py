@@ -1,0 +1,107 @@
+"""Bipartite soft matching.
+
+Shapes: B batch, n tokens, d metric width, r merges. Indices count reducible tokens from 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Matching(NamedTuple):
+    """Who merges into whom.
+
+    Attributes:
+        leader: Tokens that stay, in output order, `(B, n - r)`.
+        source: Tokens that leave, `(B, r)`.
+        target: Position in `leader` that each source joins, `(B, r)`.
+    """
+
+    leader: Tensor
+    source: Tensor
+    target: Tensor
+
+
+def split_sizes(n: int, prefix: int) -> tuple[int, int]:
+    """Number of senders and receivers among `n` tokens behind `prefix` protected ones."""
+    senders = (n + 1 - (prefix & 1)) // 2
+    return senders, n - senders
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length one; a zero row stays zero instead of becoming NaN."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+@torch.no_grad()
+def bipartite_matching(metric: Tensor, r: int, prefix: int) -> Matching:
+    """Match every other token with its most similar neighbour and merge the r best pairs.
+
+    The official split alternates over the whole sequence, prefix tokens included, so which patches
+    send depends on the parity of the prefix. The order of the output rows decides the next split
+    and is part of the algorithm: senders that stay, then all receivers.
+
+    Args:
+        metric: `(B, n, d)`, compared by cosine.
+        r: Merges; at most `n // 2` of them happen.
+        prefix: Number of protected tokens in front. Without any, the official code leaves the
+            staying senders in descending order of similarity; with some, in ascending position.
+
+    Returns:
+        The matching. Several sources may share a target.
+
+    References:
+        ToMe, arXiv 2210.09461, section 3.
+    """
+    n = metric.shape[1]
+    r = max(min(r, n // 2), 0)
+    metric = unit(metric)
+    first = prefix & 1
+    senders, receivers = metric[:, first::2], metric[:, 1 - first :: 2]
+    if r == 0 or receivers.shape[1] == 0:
+        stay = torch.arange(n, device=metric.device).expand(metric.shape[0], -1)
+        return Matching(stay, stay[:, :0], stay[:, :0])
+    similarity, nearest = (senders @ receivers.transpose(1, 2)).max(-1)
+    order = similarity.argsort(dim=-1, descending=True)
+    source, stay = order[:, :r], order[:, r:]
+    if prefix:
+        stay = stay.sort(dim=-1).values
+    goal = nearest.gather(1, source) + stay.shape[1]
+    odd = torch.arange(receivers.shape[1], device=metric.device) * 2 + (1 - first)
+    leader = torch.cat([stay * 2 + first, odd.expand(metric.shape[0], -1)], dim=1)
+    return Matching(leader, source * 2 + first, goal)
+
+
+@torch.no_grad()
+def kth_matching(metric: Tensor, k: int) -> Matching:
+    """Merge all tokens but every k-th into the most similar k-th one.
+
+    Tokens behind the last full group of k are neither sources nor leaders: they are dropped, as in
+    the official code. No token is protected.
+
+    Args:
+        metric: `(B, n, d)`, compared by cosine.
+        k: Group length, at least 2.
+
+    Returns:
+        The matching with `n // k` leaders.
+
+    Raises:
+        ValueError: If `k` is below 2 or above n.
+
+    References:
+        ToMe, arXiv 2210.09461, official code (kth bipartite soft matching).
+    """
+    n = metric.shape[1]
+    if not 2 <= k <= n:
+        raise ValueError(f"k must be in [2, {n}], got {k}")
+    groups = n // k
+    index = torch.arange(groups * k, device=metric.device).view(groups, k)
+    leader, source = index[:, -1], index[:, :-1].reshape(-1)
+    metric = unit(metric)
+    target = (metric[:, source] @ metric[:, leader].transpose(1, 2)).argmax(-1)
+    batch = metric.shape[0]
+    return Matching(leader.expand(batch, -1), source.expand(batch, -1), target)

@@ -1,0 +1,1 @@
+"""One paper, one file. Modules here are found and imported by `reduction.registry`."""

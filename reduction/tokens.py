@@ -1,0 +1,124 @@
+"""The state that travels through the blocks, and what a block's attention can tell a reducer.
+
+Shapes: B batch, P prefix tokens (class, distillation, registers), N reducible tokens now,
+N0 reducible tokens at the start, C width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NO_MEMORY: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Tokens(NamedTuple):
+    """Tokens and their bookkeeping: an immutable pytree, passed on and never stored.
+
+    Attributes:
+        x: Features `(B, P+N, C)`, prefix tokens first.
+        size: How many input patches each token stands for, `(B, P+N)`. Always float32:
+            bfloat16 cannot hold 257.
+        prefix: P, the number of leading tokens that no reducer touches.
+        unit: True while every size is one, so that attention needs no size bias. Known without
+            looking at the data.
+        origin: Input patch that gives a token its position, `(B, N)` int64; -1 where a token has
+            none. None when nobody asked for it.
+        source: Slot in `[0, N)` that now holds each input patch, `(B, N0)` int64; -1 where it was
+            dropped. None when nobody asked for it.
+        policy: Differentiable keep mask `(B, P+N)` while a method trains with masks.
+        mask: False marks padding, `(B, P+N)` bool, for methods that keep a different number of
+            tokens per image. None when there is no padding.
+        memory: What a reducer remembers from block to block within one forward pass.
+    """
+
+    x: Tensor
+    size: Tensor
+    prefix: int
+    unit: bool = True
+    origin: Tensor | None = None
+    source: Tensor | None = None
+    policy: Tensor | None = None
+    mask: Tensor | None = None
+    memory: Mapping[str, Tensor] = NO_MEMORY
+
+    @property
+    def n(self) -> int:
+        """Number of reducible tokens N."""
+        return self.x.shape[1] - self.prefix
+
+    @property
+    def patches(self) -> Tensor:
+        """Features of the reducible tokens `(B, N, C)`, a view."""
+        return self.x[:, self.prefix :]
+
+    @property
+    def patch_size(self) -> Tensor:
+        """Sizes of the reducible tokens `(B, N)`, a view."""
+        return self.size[:, self.prefix :]
+
+    @classmethod
+    def start(cls, x: Tensor, prefix: int, track: bool = False) -> Tokens:
+        """State before the first block: every token stands for itself.
+
+        Args:
+            x: Embedded tokens `(B, P+N, C)`.
+            prefix: Number of prefix tokens P.
+            track: Also keep `origin` and `source`.
+        """
+        batch, length = x.shape[:2]
+        size = torch.ones(batch, length, dtype=torch.float32, device=x.device)
+        origin = source = None
+        if track:
+            origin = torch.arange(length - prefix, device=x.device).expand(batch, -1)
+            source = origin
+        return cls(x, size, prefix, origin=origin, source=source)
+
+
+class Signals(NamedTuple):
+    """What one block's attention can tell; only the fields that a reducer needs are filled.
+
+    Attributes:
+        k: Keys `(B, H, P+N, d)` after key normalisation and before rotary embedding.
+        v: Values `(B, H, P+N, d)`.
+        cls_row: Attention that the class token pays, `(B, H, P+N)`, after the softmax.
+        column: Attention that each token receives, averaged over heads and queries, `(B, P+N)`.
+        attn: The whole map `(B, H, P+N, P+N)`; asking for it gives up fused attention.
+        x_norm: Input of the attention after its layer norm, `(B, P+N, C)`.
+    """
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+    cls_row: Tensor | None = None
+    column: Tensor | None = None
+    attn: Tensor | None = None
+    x_norm: Tensor | None = None
+
+
+SIGNALS = frozenset(Signals._fields)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Gather rows: `x[b, index[b, m]]`.
+
+    Flat `index_select` is several times faster on a CPU than `gather` with an expanded index.
+
+    Args:
+        x: `(B, N)` or `(B, N, C)`.
+        index: `(B, M)` int64, or `(M,)` when all images take the same rows.
+
+    Returns:
+        `(B, M)` or `(B, M, C)`.
+    """
+    if index.dim() == 1:
+        return x.index_select(1, index)
+    if x.dim() == 2:
+        return x.gather(1, index)
+    batch, n, width = x.shape
+    offset = torch.arange(batch, device=x.device).unsqueeze(1) * n
+    flat = (index + offset).reshape(-1)
+    return x.reshape(batch * n, width).index_select(0, flat).view(batch, index.shape[1], width)

@@ -1,0 +1,37 @@
+"""TokenZoo: any timm ViT, any published token reducer, any budget.
+
+    import zoo
+    model = zoo.create_model("deit_small_patch16_224", reducer="tome",
+                             schedule={"name": "constant_r", "r": 13})
+    print(zoo.profile(model))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_API = ("create_model", "list_methods", "list_models", "load", "profile", "wrap")
+__all__ = ["ReducedViT", "__version__", *_API]
+
+if TYPE_CHECKING:
+    from zoo.api import create_model, list_methods, list_models, load, profile, wrap
+    from zoo.reduced import ReducedViT
+
+
+def __getattr__(name: str) -> Any:
+    # timm takes seconds to import; `zoo --help` and tab completion must not wait for it.
+    if name in _API:
+        import zoo.api
+
+        return getattr(zoo.api, name)
+    if name == "ReducedViT":
+        from zoo.reduced import ReducedViT
+
+        return ReducedViT
+    raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

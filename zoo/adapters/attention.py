@@ -1,0 +1,151 @@
+"""What timm's attention modules compute, in pieces that a reducer can listen to.
+
+Each adapter restates a few lines of one class and is chosen by that class's exact `forward`, so
+a subclass that computes something else is refused instead of being run wrongly. The parity tests
+hold every line to a difference of zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+
+from reduction.functional.attention import attention
+from reduction.tokens import Signals
+from zoo.errors import UnsupportedModel
+
+Projection = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
+_PROJECTIONS: dict[object, Projection] = {}
+
+
+def register_attention(cls: type[nn.Module], project: Projection) -> None:
+    """Support an attention class: `project(attn, x)` returns normalised q, k and v."""
+    _PROJECTIONS[cls.forward] = project
+
+
+def projection(attn: nn.Module) -> Projection:
+    """Adapter of an attention module.
+
+    Raises:
+        UnsupportedModel: If its class is not supported.
+    """
+    project = _PROJECTIONS.get(type(attn).forward)
+    if project is None:
+        raise UnsupportedModel(
+            f"attention class {type(attn).__name__} is not supported; supported are Attention, "
+            "AttentionRope and EvaAttention of timm"
+        )
+    return project
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+
+
+def _unpack(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, n, _ = qkv.shape
+    q, k, v = qkv.reshape(batch, n, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def _attention(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _unpack(attn.qkv(x), attn.num_heads)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def _separate(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    kv_heads = getattr(attn, "num_kv_heads", attn.num_heads)
+    q = _split_heads(attn.q_proj(x), attn.num_heads)
+    k = _split_heads(attn.k_proj(x), kv_heads)
+    v = _split_heads(attn.v_proj(x), kv_heads)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def _attention_rope(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _separate(attn, x) if attn.qkv is None else _attention(attn, x)
+
+
+def _eva_attention(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if attn.qkv is None:
+        return _separate(attn, x)
+    if attn.q_bias is None:
+        return _attention(attn, x)
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    if attn.qkv_bias_separate:
+        qkv = attn.qkv(x) + bias
+    else:
+        qkv = F.linear(x, weight=attn.qkv.weight, bias=bias)
+    q, k, v = _unpack(qkv, attn.num_heads)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+register_attention(Attention, _attention)
+register_attention(AttentionRope, _attention_rope)
+register_attention(EvaAttention, _eva_attention)
+
+
+def _rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
+    rotated = apply_rot_embed_cat(x[:, :, prefix:], rope, **({"half": True} if half else {}))
+    return torch.cat([x[:, :, :prefix], rotated], dim=2)
+
+
+def attend(
+    attn: nn.Module,
+    x: Tensor,
+    *,
+    prefix: int,
+    rope: Tensor | None = None,
+    bias: Tensor | None = None,
+    policy: Tensor | None = None,
+    need: frozenset[str] = frozenset(),
+) -> tuple[Tensor, Signals]:
+    """Run an attention module and collect signals.
+
+    Args:
+        attn: A supported attention module.
+        x: Its input `(B, N, C)`, already normalised.
+        prefix: Leading tokens that are not rotated.
+        rope: Rotary table of the other tokens, broadcastable to `(B, H, N - prefix, 2d)`.
+        bias: Added to the attention logits, `(B, 1, 1, N)`.
+        policy: Keep mask `(B, N)` for the masked softmax.
+        need: Names of the signals to fill.
+
+    Returns:
+        Output `(B, N, C)` and the signals.
+    """
+    gate = getattr(attn, "gate", None)
+    gate = None if gate is None else gate(x).sigmoid()
+    q, k, v = projection(attn)(attn, x)
+    signals = Signals(
+        k=k if "k" in need else None,
+        v=v if "v" in need else None,
+        x_norm=x if "x_norm" in need else None,
+    )
+    if rope is not None:
+        half = getattr(attn, "rotate_half", False)
+        q = _rotate(q, rope, prefix, half).type_as(v)
+        k = _rotate(k, rope, prefix, half).type_as(v)
+    groups = getattr(attn, "num_kv_groups", 1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    out, seen = attention(
+        q,
+        k,
+        v,
+        scale=attn.scale,
+        bias=bias,
+        dropout=attn.attn_drop.p if attn.training else 0.0,
+        fused=attn.fused_attn,
+        need=need,
+        policy=policy,
+    )
+    out = attn.norm(out.transpose(1, 2).flatten(2))
+    if gate is not None:
+        out = out * gate
+    signals = signals._replace(cls_row=seen.cls_row, column=seen.column, attn=seen.attn)
+    return attn.proj_drop(attn.proj(out)), signals

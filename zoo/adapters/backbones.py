@@ -1,0 +1,183 @@
+"""Entry and exit of timm's backbones: embedding, rotary table, pooling, head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from reduction.functional.attention import attention_bias
+from reduction.tokens import Tokens
+from zoo.adapters.blocks import block_adapter
+from zoo.errors import UnsupportedModel, ZooError
+
+
+class Embedded(NamedTuple):
+    """What a backbone hands to its first block.
+
+    Attributes:
+        x: Tokens `(B, P+N, C)`, before the pre-norm.
+        rope: Rotary table `(N, 2d)`, `(H, N, 2d)` or batched `(B, 1, N, 2d)`; with a leading
+            depth when `mixed`; None without rotary embedding.
+        mixed: Whether every block has its own table.
+    """
+
+    x: Tensor
+    rope: Tensor | None
+    mixed: bool
+
+
+def _embed_vit(m: nn.Module, images: Tensor) -> Embedded:
+    x = m._pos_embed(m.patch_embed(images))
+    return Embedded(m.patch_drop(x), None, False)
+
+
+def _embed_eva(m: nn.Module, images: Tensor) -> Embedded:
+    x, rope = m._pos_embed(m.patch_embed(images))
+    return Embedded(x, rope, bool(getattr(m, "rope_mixed", False)))
+
+
+_EMBED = {
+    (VisionTransformer.forward_features, VisionTransformer.forward): _embed_vit,
+    (Eva.forward_features, Eva.forward): _embed_eva,
+}
+
+
+def check_backbone(m: nn.Module) -> None:
+    """Refuse a model that the wrapper would run differently from itself.
+
+    Raises:
+        UnsupportedModel: Naming the class and what is supported.
+    """
+    cls = type(m)
+    key = (getattr(cls, "forward_features", None), cls.forward)
+    if key not in _EMBED:
+        hint = " (a hierarchical or windowed model has no single token sequence to reduce)"
+        raise UnsupportedModel(
+            f"backbone class {cls.__module__}.{cls.__name__} is not supported{hint}; supported are "
+            "timm's VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, MAE, registers, distilled) and "
+            "Eva (EVA-02, DINOv3), and subclasses that keep their forward"
+        )
+    for block in m.blocks:
+        block_adapter(block)
+
+
+def embed(m: nn.Module, images: Tensor) -> Embedded:
+    """Patch and position embedding, prefix tokens included."""
+    return _EMBED[(type(m).forward_features, type(m).forward)](m, images)
+
+
+def check_images(m: nn.Module, images: Tensor) -> None:
+    """Refuse images that the patch embedding cannot take, in words.
+
+    Raises:
+        ZooError: If the shape, channels or size do not fit.
+    """
+    if images.dim() != 4 or images.shape[1] != m.patch_embed.proj.in_channels:
+        raise ZooError(
+            f"expected images of shape (B, {m.patch_embed.proj.in_channels}, H, W), "
+            f"got {tuple(images.shape)}"
+        )
+    height, width = images.shape[-2:]
+    patch, size = m.patch_embed.patch_size, m.patch_embed.img_size
+    strict = m.patch_embed.strict_img_size and size is not None
+    if strict and (height, width) != tuple(size):
+        raise ZooError(
+            f"expected images of {size[0]}x{size[1]}, got {height}x{width}; resize them, or build "
+            f"the model with img_size=({height}, {width}) or dynamic_img_size=True"
+        )
+    if not getattr(m.patch_embed, "dynamic_img_pad", False) and (
+        height % patch[0] or width % patch[1]
+    ):
+        raise ZooError(
+            f"image size {height}x{width} is not divisible by the patch size {patch[0]}x{patch[1]}"
+        )
+
+
+def grid_size(m: nn.Module, images: Tensor) -> tuple[int, int]:
+    """Patch grid `(rows, columns)` of a batch of images."""
+    rows, columns = m.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    return int(rows), int(columns)
+
+
+def has_class_token(m: nn.Module) -> bool:
+    """Whether token 0 is a class token."""
+    return getattr(m, "cls_token", None) is not None
+
+
+def rope_for(embedded: Embedded, block: int, t: Tokens, moved: bool) -> Tensor | None:
+    """Rotary table of the tokens that are there now.
+
+    Args:
+        embedded: From `embed`.
+        block: Index of the block.
+        t: Current tokens.
+        moved: Whether tokens are no longer in their first places.
+
+    Returns:
+        A table broadcastable to `(B, H, N, 2d)`, or None. A token without position (origin -1)
+        is not rotated.
+    """
+    rope = embedded.rope
+    if rope is None:
+        return None
+    rope = rope[block] if embedded.mixed else rope
+    if not moved:
+        return rope
+    assert t.origin is not None
+    if rope.dim() == 4:
+        raise ZooError("patch dropout together with a reducer is not supported for rotary models")
+    half = rope.shape[-1] // 2
+    still = rope.new_zeros(rope.shape[:-2] + (1, rope.shape[-1]))
+    still[..., half:] = 1.0
+    table = torch.cat([rope, still], dim=-2)
+    index = torch.where(t.origin < 0, table.shape[-2] - 1, t.origin)
+    rows = table[..., index, :]  # (B, N, 2d) or (H, B, N, 2d)
+    return rows.unsqueeze(1) if rows.dim() == 3 else rows.transpose(0, 1)
+
+
+def head(m: nn.Module, t: Tokens, pre_logits: bool = False) -> Tensor:
+    """Pool, normalise and classify; averages weigh tokens by size.
+
+    Args:
+        m: The backbone.
+        t: Tokens after the final norm.
+        pre_logits: Stop before the classifier.
+    """
+    if t.unit and t.mask is None:
+        return m.forward_head(t.x, pre_logits=pre_logits)
+    kind = m.global_pool
+    map_pool = getattr(m, "attn_pool", None)
+    if kind in ("token", "") or type(m).forward_head not in (
+        VisionTransformer.forward_head,
+        Eva.forward_head,
+    ):
+        return m.forward_head(t.x, pre_logits=pre_logits)
+    first = 0 if getattr(m, "pool_include_prefix", False) else t.prefix
+    x = t.x[:, first:]
+    size = t.size[:, first:]
+    mask = None if t.mask is None else t.mask[:, first:]
+    if kind == "prr":
+        raise ZooError(
+            "global_pool='prr' attends among all tokens and takes no sizes; it works with methods "
+            "that only prune, or rebuild the model with global_pool='avg'"
+        )
+    if map_pool is not None:
+        # Equal to counting a merged token once for every patch in it.
+        bias = attention_bias(size, mask)
+        pooled = map_pool(x, attn_mask=None if bias is None else bias.to(x.dtype))
+    else:
+        weight = size if mask is None else size * mask
+        weight = (weight / weight.sum(1, keepdim=True)).to(x.dtype)
+        mean = (weight.unsqueeze(1) @ x).squeeze(1)
+        if kind == "avg":
+            pooled = mean
+        else:
+            top = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), -torch.inf)
+            peak = top.amax(1)
+            pooled = peak if kind == "max" else 0.5 * (peak + mean)
+    pooled = m.head_drop(m.fc_norm(pooled))
+    return pooled if pre_logits else m.head(pooled)

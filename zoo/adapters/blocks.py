@@ -1,0 +1,92 @@
+"""The two halves of timm's transformer blocks, so that tokens can change in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock
+from torch import Tensor, nn
+
+from zoo.adapters.attention import projection
+from zoo.errors import UnsupportedModel
+
+#: Runs an attention module on its normalised input; returns the output and anything else.
+Attend = Callable[[nn.Module, Tensor], tuple[Tensor, Any]]
+
+
+class BlockAdapter(NamedTuple):
+    """How to run one block class.
+
+    Attributes:
+        attn_half: `(block, x, attend) -> (x, signals)`, up to and with the attention residual.
+        mlp_half: `(block, x) -> x`, the rest.
+        rope: Whether the block's own `forward` takes a rotary table.
+    """
+
+    attn_half: Callable[[nn.Module, Tensor, Attend], tuple[Tensor, Any]]
+    mlp_half: Callable[[nn.Module, Tensor], Tensor]
+    rope: bool
+
+
+_BLOCKS: dict[object, BlockAdapter] = {}
+
+
+def register_block(cls: type[nn.Module], adapter: BlockAdapter) -> None:
+    """Support a block class. Subclasses that override `forward` are not covered."""
+    _BLOCKS[cls.forward] = adapter
+
+
+def block_adapter(block: nn.Module) -> BlockAdapter:
+    """Adapter of a block, after checking that its attention is supported too.
+
+    Raises:
+        UnsupportedModel: If one of the two classes is not.
+    """
+    adapter = _BLOCKS.get(type(block).forward)
+    if adapter is None:
+        raise UnsupportedModel(
+            f"block class {type(block).__name__} is not supported; supported are Block, "
+            "ResPostBlock, EvaBlock and EvaBlockPostNorm of timm"
+        )
+    projection(block.attn)
+    return adapter
+
+
+def _block_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
+    out, signals = attend(b.attn, b.norm1(x))
+    return x + b.drop_path1(b.ls1(out)), signals
+
+
+def _block_mlp(b: nn.Module, x: Tensor) -> Tensor:
+    return x + b.drop_path2(b.ls2(b.mlp(b.norm2(x))))
+
+
+def _post_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
+    out, signals = attend(b.attn, x)
+    return x + b.drop_path1(b.norm1(out)), signals
+
+
+def _post_mlp(b: nn.Module, x: Tensor) -> Tensor:
+    return x + b.drop_path2(b.norm2(b.mlp(x)))
+
+
+def _eva_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
+    out, signals = attend(b.attn, b.norm1(x))
+    if b.gamma_1 is not None:
+        out = b.gamma_1 * out
+    return x + b.drop_path1(out), signals
+
+
+def _eva_mlp(b: nn.Module, x: Tensor) -> Tensor:
+    out = b.mlp(b.norm2(x))
+    if b.gamma_2 is not None:
+        out = b.gamma_2 * out
+    return x + b.drop_path2(out)
+
+
+register_block(Block, BlockAdapter(_block_attn, _block_mlp, rope=False))
+register_block(ResPostBlock, BlockAdapter(_post_attn, _post_mlp, rope=False))
+register_block(EvaBlock, BlockAdapter(_eva_attn, _eva_mlp, rope=True))
+register_block(EvaBlockPostNorm, BlockAdapter(_post_attn, _post_mlp, rope=True))

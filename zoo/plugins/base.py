@@ -1,0 +1,106 @@
+"""The interface of a plugin and the registry of plugin names."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from reduction.base import constructor_arguments
+from reduction.tokens import Tokens
+from zoo.errors import UnknownName, ZooError
+
+_PLUGINS: dict[str, type[Plugin]] = {}
+_P = TypeVar("_P", bound=type["Plugin"])
+
+
+class Plugin(nn.Module):
+    """Acts around the blocks while a reducer acts inside them.
+
+    What a plugin remembers within a forward pass is returned and handed back to it as `memory`,
+    never stored on itself.
+
+    Attributes:
+        name: Registry name, set by `register_plugin`.
+    """
+
+    name: ClassVar[str] = ""
+
+    def setup(self, backbone: nn.Module) -> None:
+        """Create parameters that depend on the backbone. Called once by the wrapper."""
+
+    def start(self, t: Tokens) -> tuple[Tokens, Any]:
+        """Before the pre-norm, after the position embedding; may add tokens."""
+        return t, ()
+
+    def after(self, block: int, t: Tokens, memory: Any) -> tuple[Tokens, Any]:
+        """After each block; may append tokens with origin -1."""
+        return t, memory
+
+    def head(self, backbone: nn.Module, t: Tokens, memory: Any) -> Tensor | None:
+        """Logits from the final tokens, or None for the backbone's own head."""
+        return None
+
+    def added(self, block: int, depth: int) -> int:
+        """Reducible tokens that `after` (or, for block -1, `start`) adds."""
+        return 0
+
+    def macs(self, backbone: nn.Module) -> int:
+        """Multiply-accumulates of the plugin's own products for one image."""
+        return 0
+
+    def config(self) -> dict[str, Any]:
+        """Registry name and constructor arguments."""
+        return {"name": self.name, **constructor_arguments(self)}
+
+
+def register_plugin(name: str) -> Any:
+    """Class decorator that gives a plugin its registry name."""
+
+    def wrap(cls: _P) -> _P:
+        cls.name = name
+        _PLUGINS[name] = cls
+        return cls
+
+    return wrap
+
+
+def list_plugins() -> list[str]:
+    """Registry names of all plugins, sorted."""
+    package = importlib.import_module("zoo.plugins")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"zoo.plugins.{module.name}")
+    return sorted(_PLUGINS)
+
+
+def create_plugins(specs: Sequence[str | Mapping[str, Any] | Plugin]) -> list[Plugin]:
+    """Build plugins from names, mappings `{"name": ..., **args}` or instances.
+
+    Raises:
+        UnknownName: With the nearest names.
+        ZooError: If an argument is unknown or has a bad value.
+    """
+    if isinstance(specs, str | Mapping | Plugin):
+        specs = [specs]
+    plugins = []
+    for spec in specs or ():
+        if isinstance(spec, Plugin):
+            plugins.append(spec)
+            continue
+        args = {"name": spec} if isinstance(spec, str) else {str(k): v for k, v in spec.items()}
+        name = args.pop("name", None)
+        if name not in list_plugins():
+            raise UnknownName("plugin", name, list_plugins())
+        try:
+            plugins.append(_PLUGINS[name](**args))
+        except TypeError as error:
+            raise ZooError(f"plugin {name!r}: {str(error).split('__init__() ')[-1]}") from error
+    return plugins
+
+
+def no_plugins() -> list[Plugin]:
+    """What `plugin=none` builds."""
+    return []
