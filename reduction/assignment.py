@@ -22,7 +22,7 @@ class Keep(NamedTuple):
         valid: `(B, M)` bool, False where a row is padding because this image keeps fewer.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
     valid: Tensor | None = None
 
 
@@ -131,7 +131,9 @@ def _slots_of(index: Tensor, batch: int, n: int) -> Tensor:
     """Invert a `(B, M)` list of kept tokens into `(B, N)` slots, -1 for the others."""
     index = index.expand(batch, -1)
     slot = index.new_full((batch, n), -1)
-    return slot.scatter(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
+    return slot.scatter(
+        1, index, torch.arange(index.shape[1], device=index.device).expand_as(index)
+    )
 
 
 def _follow(source: Tensor | None, slot: Tensor) -> Tensor | None:

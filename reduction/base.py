@@ -159,6 +159,7 @@ class Reducer(nn.Module):
         return {"name": self.name or _qualified_name(self), **constructor_arguments(self)}
 
     def extra_repr(self) -> str:
+        """Constructor arguments, for printing."""
         return ", ".join(f"{k}={v!r}" for k, v in constructor_arguments(self).items())
 
 

@@ -68,25 +68,25 @@ class Schedule:
         return hash(json.dumps(self.config(), sort_keys=True))
 
 
-def parse_r(depth: int, r: int | Sequence[float], inflection: float | None = None) -> list[int]:
+def parse_r(depth: int, r: float | Sequence[int], inflection: float | None = None) -> list[int]:
     """Tokens to remove in each block, in ToMe's three spellings.
 
     Args:
         depth: Number of blocks.
-        r: One number for all blocks, or one per block; a short list is padded with zeros, and
-            entries beyond the depth are ignored.
+        r: One number for all blocks, or one per block; a short list is padded with zeros. A long
+            one is returned as it is: blocks that do not exist never ask for their entry.
         inflection: With a single `r`: -1 removes `2r` in the first block and 0 in the last, 0 is
             constant, +1 increases from 0 to `2r`.
 
     Returns:
-        `depth` integers.
+        At least `depth` integers.
 
     References:
         ToMe, arXiv 2210.09461, appendix; official code CC-BY-NC 4.0 (not used here).
     """
     if not isinstance(r, int | float):
         values = [int(v) for v in r]
-        return (values + [0] * depth)[:depth]
+        return values + [0] * (depth - len(values))
     if inflection is None:
         return [int(r)] * depth
     low = int(r * (1.0 - inflection))
@@ -412,6 +412,8 @@ def create_schedule(spec: Mapping[str, Any] | Schedule | None) -> Schedule | Non
     args = {str(k): v for k, v in spec.items()}
     name = args.pop("name")
     if name not in _SCHEDULES:
+        list_schedules()
+    if name not in _SCHEDULES:
         raise UnknownName("schedule", name, _SCHEDULES)
     try:
         return _SCHEDULES[name](**args)
@@ -421,7 +423,10 @@ def create_schedule(spec: Mapping[str, Any] | Schedule | None) -> Schedule | Non
 
 
 def list_schedules() -> list[str]:
-    """Registry names of all schedules, sorted."""
+    """Registry names of all schedules, sorted; methods may bring their own."""
+    from reduction.registry import list_methods
+
+    list_methods()
     return sorted(_SCHEDULES)
 
 

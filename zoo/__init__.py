@@ -1,9 +1,9 @@
 """TokenZoo: any timm ViT, any published token reducer, any budget.
 
-    import zoo
-    model = zoo.create_model("deit_small_patch16_224", reducer="tome",
-                             schedule={"name": "constant_r", "r": 13})
-    print(zoo.profile(model))
+import zoo
+model = zoo.create_model("deit_small_patch16_224", reducer="tome",
+schedule={"name": "constant_r", "r": 13})
+print(zoo.profile(model))
 """
 
 from __future__ import annotations
@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_API = ("create_model", "list_methods", "list_models", "load", "profile", "wrap")
-__all__ = ["ReducedViT", "__version__", *_API]
+__all__ = [
+    "ReducedViT",
+    "__version__",
+    "create_model",
+    "list_methods",
+    "list_models",
+    "load",
+    "profile",
+    "wrap",
+]
 
 if TYPE_CHECKING:
     from zoo.api import create_model, list_methods, list_models, load, profile, wrap
@@ -22,7 +30,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     # timm takes seconds to import; `zoo --help` and tab completion must not wait for it.
-    if name in _API:
+    if name in ("create_model", "list_methods", "list_models", "load", "profile", "wrap"):
         import zoo.api
 
         return getattr(zoo.api, name)

@@ -35,6 +35,7 @@ class Gmacs(NamedTuple):
 
     @property
     def total(self) -> float:
+        """All parts together."""
         return self.linear + self.attention + self.reducer
 
 

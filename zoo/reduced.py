@@ -481,9 +481,7 @@ class ReducedViT(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's layer groups, for layer-wise learning rates."""
-        return {
-            key: _prefixed(value) for key, value in self.backbone.group_matcher(coarse).items()
-        }
+        return {key: _prefixed(value) for key, value in self.backbone.group_matcher(coarse).items()}
 
 
 def _prefixed(pattern: Any) -> Any:

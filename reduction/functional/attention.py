@@ -65,9 +65,8 @@ def attention(
 
 def eager_on_cpu(x: Tensor) -> bool:
     """Whether this runs op by op on a CPU, not compiled, exported or traced."""
-    return not (
-        x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    )
+    tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not tracing
 
 
 def class_row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

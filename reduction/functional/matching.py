@@ -33,7 +33,8 @@ def split_sizes(n: int, prefix: int) -> tuple[int, int]:
 
 def unit(x: Tensor) -> Tensor:
     """Rows of length one; a zero row stays zero instead of becoming NaN."""
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.clamp_min(1e-12)
 
 
 @torch.no_grad()

@@ -23,8 +23,7 @@ def _axis(length: int) -> list[float]:
 
 
 @functools.lru_cache(maxsize=64)
-def distances(pattern: str, grid: tuple[int, int]) -> tuple[float, ...]:
-    """Distance of each patch from the centre, row-major, as the official code measures it."""
+def _distances(pattern: str, grid: tuple[int, int]) -> tuple[float, ...]:
     y = torch.tensor(_axis(grid[0])).unsqueeze(1)
     x = torch.tensor(_axis(grid[1])).unsqueeze(0)
     if pattern == "l1":
@@ -36,11 +35,24 @@ def distances(pattern: str, grid: tuple[int, int]) -> tuple[float, ...]:
     return tuple(z.reshape(-1).tolist())
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
+def _ring_counts(pattern: str, grid: tuple[int, int]) -> tuple[int, ...]:
+    z = _distances(pattern, grid)
+    return tuple(sum(v <= edge for v in z) for edge in sorted(set(z)))
+
+
+# Compilers must take these numbers instead of tracing how they come about: float32 sums of equal
+# distances may differ in the last bit and then count as two rings, in the official code as here.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def distances(pattern: str, grid: tuple[int, int]) -> tuple[float, ...]:
+    """Distance of each patch from the centre, row-major, as the official code measures it."""
+    return _distances(pattern, grid)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def ring_counts(pattern: str, grid: tuple[int, int]) -> tuple[int, ...]:
     """Number of patches within each distinct distance, ascending."""
-    z = distances(pattern, grid)
-    return tuple(sum(v <= edge for v in z) for edge in sorted(set(z)))
+    return _ring_counts(pattern, grid)
 
 
 def check_pattern(pattern: str) -> None:
@@ -135,7 +147,7 @@ class Heuristic(Reducer):
         self.pattern = pattern
 
     def count(self, n: int, step: Step) -> int:
-        rings = ring_counts(self.pattern, step.grid)
+        rings: tuple[int, ...] = ring_counts(self.pattern, step.grid)
         # min() takes the first of equals, as the official code does.
         return min(n, min(rings, key=lambda count: abs(count - step.keep)))
 

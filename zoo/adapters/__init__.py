@@ -1,0 +1,1 @@
+"""What timm's classes compute, in pieces between which tokens can change."""

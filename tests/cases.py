@@ -1,0 +1,131 @@
+"""The test matrix: methods with easy and hard arguments, and tiny backbones of every family.
+
+A new method adds one row to METHODS; every test in `test_methods.py` then runs on it. Nothing in
+those tests names a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import zoo
+from zoo.reduced import ReducedViT
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method as it is tested.
+
+    Attributes:
+        name: Registry name.
+        args: Constructor arguments.
+        schedule: Mapping for `zoo.wrap`.
+        without_class_token: Arguments that make it work on a model without one.
+    """
+
+    name: str
+    args: tuple[tuple[str, Any], ...] = ()
+    schedule: tuple[tuple[str, Any], ...] = (("name", "keep_rate"), ("rate", 0.6))
+    without_class_token: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def id(self) -> str:
+        return "-".join([self.name, *(f"{k}={v}" for k, v in self.args)])
+
+    def reducer(self, class_token: bool = True) -> dict[str, Any]:
+        extra = {} if class_token else dict(self.without_class_token)
+        return {"name": self.name, **dict(self.args), **extra}
+
+
+R8 = (("name", "constant_r"), ("r", 8))
+COLUMN = (("score_from", "column_mean"),)
+
+METHODS = [
+    Row("tome", schedule=R8),
+    Row("tome", (("metric", "feature"), ("prop_attn", False)), (*R8, ("inflection", -1.0))),
+    Row("topk", without_class_token=COLUMN),
+    Row("topk", COLUMN),
+    Row("evit", without_class_token=COLUMN),
+    Row("evit", (("fuse", False),), without_class_token=COLUMN),
+    Row("random"),
+    Row("heuristic"),
+    Row("heuristic", (("pattern", "linf"),)),
+]
+
+_VIT: dict[str, Any] = dict(
+    img_size=32, patch_size=4, embed_dim=48, depth=4, num_heads=3, num_classes=10, mlp_ratio=2
+)
+_EVA: dict[str, Any] = {**_VIT, "embed_dim": 48, "num_heads": 3}
+
+# A name says which of timm's families it stands for.
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "plain": partial(VisionTransformer, **_VIT),
+    "distilled": partial(VisionTransformerDistilled, **_VIT),
+    "registers": partial(
+        VisionTransformer, reg_tokens=4, no_embed_class=True, init_values=1e-1, **_VIT
+    ),
+    "dinov2": partial(VisionTransformer, init_values=1e-1, **_VIT),
+    "gap": partial(VisionTransformer, class_token=False, global_pool="avg", **_VIT),
+    "mae": partial(VisionTransformer, global_pool="avg", **_VIT),
+    "map": partial(VisionTransformer, class_token=False, global_pool="map", **_VIT),
+    "avgmax": partial(VisionTransformer, class_token=False, global_pool="avgmax", **_VIT),
+    "qk_norm": partial(VisionTransformer, qk_norm=True, scale_attn_norm=True, **_VIT),
+    "clip": partial(VisionTransformer, pre_norm=True, qkv_bias=True, **_VIT),
+    "eva02": partial(
+        Eva, use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True, qkv_fused=False, **_EVA
+    ),
+    "eva02_fused": partial(Eva, use_rot_pos_emb=True, swiglu_mlp=True, **_EVA),
+    "dinov3": partial(
+        Eva,
+        use_rot_pos_emb=True,
+        rope_type="dinov3",
+        use_abs_pos_emb=False,
+        num_reg_tokens=4,
+        init_values=1e-1,
+        global_pool="token",
+        rope_rotate_half=True,
+        **_EVA,
+    ),
+    "rope_mixed": partial(
+        Eva, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", qk_norm=True, **_EVA
+    ),
+    "post_norm": partial(Eva, use_post_norm=True, **_EVA),
+}
+
+ALL = list(BACKBONES)
+#: Enough to see every adapter: what runs for every method.
+CORE = ["plain", "distilled", "registers", "gap", "map", "eva02", "dinov3", "rope_mixed"]
+
+
+def backbone(name: str, seed: int = 0, **overrides: Any) -> nn.Module:
+    """A tiny backbone with weights that are not at their (often nearly dead) initial values."""
+    torch.manual_seed(seed)
+    model = BACKBONES[name](**overrides)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def images(batch: int = 2, size: int = 32, seed: int = 1) -> torch.Tensor:
+    """Random images `(B, 3, size, size)`."""
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def model(row: Row, name: str = "plain", **overrides: Any) -> ReducedViT:
+    """A row's method on a tiny backbone, in evaluation mode."""
+    m = backbone(name, **overrides)
+    reducer = row.reducer(getattr(m, "cls_token", None) is not None)
+    return zoo.wrap(m, reducer, dict(row.schedule)).eval()

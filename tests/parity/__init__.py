@@ -1,0 +1,1 @@
+"""Parity with official implementations, from fixtures: `python -m tests.parity DIR`."""

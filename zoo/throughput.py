@@ -1,0 +1,169 @@
+"""Images per second, of a model and of its dense counterpart in turns.
+
+The two take turns, round by round, because a machine is not equally fast from one minute to the
+next: what one of them measures alone says little about the other. Medians of the rounds count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import ZooError
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What `measure` found.
+
+    Attributes:
+        imgs_per_s: Images per second, the median of the rounds.
+        ms: Milliseconds per batch, the median of the rounds.
+        spread: Interquartile range of the rounds over their median; above 0.1 the machine was busy.
+        batch: Batch size that fitted into memory.
+        threads: CPU threads used.
+        imgs_per_s_dense: The same for the dense model; None where none was given.
+        peak_mem_mb: Peak memory on the accelerator in MiB, of the model alone; None on a CPU.
+    """
+
+    imgs_per_s: float
+    ms: float
+    spread: float
+    batch: int
+    threads: int
+    imgs_per_s_dense: float | None = None
+    peak_mem_mb: float | None = None
+
+
+def measure(
+    model: nn.Module,
+    dense: nn.Module | None = None,
+    *,
+    input_size: Sequence[int] = (3, 224, 224),
+    batch: int = 32,
+    rounds: int = 10,
+    min_time: float = 0.2,
+    threads: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Throughput:
+    """Measure inference on random images.
+
+    Args:
+        model: The model; compile it before, if so wished. It is put into evaluation mode.
+        dense: Measured in turns with the model.
+        input_size: `(channels, height, width)`.
+        batch: Images per batch, halved until a batch fits into memory.
+        rounds: Turns that each model takes.
+        min_time: Seconds that a turn lasts at least.
+        threads: CPU threads; None leaves torch's setting.
+        device: Where to measure.
+        dtype: Precision of autocast; float32 switches it off.
+
+    Raises:
+        ZooError: A number is out of range, or not even one image fits into memory.
+    """
+    for name, value in (("batch", batch), ("rounds", rounds), ("threads", threads or 1)):
+        if int(value) != value or value < 1:
+            raise ZooError(f"throughput.{name} must be a whole number from 1, got {value}")
+    if not min_time > 0:
+        raise ZooError(f"throughput.min_time must be above 0 seconds, got {min_time}")
+    device = torch.device(device)
+    models = [m.eval().to(device) for m in (model, dense) if m is not None]
+    with _threads(threads), torch.inference_mode():
+        while True:
+            images = torch.randn(batch, *input_size, device=device)
+            steps = [_step(m, images, device, dtype) for m in models]
+            try:
+                peak = _peak_memory(steps[0], device)
+                times = _rounds(steps, rounds, min_time, device)
+                break
+            except torch.OutOfMemoryError as error:
+                if batch == 1:
+                    raise ZooError(
+                        f"not even one image fits into the memory of {device}"
+                    ) from error
+                batch //= 2
+                del images, steps
+                torch.cuda.empty_cache()
+        used_threads = torch.get_num_threads()
+    median = statistics.median(times[0])
+    quartiles = statistics.quantiles(times[0], n=4) if len(times[0]) > 1 else [median] * 3
+    return Throughput(
+        imgs_per_s=batch / median,
+        ms=1e3 * median,
+        spread=(quartiles[2] - quartiles[0]) / median,
+        batch=batch,
+        threads=used_threads,
+        imgs_per_s_dense=batch / statistics.median(times[1]) if dense is not None else None,
+        peak_mem_mb=peak,
+    )
+
+
+def _step(
+    model: nn.Module, images: Tensor, device: torch.device, dtype: torch.dtype
+) -> Callable[[], object]:
+    def step() -> object:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return model(images)
+
+    return step
+
+
+def _rounds(
+    steps: Sequence[Callable[[], object]], rounds: int, min_time: float, device: torch.device
+) -> list[list[float]]:
+    """Seconds per call: one list per step, one entry per round."""
+    numbers = []
+    for step in steps:
+        _seconds(step, 2, device)  # the first calls allocate, choose kernels, compile
+        numbers.append(max(1, math.ceil(min_time / _seconds(step, 1, device))))
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(rounds):
+        for step, number, found in zip(steps, numbers, times, strict=True):
+            found.append(_seconds(step, number, device) / number)
+    return times
+
+
+def _seconds(step: Callable[[], object], number: int, device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(number):
+        step()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _peak_memory(step: Callable[[], object], device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None  # a process on a CPU has no such number that means anything
+    step()
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    _synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 2**20
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
