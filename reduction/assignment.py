@@ -188,8 +188,8 @@ def _fold(t: Tokens, a: Merge) -> Tokens:
     x, size = take_rows(t.x, rows), take_rows(t.size, rows)
     moved = take_rows(t.size, origin_rows)
     size = size.scatter_add(1, goal, moved)
-    share = (moved / size.gather(1, goal)).unsqueeze(-1)
     dtype = _accumulate_dtype(x)
+    share = (moved.to(dtype) / size.gather(1, goal).to(dtype)).unsqueeze(-1)
     delta = ((take_rows(t.x, origin_rows) - take_rows(x, goal)).to(dtype) * share).to(x.dtype)
     batch, m, width = x.shape
     flat = (goal + torch.arange(batch, device=x.device).unsqueeze(1) * m).reshape(-1)

@@ -53,6 +53,14 @@ class Schedule:
         """
         raise NotImplementedError
 
+    def refuses(self, block: int, depth: int, n: int, n0: int, limit: int) -> bool:
+        """Whether asking for more than `limit` removals here is an error, not a matter of clipping.
+
+        One token too many is rounding: half of 49 cannot be kept by a method that merges pairs.
+        """
+        budget = self.budget(block, depth, n, n0)
+        return budget is not None and n - budget.keep > limit + 1
+
     def config(self) -> dict[str, Any]:
         """Registry name and arguments: enough to build the schedule again."""
         return {"name": self.name, **constructor_arguments(self)}
@@ -102,7 +110,9 @@ class ConstantR(Schedule):
         r: An int; a list with one entry per block; or a fraction such as 12.5, which removes 12
             and 13 in turn.
         inflection: See `parse_r`.
-        strict: See `Schedule`.
+        strict: Refuse to remove more than half of the tokens in the first block (for methods that
+            merge pairs), or more than there are in all. Running short of pairs in later blocks is
+            no error: less is removed there, as in the official ToMe.
 
     Raises:
         ZooError: If `r` is negative or `inflection` outside [-1, 1].
@@ -137,11 +147,22 @@ class ConstantR(Schedule):
             warnings.warn(
                 f"r has {len(r)} entries for {depth} blocks; the rest is ignored", stacklevel=2
             )
-        if isinstance(r, float) and self.inflection is None:
-            drop = math.floor(r * (block + 1)) - math.floor(r * block)
-        else:
-            drop = parse_r(depth, r, self.inflection)[block]
+        drop = self._drop(block, depth)
         return Budget(n - drop) if drop > 0 else None
+
+    def _drop(self, block: int, depth: int) -> int:
+        if isinstance(self.r, float) and self.inflection is None:
+            return math.floor(self.r * (block + 1)) - math.floor(self.r * block)
+        return parse_r(depth, self.r, self.inflection)[block]
+
+
+    def refuses(self, block: int, depth: int, n: int, n0: int, limit: int) -> bool:
+        # ToMe's published settings (r=16 on DeiT-S) run short of pairs in the last blocks and are
+        # clipped there. What removes more than there is, or too much at once, is a mistake.
+        budget = self.budget(block, depth, n, n0)
+        if budget is None or n - budget.keep <= limit:
+            return False
+        return n == n0 or sum(self._drop(b, depth) for b in range(depth)) >= n0
 
 
 class KeepRate(Schedule):

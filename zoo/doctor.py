@@ -10,18 +10,20 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import zoo
 from zoo import flops
+from zoo.run.evaluate import input_size
 
 _PACKAGES = ("torch", "torchvision", "timm", "lightning", "hydra-core", "fvcore", "scikit-learn")
 _OPTIONAL = {"report": ("plotly", "matplotlib"), "export": ("onnx", "onnxscript", "onnxruntime")}
 
 # Small models that between them go through every backbone adapter and pooling.
-_MODELS = {
+_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "VisionTransformer, class token": ("test_vit", {}),
     "VisionTransformer, average pooling, LayerScale": ("test_vit2", {}),
     "VisionTransformer, attention pooling": ("test_vit3", {}),
@@ -130,8 +132,7 @@ def _gap(one: nn.Module, other: nn.Module, images: Tensor) -> float:
 
 
 def _images(model: zoo.ReducedViT) -> Tensor:
-    embed = model.backbone.patch_embed
-    return torch.randn(2, embed.proj.in_channels, *embed.img_size)
+    return torch.randn(2, *input_size(model))
 
 
 def _version(package: str) -> str:

@@ -347,7 +347,8 @@ def torch_gmacs(model: nn.Module, images: Tensor) -> float:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    ghost = copy.deepcopy(model).to("meta").eval()
+    # Without frozen parameters the counter hooks views of them and fails.
+    ghost = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ghost(images.to("meta"))
     # The counter counts a multiply-accumulate as two operations.

@@ -219,10 +219,8 @@ class ReducedViT(nn.Module):
     def _check(self, block: int, n: int, n0: int, schedule: Schedule) -> None:
         assert self.reducer is not None
         budget = schedule.budget(block, self.depth, n, n0)
-        if budget is None or budget.keep >= n:
-            return
         limit = self.reducer.max_drop(n)
-        if n - budget.keep > limit or budget.keep < 1:
+        if budget is not None and schedule.refuses(block, self.depth, n, n0, limit):
             raise UnreachableBudget(
                 f"{schedule!r} removes {n - budget.keep} of {n} tokens in block {block}, but "
                 f"{self.reducer.name or type(self.reducer).__name__} can remove at most {limit} "
@@ -362,7 +360,7 @@ class ReducedViT(nn.Module):
                 if self._step(i + 1, t.n, n0, grid, self.schedule) is not None:
                     need = reducer.needs
         sizes = t.size if reducer is not None and reducer.prop_attn and not t.unit else None
-        bias = attention_bias(sizes, t.mask)
+        bias = attention_bias(sizes, t.mask, t.x.dtype)
         rope = rope_for(embedded, i, t, moved)
         mid = step is not None and site == "mid"
         if not (need or mid or t.policy is not None or self.plugins):

@@ -113,14 +113,17 @@ def _column_mean(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Ten
     return logits.softmax(-1).mean((1, 2))
 
 
-def attention_bias(size: Tensor | None, mask: Tensor | None) -> Tensor | None:
+def attention_bias(
+    size: Tensor | None, mask: Tensor | None, dtype: torch.dtype = torch.float32
+) -> Tensor | None:
     """Additive bias on the keys, `(B, 1, 1, N)`.
 
     Args:
         size: Token sizes `(B, N)` for proportional attention, or None.
         mask: False marks padding, `(B, N)`, or None.
+        dtype: Type of the features; the logarithm is taken in float32 or better.
     """
-    bias = None if size is None else size.log()
+    bias = None if size is None else size.to(torch.promote_types(dtype, size.dtype)).log()
     if mask is not None:
         # The smallest finite number, so that a row of padding stays finite.
         lowest = torch.finfo(torch.float16).min

@@ -167,12 +167,13 @@ def head(m: nn.Module, t: Tokens, pre_logits: bool = False) -> Tensor:
         )
     if map_pool is not None:
         # Equal to counting a merged token once for every patch in it.
-        bias = attention_bias(size, mask)
+        bias = attention_bias(size, mask, x.dtype)
         pooled = map_pool(x, attn_mask=None if bias is None else bias.to(x.dtype))
     else:
         weight = size if mask is None else size * mask
+        weight = weight.to(torch.promote_types(x.dtype, weight.dtype))
         weight = (weight / weight.sum(1, keepdim=True)).to(x.dtype)
-        mean = (weight.unsqueeze(1) @ x).squeeze(1)
+        mean = (x * weight.unsqueeze(-1)).sum(1)
         if kind == "avg":
             pooled = mean
         else:

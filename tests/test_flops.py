@@ -1,0 +1,80 @@
+"""Three independent counts must agree, and published numbers must come out."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+import zoo
+from tests.cases import ALL, METHODS, Row, backbone, images, model
+from zoo.errors import ZooError
+from zoo.flops import fvcore_gmacs, torch_gmacs
+
+
+def deit(**kwargs):
+    with torch.device("meta"):
+        return timm.create_model("deit_small_patch16_224", **kwargs)
+
+
+def test_published_numbers_of_deit_small() -> None:
+    assert round(zoo.profile(deit()).gmacs, 4) == 4.5989
+    tome = zoo.profile(zoo.wrap(deit(), "tome", {"name": "constant_r", "r": 13}))
+    assert round(tome.gmacs, 3) == 2.706
+    assert tome.tokens[0] == (197, 184) and tome.tokens[-1] == (54, 41)
+    assert tome.gmacs == pytest.approx(tome.linear + tome.attention + tome.reducer)
+    assert round(tome.reducer, 4) == 0.0034
+    assert tome.params == 22050664
+    for r, expected in ((8, 3.4210), (16, 2.2937)):
+        count = zoo.profile(zoo.wrap(deit(), "tome", {"name": "constant_r", "r": r}))
+        assert round(count.gmacs, 4) == pytest.approx(expected, abs=1.01e-4)
+
+
+def test_published_number_of_evit() -> None:
+    schedule = {"name": "keep_rate", "rate": 0.7, "rounding": "ceil", "of": "current"}
+    assert round(zoo.profile(zoo.wrap(deit(), "evit", schedule)).gmacs, 2) == 3.03
+
+
+@pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
+def test_three_counts_agree_for_every_method(row: Row) -> None:
+    check(model(row))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_three_counts_agree_for_every_family(name: str) -> None:
+    check(zoo.wrap(backbone(name), "tome", {"name": "constant_r", "r": 8}))
+
+
+def check(m: torch.nn.Module) -> None:
+    ours = zoo.profile(m).gmacs
+    assert fvcore_gmacs(m, images(2)) == pytest.approx(ours, rel=1e-5)
+    assert torch_gmacs(m, images(2)) == pytest.approx(ours, rel=1e-5)
+
+
+def test_dense_models_need_no_wrapper() -> None:
+    m = backbone("plain")
+    assert zoo.profile(m).gmacs == zoo.profile(zoo.wrap(m, None)).gmacs
+
+
+def test_other_image_sizes() -> None:
+    m = zoo.wrap(backbone("plain"), "topk", {"name": "keep_rate", "rate": 0.5})
+    assert zoo.profile(m, img_size=64).tokens[0][0] == 257
+    assert zoo.profile(m, img_size=(24, 40)).tokens[0][0] == 61
+    with pytest.raises(ZooError, match="30x30 is not divisible by the patch size 4x4"):
+        zoo.profile(m, img_size=30)
+
+
+def test_diffrate_convention_is_named_and_not_the_default() -> None:
+    m = zoo.wrap(deit(), "tome", {"name": "constant_r", "r": 13})
+    ours, theirs = zoo.profile(m), zoo.profile(m, convention="diffrate")
+    assert ours.convention == "zoo"
+    assert theirs.reducer == 0.0
+    assert theirs.dense * 1e9 == pytest.approx(4599177216)
+    with pytest.raises(ZooError, match="convention must be one of"):
+        zoo.profile(m, convention="paper")
+
+
+def test_the_printed_profile_names_its_parts() -> None:
+    text = str(zoo.profile(zoo.wrap(deit(), "tome", {"name": "constant_r", "r": 13})))
+    assert "2.7061 GMACs (-41.2% of 4.5989 dense)" in text and "reducer 0.0034" in text
+    assert len(text.splitlines()) == 3 + 12
