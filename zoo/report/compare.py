@@ -1,0 +1,318 @@
+"""From rows to comparisons: what belongs together, what it is measured against, what wins.
+
+One `Entry` is one configuration (method, arguments, backbone, budget, data, trained or not) with
+its latest measurements; one `View` is a set of entries that may be compared with each other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoo.report.names import name_entries, plugins
+from zoo.report.notes import notes_on, setting
+from zoo.report.pareto import pareto_front
+from zoo.report.words import DENSE, describe_budget, interval, is_dense, number, total_gmacs
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Throughput of one entry in one setting; `dense` is the unreduced model's, if known."""
+
+    rate: float
+    dense: float | None
+    row: Row
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster than the dense model."""
+        return self.rate / self.dense if self.dense else None
+
+
+@dataclass(eq=False)
+class Entry:
+    """One configuration with its latest measurements."""
+
+    id: int
+    row: Row
+    dense: bool
+    trained: bool
+    backbone: str
+    data: str
+    name: str
+    budget: str
+    gmacs: float | None
+    tokens: Any
+    top1: float | None
+    interval: tuple[float, float] | None
+    reference_id: int | None = None
+    reference_gmacs: float | None = None
+    reference_top1: float | None = None
+    speeds: dict[str, Speed] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Method and budget, e.g. ``'tome r=13'``."""
+        return f"{self.title} {self.budget}".rstrip()
+
+    @property
+    def title(self) -> str:
+        """Name, telling trained weights from off-the-shelf ones."""
+        return f"{self.name} (trained)" if self.trained else self.name
+
+    @property
+    def delta(self) -> float | None:
+        """Points of top-1 above (or below) the dense model; None for the dense model itself."""
+        if self.dense or self.top1 is None or self.reference_top1 is None:
+            return None
+        return self.top1 - self.reference_top1
+
+    @property
+    def saved(self) -> float | None:
+        """Percent of the dense model's GMACs that are saved; None for the dense model itself."""
+        if self.dense or self.gmacs is None or not self.reference_gmacs:
+            return None
+        return 100 * (1 - self.gmacs / self.reference_gmacs)
+
+
+@dataclass(eq=False)
+class View:
+    """Entries that share their data, and so may be compared; fronts hold entries in cost order."""
+
+    label: str
+    entries: list[Entry]
+    dense: list[Entry]
+    front: list[Entry]
+    speed_fronts: dict[str, list[Entry]]
+    notes: list[str]
+    combined: bool = False  # over several backbones
+
+    @property
+    def reference(self) -> Entry | None:
+        """The dense model, where there is exactly one to compare with."""
+        return self.dense[0] if len(self.dense) == 1 else None
+
+    @property
+    def settings(self) -> list[str]:
+        """Hardware settings with a throughput, the one with most entries first."""
+        return list(self.speed_fronts)
+
+
+@dataclass(eq=False)
+class Comparison:
+    """All that a report shows: every row is an entry's, in `others`, or in `failed`."""
+
+    rows: list[Row]
+    entries: list[Entry]
+    views: list[View]
+    others: list[tuple[Row, Entry]]
+    failed: list[Row]
+
+
+def compare(rows: Iterable[Row]) -> Comparison:
+    """Group rows into entries and views.
+
+    The same configuration may have been run several times: the latest row with an accuracy
+    counts, and the latest with a throughput for each hardware setting, so that a later run that
+    only measures one thing hides nothing. The rows that do not count are in `Comparison.others`.
+    A row that lies in two files, with one run_id, is one row.
+    """
+    ordered = sorted(_without_copies(rows), key=lambda row: str(row.get("created") or ""))
+    failed = [row for row in ordered if row.get("status") == "failed"]
+    measured: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    costs: dict[str, list[Row]] = defaultdict(list)
+    for row in ordered:
+        if row.get("status") == "failed":
+            continue
+        if number(row.get("top1")) is None:
+            # Cost and speed do not depend on data or weights: these complete what has accuracy.
+            costs[_configuration(row)].append(row)
+        else:
+            measured[_configuration(row), _weights(row), _data(row)].append(row)
+
+    numbers = {id(row): index for index, row in enumerate(ordered)}
+    entries, others = [], []
+    for (configuration, *_), own in measured.items():
+        entry = _entry(own, costs.get(configuration, []), numbers)
+        entries.append(entry)
+        others += [(row, entry) for row in own if row is not entry.row]
+    owners = {_configuration(entry.row): entry for entry in entries}
+    for configuration, own in costs.items():
+        owner = owners.get(configuration)
+        if owner is None:
+            owner = _entry(own, [], numbers)
+            entries.append(owner)
+        others += [(row, owner) for row in own if row is not owner.row]
+    name_entries(entries)
+    return Comparison(ordered, entries, _views(entries), others, failed)
+
+
+def _without_copies(rows: Iterable[Row]) -> Iterable[Row]:
+    seen = set()
+    for row in rows:
+        run_id = row.get("run_id")
+        if run_id is None or run_id not in seen:
+            yield row
+        seen.add(run_id)
+
+
+def succeeded_later(failed: Row, rows: Iterable[Row]) -> bool:
+    """Whether what failed was run again with success, as far as a failed row tells what it was."""
+
+    def what(row: Row) -> tuple[Any, ...]:
+        data = row.get("dataset") if failed.get("dataset") else None
+        budget = describe_budget(row.get("schedule"))
+        return row.get("backbone"), row.get("method") or DENSE, budget, data
+
+    return any(
+        row.get("status") != "failed"
+        and what(row) == what(failed)
+        and str(row.get("created")) > str(failed.get("created"))
+        for row in rows
+    )
+
+
+# ---------------------------------------------------------------------------------- entries
+
+
+def _canonical(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = {key: item for key, item in value.items() if item is not None}
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _configuration(row: Mapping[str, Any]) -> str:
+    # A dense model has no budget: the runs of a sweep over budgets are the same run.
+    method = [DENSE] if is_dense(row) else [row["method"], row.get("reducer"), row.get("schedule")]
+    return _canonical(
+        [
+            *[_canonical(part) for part in method],
+            _backbone(row),
+            row.get("img_size"),
+            bool(row.get("trained")),
+            plugins(row),
+        ]
+    )
+
+
+def _backbone(row: Mapping[str, Any]) -> str:
+    name, tag = str(row.get("backbone") or "?"), row.get("tag")
+    return f"{name}.{tag}" if tag else name
+
+
+def _data(row: Mapping[str, Any]) -> str:
+    dataset, split = row.get("dataset"), row.get("split")
+    if not dataset:
+        return "unnamed data"
+    return f"{dataset} ({split})" if split else str(dataset)
+
+
+def _weights(row: Mapping[str, Any]) -> str:
+    # Trained weights are new with every run: only of those that were given several can differ.
+    return "" if row.get("trained") else str(row.get("weights_sha") or row.get("weights") or "")
+
+
+def _entry(own: list[Row], extra: list[Row], numbers: Mapping[int, int]) -> Entry:
+    row = next((r for r in reversed(own) if number(r.get("top1")) is not None), own[-1])
+    gmacs = total_gmacs(row)
+    candidates = sorted([*extra, *own], key=lambda r: numbers[id(r)])
+    if gmacs is None:
+        gmacs = next((g for r in reversed(candidates) if (g := total_gmacs(r)) is not None), None)
+    tokens = next((r["tokens"] for r in [row, *reversed(candidates)] if r.get("tokens")), None)
+    speeds = {}
+    for candidate in candidates:  # oldest first: the latest of each setting stays
+        rate, cost = number(candidate.get("imgs_per_s")), total_gmacs(candidate)
+        # Another cost is another model (say, with another head): not a measurement of this one.
+        if rate and (cost is None or gmacs is None or abs(cost - gmacs) <= 0.01 * gmacs):
+            speeds[setting(candidate)] = Speed(
+                rate, number(candidate.get("imgs_per_s_dense")), candidate
+            )
+    dense = is_dense(row)
+    return Entry(
+        id=numbers[id(row)],
+        row=row,
+        dense=dense,
+        trained=bool(row.get("trained")),
+        backbone=_backbone(row),
+        data="" if number(row.get("top1")) is None else _data(row),
+        name="dense" if dense else str(row["method"]),
+        budget="" if dense else describe_budget(row.get("schedule")),
+        gmacs=gmacs,
+        tokens=tokens,
+        top1=number(row.get("top1")),
+        interval=interval(row),
+        reference_gmacs=number(row.get("gmacs_dense")),
+        speeds=speeds,
+    )
+
+
+# ------------------------------------------------------------------------------------ views
+
+
+def _views(entries: Sequence[Entry]) -> list[View]:
+    groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[entry.backbone, entry.data].append(entry)
+    views = []
+    by_data: dict[str, list[View]] = defaultdict(list)
+    for (backbone, data), members in groups.items():
+        view = _view(f"{backbone} · {data or 'costs only'}", members, _set_references(members))
+        views.append(view)
+        by_data[data].append(view)
+    # Most accuracies first: what opens is what there is most to see in.
+    views.sort(key=lambda v: (-sum(e.top1 is not None for e in v.entries), v.label))
+    for data, parts in sorted(by_data.items()):
+        if data and len(parts) > 1:
+            everything = [entry for part in parts for entry in part.entries]
+            dense = [entry for part in parts for entry in part.dense]
+            views.append(_view(f"all backbones · {data}", everything, dense, combined=True))
+    return views
+
+
+def _set_references(members: Sequence[Entry]) -> list[Entry]:
+    """Give every entry of one backbone and data its dense model; return the main one."""
+    dense = [entry for entry in members if entry.dense]
+
+    def fits(base: Entry, row: Row) -> tuple[Any, ...]:
+        # Same input size, same weights, not retrained; then the latest.
+        size = base.row.get("img_size") == row.get("img_size")
+        return size, _weights(base.row) == _weights(row), not base.trained, base.id
+
+    for entry in members:
+        base = max(dense, key=lambda d, row=entry.row: fits(d, row), default=None)  # type: ignore[misc]
+        if base is None:
+            continue
+        entry.reference_id, entry.reference_top1 = base.id, base.top1
+        entry.reference_gmacs = entry.reference_gmacs or base.gmacs
+        for name, speed in entry.speeds.items():
+            if speed.dense is None and name in base.speeds:
+                entry.speeds[name] = Speed(speed.rate, base.speeds[name].rate, speed.row)
+    # The one that most entries are compared with is the reference of the view.
+    used = [entry.reference_id for entry in members if entry.reference_id is not None]
+    return [d for d in dense if used and d.id == max(used, key=used.count)]
+
+
+def _front(entries: Sequence[Entry], cost: Callable[[Entry], float | None]) -> list[Entry]:
+    flags = pareto_front([(cost(entry), entry.top1) for entry in entries])
+    front = [entry for entry, flag in zip(entries, flags, strict=True) if flag]
+    return sorted(front, key=lambda entry: (cost(entry) or 0.0, entry.id))
+
+
+def _view(label: str, entries: list[Entry], dense: list[Entry], *, combined: bool = False) -> View:
+    # Dense first, then by method and falling cost: the order of every table.
+    entries = sorted(entries, key=lambda e: (not e.dense, e.name, -(e.gmacs or 0), e.trained, e.id))
+    count: dict[str, int] = defaultdict(int)
+    for entry in entries:
+        for name in entry.speeds:
+            count[name] += 1
+    speed_fronts = {}
+    for name in sorted(count, key=lambda name: (-count[name], name.startswith("cpu"), name)):
+        with_speed = [entry for entry in entries if name in entry.speeds]
+        speed_fronts[name] = _front(with_speed, lambda e, name=name: -e.speeds[name].rate)  # type: ignore[misc]
+    front = _front(entries, lambda e: e.gmacs)
+    return View(label, entries, dense, front, speed_fronts, notes_on(entries), combined)

@@ -1,0 +1,89 @@
+"""Names of entries: short, and different where the entries are."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.report.compare import Entry
+
+
+def plugins(row: Mapping[str, Any]) -> list[str]:
+    """Names of the plugins in a row's recipe."""
+    recipe = row.get("recipe")
+    found = recipe.get("plugins") if isinstance(recipe, Mapping) else None
+    found = found if isinstance(found, Sequence) and not isinstance(found, str) else []
+    return [str(p.get("name", p) if isinstance(p, Mapping) else p) for p in found]
+
+
+def name_entries(entries: Sequence[Entry]) -> None:
+    """Add what tells one entry from another to their names and budgets.
+
+    Arguments of a method that was run with several become part of its name, so that each variant
+    is a curve of its own. What else differs between two entries of the same name and budget
+    (input size, details of the schedule, weights) is added to the budget.
+    """
+    for same in _grouped(entries, lambda e: e.name):
+        mappings = [_mapping(entry.row.get("reducer")) for entry in same]
+        keys = [] if same[0].dense else _differing(mappings)
+        for entry, mapping in zip(same, mappings, strict=True):
+            parts = [_argument(key, mapping[key]) for key in keys if mapping.get(key) is not None]
+            entry.name += "".join(f" +{plugin}" for plugin in plugins(entry.row))
+            entry.name += f" ({', '.join(parts)})" if parts else ""
+
+    def schedule(entry: Entry, keys: Sequence[str]) -> str:
+        mapping = _mapping(entry.row.get("schedule"))
+        return " ".join(
+            _argument(key, mapping[key]) for key in keys if mapping.get(key) is not None
+        )
+
+    def size(entry: Entry) -> str:
+        return f"{entry.row['img_size']} px" if entry.row.get("img_size") else ""
+
+    def weights(entry: Entry) -> str:
+        return str(entry.row.get("weights") or "untrained weights")[-24:]
+
+    def alike(entry: Entry) -> tuple[str, ...]:
+        return entry.backbone, entry.data, entry.title, entry.budget
+
+    for same in _grouped(entries, alike):
+        _add(same, [size(entry) for entry in same])
+    for same in _grouped(entries, alike):
+        keys = _differing([_mapping(entry.row.get("schedule")) for entry in same])
+        _add(same, [schedule(entry, keys) for entry in same])
+    for same in _grouped(entries, alike):
+        _add(same, [weights(entry) for entry in same])
+
+
+def _grouped(entries: Iterable[Entry], key: Callable[[Entry], Any]) -> list[list[Entry]]:
+    groups: dict[Any, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[key(entry)].append(entry)
+    return list(groups.values())
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _differing(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys that do not have the same value in all mappings, in order of first sight."""
+    found = []
+    for key in dict.fromkeys(key for mapping in mappings for key in mapping if key != "name"):
+        values = {json.dumps(m.get(key), sort_keys=True, default=str) for m in mappings}
+        if len(values) > 1:
+            found.append(key)
+    return found
+
+
+def _argument(key: str, value: Any) -> str:
+    return value if isinstance(value, str) else f"{key}={value}"
+
+
+def _add(entries: Sequence[Entry], texts: Sequence[str]) -> None:
+    if len(set(texts)) > 1:
+        for entry, text in zip(entries, texts, strict=True):
+            entry.budget = " ".join(part for part in (entry.budget, text) if part)

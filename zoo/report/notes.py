@@ -1,0 +1,89 @@
+"""The small print of a report: conventions, warnings, environment."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from zoo.report.words import number
+
+if TYPE_CHECKING:
+    from zoo.report.compare import Entry
+
+CONVENTION = (
+    "GMACs are 1e9 multiply-accumulates for one image: convolutions, linear layers, attention "
+    "products and the reducer's own products (matching, scoring); patch embedding and head are "
+    "included, norms, softmax and other elementwise work are not."
+)
+
+
+def setting(row: Mapping[str, Any]) -> str:
+    """The hardware setting of a throughput: only rates of the same setting are compared."""
+    parts = [row.get("device") or "unknown device", row.get("dtype")]
+    return ", ".join([str(p) for p in parts if p] + ["compiled"] * bool(row.get("compile")))
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    return sorted({value for value in values if value is not None}, key=lambda v: (str(type(v)), v))
+
+
+def _listed(values: Sequence[Any]) -> str:
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def notes_on(entries: Sequence[Entry]) -> list[str]:
+    """What a reader must know before comparing these entries."""
+    notes = []
+    measured = [entry for entry in entries if entry.top1 is not None]
+    for backbone in dict.fromkeys(entry.backbone for entry in measured):
+        if not any(e.dense and e.top1 is not None for e in measured if e.backbone == backbone):
+            notes.append(
+                f"No accuracy of the dense {backbone}: run it with reducer=none to get differences."
+            )
+    images = _distinct(number(entry.row.get("n_images")) for entry in measured)
+    if len(images) > 1:
+        counts = _listed([f"{count:,.0f}" for count in images])
+        notes.append(f"Accuracies were measured on different numbers of images ({counts}).")
+    widths = [(e.interval[1] - e.interval[0]) / 2 for e in measured if e.interval]
+    if len(images) == 1 and widths:
+        notes.append(
+            f"Accuracy on {images[0]:,.0f} images carries a 95 % interval of up to "
+            f"±{max(widths):.1f} points; smaller differences may be chance."
+        )
+    for name in dict.fromkeys(name for entry in entries for name in entry.speeds):
+        rows = [entry.speeds[name].row for entry in entries if name in entry.speeds]
+        for key, word in (("batch", "batch sizes"), ("threads", "thread counts")):
+            values = _distinct(number(row.get(key)) for row in rows)
+            if len(values) > 1:
+                found = _listed([f"{value:.0f}" for value in values])
+                notes.append(f"Throughputs on {name} were measured with several {word} ({found}).")
+    dirty = sum(bool(entry.row.get("dirty")) for entry in entries)
+    if dirty:
+        rows_word = "row comes" if dirty == 1 else "rows come"
+        notes.append(f"{dirty} {rows_word} from a checkout with uncommitted changes.")
+    return notes
+
+
+def environment(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One line: versions, hardware and commits behind the rows."""
+    facts: dict[str, dict[str, None]] = defaultdict(dict)  # dicts keep the order of first sight
+    for row in rows:
+        versions = row.get("versions")
+        for package, version in (versions if isinstance(versions, Mapping) else {}).items():
+            if version:
+                facts[f"{package} {{}}"][str(version)] = None
+        if row.get("device"):
+            facts["{}"][setting(row)] = None
+        for key, pattern in (("threads", "{} threads"), ("seed", "seed {}")):
+            if row.get(key) is not None:
+                facts[pattern][str(row[key])] = None
+        if row.get("git"):
+            facts["commit {}"][str(row["git"])[:9] + ("+" if row.get("dirty") else "")] = None
+
+    def listed(values: Iterable[str]) -> str:
+        shown = list(values)
+        return " / ".join(shown if len(shown) <= 3 else [*shown[:3], "…"])
+
+    return " · ".join(pattern.replace("{}", listed(values)) for pattern, values in facts.items())

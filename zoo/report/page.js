@@ -1,0 +1,353 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("payload").textContent);
+  const $ = (id) => document.getElementById(id);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const hidden = new Set(); // methods switched off; kept when the view changes
+  const all = Object.values(data.entries);
+  let view = data.views[0];
+
+  const make = (tag, properties = {}, ...children) => {
+    const node = Object.assign(document.createElement(tag), properties);
+    node.append(...children);
+    return node;
+  };
+  const color = (method) => data.colors[method][dark.matches ? 1 : 0];
+  const methodsOf = (v) => [...new Set(v.entries.map((id) => data.entries[id].method))]
+    .sort((a, b) => (b === data.dense) - (a === data.dense) || (a < b ? -1 : 1));
+
+  // ------------------------------------------------------------------ plots
+  // Texts go into plotly as its own small markup: nothing from a row may be read as a tag.
+  const safe = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const hoverText = (e) => e.hover.map((line, i) => (i ? safe(line) : `<b>${safe(line)}</b>`)).join("<br>");
+  const font = () => getComputedStyle(document.body).fontFamily;
+
+  const plots = [
+    {
+      node: $("plot-gmacs"), empty: $("empty-gmacs"), why: (v) => v.empty.gmacs,
+      x: (e) => e.gmacs, front: (v) => v.front, title: "GMACs per image",
+    },
+    {
+      node: $("plot-speed"), empty: $("empty-speed"), why: (v) => v.empty.speed,
+      x: (e) => e.speeds[$("setting").value]?.rate ?? null,
+      front: (v) => v.speed[$("setting").value] ?? [], title: "images per second",
+    },
+  ];
+
+  function range(values, low = 0.07, high = 0.07) {
+    const min = Math.min(...values), max = Math.max(...values);
+    const span = max - min || Math.abs(max) * 0.2 || 1;
+    return [min - low * span, max + high * span];
+  }
+
+  function draw(plot) {
+    const known = view.entries.map((id) => data.entries[id]).filter((e) => e.top1 !== null && plot.x(e) !== null);
+    const reason = known.length ? null : plot.why(view) || "Nothing to plot for this selection.";
+    plot.node.hidden = Boolean(reason);
+    plot.empty.hidden = !reason;
+    plot.empty.textContent = reason || "";
+    if (reason) {
+      Plotly.purge(plot.node); // takes the listeners along
+      plot.listening = false;
+      return;
+    }
+
+    const ink = css("--ink"), muted = css("--muted"), card = css("--card");
+    const front = plot.front(view).map((id) => data.entries[id]);
+    const onFront = new Set(front.map((e) => e.id));
+    const shown = known.filter((e) => !hidden.has(e.method));
+    const traces = [{
+      x: front.map(plot.x), y: front.map((e) => e.top1), mode: "lines", hoverinfo: "skip",
+      line: { color: css("--front"), width: 9 }, opacity: 0.5,
+    }];
+    const curves = new Map();
+    for (const e of shown) {
+      const key = e.dense ? "dense" : JSON.stringify([e.method, e.backbone, e.trained]);
+      if (!curves.has(key)) curves.set(key, []);
+      curves.get(key).push(e);
+    }
+    // The front's curves last, on top of those that they beat.
+    const rank = (curve) => curve.some((e) => onFront.has(e.id)) ? 1 : 0;
+    for (const curve of [...curves.values()].sort((a, b) => rank(a) - rank(b))) {
+      curve.sort((a, b) => plot.x(a) - plot.x(b));
+      const first = curve[0];
+      const trace = {
+        x: curve.map(plot.x), y: curve.map((e) => e.top1), customdata: curve.map((e) => e.id),
+        text: curve.map(hoverText), hovertemplate: "%{text}<extra></extra>", mode: "lines+markers",
+        line: { color: color(first.method), width: first.dense ? 1 : 1.2, dash: first.dense ? "dash" : "solid" },
+        marker: {
+          color: color(first.method), opacity: 1, size: curve.map((e) => (e.dense ? 11 : e.trained ? 11.5 : 10.5)),
+          symbol: curve.map((e) => (e.dense ? "square" : e.trained ? "diamond" : "circle")),
+          line: { color: curve.map((e) => (onFront.has(e.id) ? ink : card)), width: curve.map((e) => (onFront.has(e.id) ? 1.6 : 1)) },
+        },
+        hoverlabel: { bordercolor: color(first.method) },
+      };
+      trace.line.color = fade(trace.line.color, curves.size > 16 ? 0.25 : 0.45);
+      if ($("bars").checked) {
+        trace.error_y = {
+          type: "data", symmetric: false, thickness: 1, width: 3, color: fade(color(first.method), 0.55),
+          array: curve.map((e) => (e.high ?? e.top1) - e.top1), arrayminus: curve.map((e) => e.top1 - (e.low ?? e.top1)),
+        };
+      }
+      traces.push(trace);
+    }
+
+    const reference = data.entries[view.reference];
+    const shapes = [];
+    let heights = known.map((e) => e.top1);
+    if ($("near").checked) heights = heights.filter((y) => y >= Math.max(...heights) - 10);
+    if (reference && reference.top1 !== null) {
+      const across = { xref: "paper", x0: 0, x1: 1 };
+      if (reference.low !== null) {
+        shapes.push({ type: "rect", ...across, y0: reference.low, y1: reference.high, fillcolor: css("--band"), line: { width: 0 }, layer: "below" });
+      }
+      shapes.push({ type: "line", ...across, y0: reference.top1, y1: reference.top1, line: { color: ink, width: 1.2, dash: "dash" }, layer: "below" });
+      const x = plot.x(reference);
+      if (x !== null) shapes.push({ type: "line", yref: "paper", y0: 0, y1: 1, x0: x, x1: x, line: { color: muted, width: 1, dash: "dot" }, layer: "below" });
+    }
+    const axis = {
+      gridcolor: css("--grid"), zeroline: false, linecolor: css("--line"), tickcolor: css("--line"), showline: true,
+      ticks: "outside", ticklen: 4, tickfont: { size: 12, color: muted }, automargin: false,
+    };
+    const narrow = plot.node.clientWidth < 460;
+    const layout = {
+      margin: { l: 56, r: 12, t: 34, b: 50 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: font(), color: ink, size: 13 }, showlegend: false, hovermode: "closest", shapes, annotations: [],
+      dragmode: narrow ? false : "zoom",
+      xaxis: { ...axis, range: range(known.map(plot.x)), nticks: narrow ? 5 : 9, title: { text: plot.title, font: { size: 13 }, standoff: 8 } },
+      yaxis: { ...axis, range: range(heights, 0.07, 0.12), title: { text: "top-1 accuracy (%)", font: { size: 13 }, standoff: 8 } },
+      hoverlabel: { align: "left", bgcolor: card, font: { family: font(), color: ink, size: 12.5 } },
+    };
+    const config = {
+      responsive: false, displaylogo: false, scrollZoom: false,
+      modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], displayModeBar: narrow ? false : "hover",
+    };
+    layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: muted, activecolor: ink };
+    Plotly.react(plot.node, traces, layout, config).then(() => {
+      label(plot, shown, onFront);
+      if (plot.listening) return;
+      plot.listening = true;
+      plot.node.on("plotly_relayout", (change) => { if (!("annotations" in change)) label(plot, ...plot.last); });
+      plot.node.on("plotly_click", (event) => reveal(event.points[0].customdata));
+    });
+  }
+
+  function fade(hex, alpha) {
+    const part = (i) => parseInt(hex.slice(i, i + 2), 16);
+    return `rgba(${part(1)},${part(3)},${part(5)},${alpha})`;
+  }
+
+  // Labels for the front and the dense model, each where it covers neither a point nor a label.
+  const pen = document.createElement("canvas").getContext("2d");
+  function label(plot, shown, onFront) {
+    plot.last = [shown, onFront];
+    const { xaxis, yaxis } = plot.node._fullLayout;
+    const at = (e) => [xaxis.l2p(plot.x(e)), yaxis.l2p(e.top1)];
+    const taken = shown.map((e) => at(e)).map(([x, y]) => [x - 7, y - 7, x + 7, y + 7]);
+    const reference = data.entries[view.reference];
+    if (reference && reference.top1 !== null) {
+      const y = yaxis.l2p(reference.top1);
+      taken.push([0, y - 3, xaxis._length, y + 3]);
+    }
+    pen.font = `600 12px ${font()}`;
+    const annotations = [];
+    for (const e of shown.filter((s) => onFront.has(s.id) || s.dense)) {
+      const text = e.short, width = pen.measureText(text).width + 4, height = 16;
+      const [x, y] = at(e);
+      const places = [[-8, -12, 1], [8, -12, 0], [0, -19, 0.5], [12, 0, 0], [-12, 0, 1], [8, 12, 0], [-8, 12, 1], [0, 19, 0.5], [-4, -21, 1], [4, -21, 0]];
+      for (const [dx, dy, anchor] of places) {
+        const left = x + dx - anchor * width, top = y + dy - height / 2;
+        const box = [left, top, left + width, top + height];
+        const inside = box[0] >= 0 && box[1] >= 0 && box[2] <= xaxis._length && box[3] <= yaxis._length;
+        if (!inside || taken.some((t) => box[0] < t[2] && t[0] < box[2] && box[1] < t[3] && t[1] < box[3])) continue;
+        taken.push(box);
+        annotations.push({
+          x: plot.x(e), y: e.top1, text: safe(text), showarrow: false, xshift: dx, yshift: -dy, borderpad: 0,
+          xanchor: ["left", "center", "right"][anchor * 2], yanchor: "middle", font: { size: 12, weight: 600 },
+          bgcolor: fade(css("--card"), 0.72), captureevents: false,
+        });
+        break;
+      }
+    }
+    Plotly.relayout(plot.node, { annotations });
+  }
+
+  // ---------------------------------------------------------------- filters
+  function fill(select, options, value) {
+    select.replaceChildren(...options.map(([v, text]) => make("option", { value: v, textContent: text })));
+    if (options.some(([v]) => v === value)) select.value = value;
+  }
+
+  function showView() {
+    view = data.views[Number($("view").value)];
+    fill($("setting"), Object.keys(view.speed).map((name) => [name, name]), $("setting").value);
+    $("setting-field").hidden = Object.keys(view.speed).length < 2;
+    const best = Math.max(...view.entries.map((id) => data.entries[id].top1 ?? -1));
+    $("near-field").hidden = !view.entries.some((id) => data.entries[id].top1 !== null && data.entries[id].top1 < best - 10);
+    if ($("near-field").hidden) $("near").checked = false;
+    const reference = data.entries[view.reference];
+    $("bars-field").hidden = !view.entries.some((id) => data.entries[id].low !== null);
+    $("band-key").hidden = !reference || reference.low === null;
+    $("notes").replaceChildren(...view.notes.map((note) => make("li", { textContent: note })));
+    $("notes").hidden = !view.notes.length;
+    makeChips();
+    showMethods();
+  }
+
+  const reset = make("button", { type: "button", className: "chip text", textContent: "show all" });
+  reset.addEventListener("click", () => only("*"));
+
+  function makeChips() {
+    $("chips").replaceChildren(...methodsOf(view).map((m) => {
+      const chip = make("button", { type: "button", value: m, className: m === data.dense ? "chip square" : "chip", title: "click: hide or show; double click: only this" },
+        make("i"), make("span", { textContent: m === data.dense ? "dense" : m }));
+      chip.addEventListener("click", (event) => {
+        if (event.detail > 1) { only(m); return; }
+        if (!hidden.delete(m)) hidden.add(m);
+        showMethods();
+      });
+      return chip;
+    }), reset);
+  }
+
+  function showMethods() {
+    const methods = methodsOf(view);
+    const on = methods.filter((m) => !hidden.has(m));
+    const reducers = methods.filter((m) => m !== data.dense);
+    const lit = reducers.filter((m) => !hidden.has(m));
+    const options = [["*", `all ${reducers.length} methods`], ...reducers.map((m) => [m, m])];
+    const one = lit.length === 1 && reducers.length > 1 ? lit[0] : null;
+    const some = lit.length < reducers.length && !one;
+    if (some) options.unshift(["?", `${lit.length} of ${reducers.length} methods`]);
+    fill($("method"), options, one || (some ? "?" : "*"));
+    for (const chip of $("chips").children) {
+      if (chip === reset) continue;
+      chip.setAttribute("aria-pressed", String(!hidden.has(chip.value)));
+      chip.style.setProperty("--dot", color(chip.value));
+    }
+    reset.hidden = on.length === methods.length;
+    redraw();
+    filterTable();
+  }
+
+  function only(method) {
+    hidden.clear();
+    if (method !== "*") for (const e of all) if (e.method !== method && !e.dense) hidden.add(e.method);
+    showMethods();
+  }
+
+  function redraw() {
+    const setting = $("setting").value;
+    $("speed-sub").textContent = `${setting ? `on ${setting}; ` : ""}further up and right is better`;
+    $("tiles").replaceChildren(...view.tiles[setting].map(([name, value, text]) => make("div", { className: "tile" },
+      make("h3", { textContent: name }), make("strong", { textContent: value }), make("p", { textContent: text }))));
+    plots.forEach(draw);
+  }
+
+  // ------------------------------------------------------------------ table
+  const body = $("results").tBodies[0];
+  const records = [...body.rows];
+
+  function closeDetails() {
+    body.querySelectorAll("tr.detail").forEach((row) => row.remove());
+    body.querySelectorAll("[aria-expanded]").forEach((b) => b.setAttribute("aria-expanded", "false"));
+  }
+
+  function filterTable() {
+    closeDetails();
+    const everything = $("everything").checked;
+    const inView = new Set(view.entries);
+    $("results").classList.toggle("single", !everything && !view.combined);
+    const setting = $("setting").value;
+    const front = new Set(everything ? data.views.filter((v) => !v.combined).flatMap((v) => v.front) : view.front);
+    let shown = 0;
+    for (const row of records) {
+      const entry = data.entries[row.dataset.entry], old = row.classList.contains("old");
+      row.hidden = hidden.has(entry.method) || (!everything && (old || !inView.has(entry.id)));
+      shown += !row.hidden;
+      row.classList.toggle("pareto", !old && front.has(entry.id));
+      if (old) continue;
+      const speed = entry.speeds[setting] ?? (everything ? Object.values(entry.speeds)[0] : null) ?? null;
+      cell(row.querySelector(".rate"), speed?.rate, speed?.text);
+      cell(row.querySelector(".up"), speed?.up, speed?.uptext);
+    }
+    hideEmptyColumns();
+    $("count").textContent = `${shown} of ${records.length} shown; click a name for the whole row`;
+    $("everything-field").hidden = records.length === view.entries.length;
+  }
+
+  function hideEmptyColumns() {
+    const visible = records.filter((row) => !row.hidden);
+    [...$("results").tHead.rows[0].cells].forEach((head, index) => {
+      const empty = index > 0 && visible.every((row) => !row.cells[index].textContent);
+      for (const row of [head.parentNode, ...records]) row.cells[index].hidden = empty;
+    });
+  }
+
+  function cell(node, value, text) {
+    node.textContent = text ?? "";
+    if (value === null || value === undefined) delete node.dataset.v; else node.dataset.v = value;
+  }
+
+  function sortBy(head) {
+    closeDetails();
+    const index = [...head.parentNode.cells].indexOf(head), word = head.classList.contains("word");
+    const before = head.getAttribute("aria-sort");
+    const up = before ? before === "descending" : word;
+    for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const key = (row) => {
+      const c = row.cells[index];
+      return word ? c.textContent.trim().toLowerCase() || null : c.dataset.v === undefined ? null : Number(c.dataset.v);
+    };
+    records.sort((a, b) => {
+      const x = key(a), y = key(b);
+      if (x === null || y === null) return (x === null) - (y === null); // unknown always last
+      const order = word ? x.localeCompare(y, undefined, { numeric: true }) : x - y;
+      return up ? order : -order;
+    });
+    body.append(...records);
+  }
+
+  function toggleDetail(row) {
+    const button = row.querySelector("button"), open = button.getAttribute("aria-expanded") === "true";
+    button.setAttribute("aria-expanded", String(!open));
+    if (open) { row.nextElementSibling.remove(); return; }
+    const list = make("dl");
+    for (const [name, value, meaning] of data.rows[row.dataset.row]) {
+      const pair = make("div", { className: value.length > 60 ? "wide" : "", title: meaning }, make("dt", { textContent: name }), make("dd", { textContent: value }));
+      list.append(pair);
+    }
+    const holder = make("td", { colSpan: row.cells.length }, list);
+    row.after(make("tr", { className: "detail" }, holder));
+  }
+
+  function reveal(id) {
+    const row = records.find((r) => Number(r.dataset.entry) === id && !r.classList.contains("old"));
+    if (!row) return;
+    row.scrollIntoView({ block: "center", behavior: "smooth" });
+    row.classList.add("flash");
+    setTimeout(() => row.classList.remove("flash"), 2500);
+  }
+
+  body.addEventListener("click", (event) => {
+    const button = event.target.closest("button");
+    if (button) toggleDetail(button.closest("tr"));
+  });
+  for (const head of $("results").tHead.rows[0].cells) head.firstElementChild.addEventListener("click", () => sortBy(head));
+  $("view").addEventListener("change", showView);
+  $("method").addEventListener("change", () => { if ($("method").value !== "?") only($("method").value); });
+  $("setting").addEventListener("change", () => { redraw(); filterTable(); });
+  $("everything").addEventListener("change", filterTable);
+  for (const id of ["bars", "near"]) $(id).addEventListener("change", redraw);
+  dark.addEventListener("change", showMethods);
+  let timer = 0, width = window.innerWidth;
+  window.addEventListener("resize", () => {
+    if (window.innerWidth === width) return; // a phone's address bar moving
+    width = window.innerWidth;
+    clearTimeout(timer);
+    timer = setTimeout(() => { plots.forEach((p) => { if (!p.node.hidden) Plotly.Plots.resize(p.node); }); redraw(); }, 120);
+  });
+  showView();
+})();

@@ -1,0 +1,224 @@
+"""The picture for a README: accuracy against GMACs, by matplotlib."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.report.colors import FRONT, INK, method_colors
+from zoo.report.compare import Comparison, Entry, View
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MUTED, _GRID = "#6b7480", "#e6e9ee"
+
+
+def best_view(comparison: Comparison) -> View | None:
+    """The view with most accuracies, None where nothing has an accuracy and GMACs."""
+    views = [v for v in comparison.views if not v.combined and v.front]
+    return views[0] if views else None
+
+
+def write_png(comparison: Comparison, path: Path, title: str) -> None:
+    """Write the picture of `draw` to a file."""
+    draw(comparison, title).savefig(path, format="png")
+
+
+def draw(comparison: Comparison, title: str) -> Figure:
+    """Draw accuracy against GMACs for the view with most accuracies.
+
+    Only the points of the Pareto front are labelled; the legend beside the plot names the methods.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    view = best_view(comparison)
+    points = [e for e in view.entries if e.top1 is not None and e.gmacs is not None] if view else []
+    names = sorted({entry.name for entry in points if not entry.dense})
+    # Up to twenty methods fit beside the usual shape; for more the picture grows.
+    height = max(5.8, 0.19 * (len(names) + 5) + 1.2)
+    figure = Figure(figsize=(10, height), dpi=160, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.085, 0.67 / height, 0.62, 1 - 1.48 / height))
+    # Names and titles are not formulas, whatever dollar signs they hold.
+    style: dict[str, Any] = {"family": "DejaVu Sans", "color": INK[0], "parse_math": False}
+    top = 1 - 0.32 / height
+    figure.text(0.026, top, _clip(title, 78), fontsize=14, fontweight="bold", **style)
+    if view is None:
+        axes.set_axis_off()
+        text = "No run has an accuracy yet."
+        axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=13, **style)
+        return figure
+    style["color"] = _MUTED
+    figure.text(0.026, top - 0.26 / height, _clip(view.label, 110), fontsize=10.5, **style)
+    every = {entry.name for entry in comparison.entries if not entry.dense}
+    colors = {name: pair[0] for name, pair in method_colors(every).items()}
+    _draw(axes, view, points, colors)
+    _legend(axes, points, view.reference, {name: colors[name] for name in names})
+    figure.canvas.draw()  # label places need the final scale
+    _label_front(axes, view, points)
+    return figure
+
+
+def _clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _draw(axes: Axes, view: View, points: list[Entry], colors: dict[str, str]) -> None:
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#b9c0c9")
+    axes.tick_params(colors=_MUTED, labelsize=9)
+    axes.set_xlabel("GMACs per image", color=INK[0], fontsize=10)
+    axes.set_ylabel("Top-1 accuracy (%)", color=INK[0], fontsize=10)
+
+    dense = view.reference
+    if dense and dense.top1 is not None:
+        axes.axhline(dense.top1, color=INK[0], linewidth=1, linestyle=(0, (5, 3)), zorder=1.5)
+        if dense.interval:
+            axes.axhspan(*dense.interval, color=INK[0], alpha=0.055, linewidth=0, zorder=0.5)
+    axes.plot(
+        [entry.gmacs or 0 for entry in view.front],
+        [entry.top1 or 0 for entry in view.front],
+        color=FRONT[0],
+        linewidth=7,
+        alpha=0.55,
+        solid_capstyle="round",
+        solid_joinstyle="round",
+        zorder=1,
+    )
+    curves: dict[Any, list[Entry]] = defaultdict(list)
+    for entry in points:
+        curves[entry.name, entry.dense, entry.trained].append(entry)
+    faint = 0.4 if len(curves) <= 16 else 0.22
+    for (name, dense_model, trained), curve in curves.items():
+        x, y = [e.gmacs or 0 for e in curve], [e.top1 or 0 for e in curve]
+        axes.plot(
+            x,
+            y,
+            color=INK[0] if dense_model else colors[name],
+            linewidth=1.1,
+            alpha=faint,
+            zorder=2,
+        )
+        marker = "s" if dense_model else "D" if trained else "o"
+        axes.scatter(
+            x,
+            y,
+            s=46 if marker == "o" else 40,
+            marker=marker,
+            color=INK[0] if dense_model else colors[name],
+            edgecolors="white",
+            linewidths=0.9,
+            zorder=3,
+        )
+        # Ringed and on top: the points of the front.
+        best = [entry for entry in curve if entry in view.front]
+        axes.scatter(
+            [e.gmacs or 0 for e in best],
+            [e.top1 or 0 for e in best],
+            s=46,
+            marker=marker,
+            color=INK[0] if dense_model else colors[name],
+            edgecolors=INK[0],
+            linewidths=1.3,
+            zorder=3.5,
+        )
+    axes.margins(x=0.06, y=0.09)
+
+
+def _legend(
+    axes: Axes, points: list[Entry], reference: Entry | None, colors: dict[str, str]
+) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    def dot(color: str, label: str, marker: str) -> Line2D:
+        return Line2D([], [], color=color, marker=marker, linestyle="", markersize=6.5, label=label)
+
+    handles: list[Artist] = [dot(color, _clip(name, 28), "o") for name, color in colors.items()]
+    if any(e.dense for e in points):
+        handles.insert(0, dot(INK[0], "dense model", "s"))
+    front = Line2D([], [], color=FRONT[0], linewidth=6, alpha=0.6, label="Pareto front")
+    handles.insert(0, front)
+    if reference and reference.interval:
+        handles.insert(2, Patch(color=INK[0], alpha=0.08, lw=0, label="its 95 % interval"))
+    if any(e.trained for e in points):
+        handles += [dot(_MUTED, "off the shelf", "o"), dot(_MUTED, "trained", "D")]
+    legend = axes.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(1.02, 1.02),
+        frameon=False,
+        fontsize=9.5 if len(handles) <= 22 else 8.5,
+        labelcolor=INK[0],
+        handletextpad=0.6,
+        handlelength=1.4,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _label_front(axes: Axes, view: View, points: list[Entry]) -> None:
+    """Label the front where a label covers neither a point, nor another label, nor the frame."""
+    from matplotlib.patheffects import withStroke
+
+    figure = axes.figure
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    frame = axes.get_window_extent(renderer)
+    unit = figure.dpi / 72
+    halo = [withStroke(linewidth=2.5, foreground="white", alpha=0.85)]
+    dots = [axes.transData.transform((e.gmacs or 0, e.top1 or 0)) for e in points]
+    taken = [(x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for x, y in dots]
+    if (reference := view.reference) and reference.top1 is not None:
+        y = axes.transData.transform((0, reference.top1))[1]
+        taken.append((frame.x0, y - unit, frame.x1, y + unit))
+    dense = [entry for entry in points if entry.dense and entry not in view.front]
+    for entry in [*view.front, *dense]:
+        place = (entry.gmacs or 0, entry.top1 or 0)
+        for dx, dy, ha, va in _PLACES:
+            text = axes.annotate(
+                _clip(entry.title, 28),
+                place,
+                xytext=(dx, dy),
+                textcoords="offset points",
+                ha=ha,
+                va=va,
+                fontsize=8.5,
+                color=INK[0],
+                zorder=4,
+                path_effects=halo,
+                parse_math=False,
+            )
+            box = text.get_window_extent(renderer)
+            corners = (box.x0, box.y0, box.x1, box.y1)
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0
+            if inside and box.y1 <= frame.y1 and not any(_overlap(corners, t) for t in taken):
+                taken.append(corners)
+                break
+            text.remove()
+
+
+_PLACES = (
+    (-7, 6, "right", "bottom"),
+    (7, 6, "left", "bottom"),
+    (0, 9, "center", "bottom"),
+    (9, 0, "left", "center"),
+    (-9, 0, "right", "center"),
+    (7, -6, "left", "top"),
+    (-7, -6, "right", "top"),
+    (0, -9, "center", "top"),
+)
+
+Box = tuple[float, float, float, float]
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -1,0 +1,242 @@
+"""Rows as CSV, as Markdown and as plain text for the console."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from zoo.report.compare import Comparison, Entry, View, compare
+from zoo.report.notes import CONVENTION, environment
+from zoo.report.words import (
+    describe_budget,
+    describe_tokens,
+    format_gmacs,
+    format_rate,
+    summary_line,
+)
+from zoo.rows import FIELDS, Row
+
+_SPREAD: dict[str, tuple[tuple[str, Any], ...]] = {
+    "gmacs": (
+        ("gmacs", "total"),
+        ("gmacs_linear", "linear"),
+        ("gmacs_attention", "attention"),
+        ("gmacs_reducer", "reducer"),
+    ),
+    "ci95": (("ci95_low", 0), ("ci95_high", 1)),
+    "versions": tuple(
+        (f"version_{name}", name) for name in ("python", "torch", "timm", "lightning", "tokenzoo")
+    ),
+}
+_WORDS = ("Method", "Budget", "Weights")  # columns of words, aligned left
+_DERIVED = ("budget", "gmacs_saved_percent", "top1_delta", "speedup", "current", "pareto")
+
+
+# -------------------------------------------------------------------------------------- CSV
+
+
+def csv_table(comparison: Comparison) -> str:
+    """Every row, failed and repeated ones too, one column per value.
+
+    Mappings become columns (``gmacs_linear``, ``version_torch``), lists stay JSON. The last columns
+    are derived: the budget in words, savings and differences against the dense model, whether
+    the row is the one that counts (``current``) and whether it is on the Pareto front of
+    accuracy against GMACs.
+    """
+    extra = sorted({key for row in comparison.rows for key in row} - set(FIELDS))
+    columns = [name for key in FIELDS for name, _ in _SPREAD.get(key, ((key, None),))]
+    entries = {id(entry.row): entry for entry in comparison.entries}
+    # The wide views over several backbones come last: a row's own front is its backbone's.
+    front = {id(e) for view in comparison.views if not view.combined for e in view.front}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*columns, *extra, *_DERIVED])
+    for row in comparison.rows:
+        entry = entries.get(id(row))
+        derived: list[Any] = [entry.budget if entry else describe_budget(row.get("schedule"))]
+        if entry:
+            speed = entry.speeds[next(iter(entry.speeds))] if entry.speeds else None
+            derived += [entry.saved, entry.delta, speed and speed.speedup, True, id(entry) in front]
+        else:
+            derived += [None, None, None, False, False]
+        values = [value for key in FIELDS for value in _flat(key, row.get(key))]
+        values += [row.get(key) for key in extra]
+        writer.writerow([_cell(value) for value in [*values, *derived]])
+    return text.getvalue()
+
+
+def _flat(key: str, value: Any) -> list[Any]:
+    if key not in _SPREAD:
+        return [value]
+    if key == "gmacs" and not isinstance(value, Mapping):
+        value = {"total": value}
+    found = []
+    for _, part in _SPREAD[key]:
+        try:
+            found.append(value[part])
+        except (TypeError, KeyError, IndexError):
+            found.append(None)
+    return found
+
+
+def _cell(value: Any) -> Any:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, ensure_ascii=False)
+    # A spreadsheet would run text that begins like this as a formula.
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + value
+    return value
+
+
+# --------------------------------------------------------------------------------- Markdown
+
+
+def markdown_table(comparison: Comparison, title: str) -> str:
+    """The report for people who read text: one table per view, Pareto points bold."""
+    parts = [f"# {_md(title)}", ""]
+    for view in comparison.views:
+        if not view.combined:
+            parts += _markdown_view(view)
+    if comparison.failed:
+        parts += ["## Failed runs", ""]
+        parts += [f"- {_md(summary_line(row))}" for row in comparison.failed]
+        parts.append("")
+    count = len(comparison.rows)
+    parts += [
+        CONVENTION,
+        "**Bold** rows are on the Pareto front: no other row is at least as cheap and at least as "
+        "accurate, and better in one of the two. Differences (Δ) and savings are against the dense "
+        "model of the same backbone and data.",
+        "",
+        f"{count} row{'s' * (count != 1)} · {_md(environment(comparison.rows))}",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _markdown_view(view: View) -> list[str]:
+    columns, body = _grid(view)
+    lines = [f"## {_md(view.label)}", ""]
+    lines.append("| " + " | ".join(columns) + " |")
+    lines.append("|" + "|".join(":--" if name in _WORDS else "--:" for name in columns) + "|")
+    for entry, cells in zip(view.entries, body, strict=True):
+        cells = [_md(cell) for cell in cells]
+        if entry in view.front:
+            cells = [f"**{cell}**" if cell else "" for cell in cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = [f"- {_md(note)}" for note in view.notes]
+    return [*lines, "", *notes, *([""] if notes else [])]
+
+
+def _md(text: str) -> str:
+    """Escape text for Markdown, table cells included."""
+    text = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", " ".join(str(text).split()))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+# ---------------------------------------------------------------------------------- console
+
+
+def table(rows: Iterable[Row]) -> str:
+    """A plain-text table for the console; ``*`` marks the Pareto front.
+
+    Args:
+        rows: Rows as `zoo.rows.read_rows` gives them.
+
+    Returns:
+        Lines without a trailing newline; one block per backbone and data set, then failed runs.
+    """
+    comparison = compare(rows)
+    blocks = [_console_view(view) for view in comparison.views if not view.combined]
+    if comparison.failed:
+        lines = [f"{len(comparison.failed)} failed:"]
+        blocks.append("\n".join(lines + [f"  {summary_line(row)}" for row in comparison.failed]))
+    return "\n\n".join(blocks)
+
+
+def _console_view(view: View) -> str:
+    columns, body = _grid(view, ("Tokens", "95 % interval", "Weights"))
+    if "Top-1 %" in columns:  # the interval as one number, to stay within a terminal's width
+        at = columns.index("Top-1 %")
+        for entry, cells in zip(view.entries, body, strict=True):
+            if entry.interval:
+                cells[at] += f" ±{(entry.interval[1] - entry.interval[0]) / 2:.1f}"
+    for entry, cells in zip(view.entries, body, strict=True):
+        cells[0] = entry.title
+    marks = ["*" if entry in view.front else " " for entry in view.entries]
+    widths = [max(map(len, column)) for column in zip(columns, *body, strict=True)]
+    lines = [
+        view.label,
+        f"  {_line(columns, widths)}",
+        "  " + "─" * len(_line(columns, widths)),
+    ]
+    lines += [f"{mark} {_line(cells, widths)}" for mark, cells in zip(marks, body, strict=True)]
+    if view.front:
+        lines.append("* on the Pareto front of top-1 against GMACs; Δ and savings against dense")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(
+        cell.ljust(width) if index < 2 else cell.rjust(width)
+        for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+
+
+# ------------------------------------------------------------------------------------ cells
+
+
+def _grid(view: View, without: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """Column names and cells of a view; columns that nothing fills are left out."""
+    rate = view.settings[0] if view.settings else None
+    columns = ["Method", "Budget", "Tokens", "GMACs", "−GMACs", "Top-1 %", "95 % interval"]
+    columns += ["Δ top-1", "img/s", "Speed-up", "Weights"]
+    body = [entry_cells(entry, rate) for entry in view.entries]
+    keep = [
+        index
+        for index, name in enumerate(columns)
+        if name not in without and (index < 2 or any(cells[index] for cells in body))
+    ]
+    if not any(entry.trained for entry in view.entries):
+        keep = [index for index in keep if columns[index] != "Weights"]
+    return [columns[i] for i in keep], [[cells[i] for i in keep] for cells in body]
+
+
+def entry_cells(entry: Entry, setting: str | None) -> list[str]:
+    """The cells of one entry, empty where nothing was measured."""
+    speed = entry.speeds.get(setting) if setting else None
+    speedup = speed.speedup if speed and not entry.dense else None
+    return [
+        entry.name,
+        entry.budget,
+        describe_tokens(entry.tokens).replace("->", "→"),
+        "" if entry.gmacs is None else format_gmacs(entry.gmacs),
+        "" if entry.saved is None else f"{entry.saved:.1f} %",
+        "" if entry.top1 is None else f"{entry.top1:.2f}",
+        "" if entry.interval is None else "{:.1f} – {:.1f}".format(*entry.interval),
+        signed(entry.delta),
+        format_rate(speed.rate) if speed else "",
+        f"×{speedup:.2f}" if speedup else "",
+        ("trained" if entry.trained else "off the shelf") if entry.top1 is not None else "",
+    ]
+
+
+def signed(value: float | None) -> str:
+    """Points with a sign that aligns; empty for None.
+
+    >>> signed(-0.5), signed(0.0), signed(None)
+    ('−0.50', '0.00', '')
+    """
+    if value is None:
+        return ""
+    text = f"{abs(value):.2f}"
+    return text if float(text) == 0 else ("+" if value > 0 else "−") + text

@@ -1,0 +1,133 @@
+"""Result rows as words and numbers: what the tables, the plots and the summary line share.
+
+Rows come from files, so everything here takes any value and says nothing rather than fail.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+DENSE = "none"
+"""The method name of a model with nothing reduced."""
+
+
+def number(value: Any) -> float | None:
+    """The value as a finite float, or None for anything else (rows come from files)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def total_gmacs(row: Mapping[str, Any]) -> float | None:
+    """Total GMACs of a row, None where they were not counted."""
+    gmacs = row.get("gmacs")
+    return number(gmacs.get("total") if isinstance(gmacs, Mapping) else gmacs)
+
+
+def interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The 95 % interval of top-1 in percent, None where there is none."""
+    ends = row.get("ci95")
+    if not isinstance(ends, Sequence) or len(ends) != 2:
+        return None
+    low, high = number(ends[0]), number(ends[1])
+    return None if low is None or high is None else (low, high)
+
+
+def is_dense(row: Mapping[str, Any]) -> bool:
+    """Whether the row is of a model with nothing reduced."""
+    return row.get("method") in (None, "", DENSE, "dense")
+
+
+def describe_budget(schedule: Mapping[str, Any] | None) -> str:
+    """Say a schedule in a few characters.
+
+    >>> describe_budget({"name": "constant_r", "r": 13})
+    'r=13'
+    >>> describe_budget({"name": "keep_rate", "rate": 0.7, "blocks": [3, 6, 9]})
+    'keep 0.7 @3,6,9'
+    >>> describe_budget({"name": "target_gmacs", "fraction": 0.5})
+    '50 % of dense'
+    """
+    if not isinstance(schedule, Mapping):
+        return "" if schedule is None else str(schedule)
+    skipped = ("name", "strict")  # strict only says what to do when a budget cannot be met
+    known = {str(k): v for k, v in schedule.items() if v is not None and k not in skipped}
+    name = str(schedule.get("name") or "")
+    if name == "constant_r" and "r" in known:
+        slope = f" inflection {_short(known['inflection'])}" if "inflection" in known else ""
+        return f"r={_short(known['r'])}{slope}"
+    if name == "keep_rate" and "rate" in known:
+        blocks = f" @{_short(known['blocks'])}" if known.get("blocks") else ""
+        return f"keep {_short(known['rate'])}{blocks}"
+    if name == "per_block" and "keep" in known:
+        return f"keep {_short(known['keep'])}"
+    if name == "target_gmacs" and "gmacs" in known:
+        return f"{_short(known['gmacs'])} GMACs"
+    if name == "target_gmacs" and number(known.get("fraction")) is not None:
+        return f"{100 * known['fraction']:.4g} % of dense"
+    arguments = [f"{key}={_short(value)}" for key, value in known.items()]
+    return " ".join([name, *arguments[:3]]).strip()
+
+
+def _short(value: Any) -> str:
+    """A value in at most about 16 characters."""
+    if number(value) is not None:
+        return f"{value:.4g}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        items = [_short(item) for item in value]
+        return ",".join(items if len(items) <= 4 else [*items[:3], "…"])
+    text = str(value)
+    return text if len(text) <= 16 else text[:15] + "…"
+
+
+def describe_tokens(tokens: Any) -> str:
+    """First block's tokens in, last block's tokens out: ``'197->41'``; empty if not known."""
+    try:
+        return f"{int(tokens[0][0])}->{int(tokens[-1][-1])}"
+    except (TypeError, IndexError, KeyError, ValueError):
+        return ""
+
+
+def format_gmacs(gmacs: float) -> str:
+    """GMACs with four figures or so, small models included."""
+    for limit, decimals in ((100, 1), (10, 2), (1, 3), (0.01, 4)):
+        if gmacs >= limit:
+            return f"{gmacs:.{decimals}f}"
+    return f"{gmacs:.3g}"
+
+
+def format_rate(imgs_per_s: float) -> str:
+    """Images per second, with a decimal only where it says something."""
+    return f"{imgs_per_s:,.0f}" if imgs_per_s >= 20 else f"{imgs_per_s:.3g}"
+
+
+def summary_line(row: Mapping[str, Any]) -> str:
+    """One line that says what a run found, or why it failed.
+
+    >>> summary_line({"backbone": "deit_small", "method": "tome", "top1": 79.5,
+    ...               "schedule": {"name": "constant_r", "r": 13}, "gmacs": {"total": 2.706},
+    ...               "gmacs_dense": 4.599, "tokens": [[197, 184], [184, 41]]})
+    'deit_small + tome r=13 | 2.706 GMACs (-41.2 %) | tokens 197->41 | top-1 79.50 %'
+    """
+    head = str(row.get("backbone") or "?")
+    if not is_dense(row):
+        head += f" + {row['method']} {describe_budget(row.get('schedule'))}".rstrip()
+    if row.get("status") == "failed":
+        reason = " ".join(str(row.get("error") or "no reason recorded").split())
+        return f"{head} | FAILED: {reason}"
+    parts = [head]
+    gmacs, dense = total_gmacs(row), number(row.get("gmacs_dense"))
+    if gmacs is not None:
+        saved = f" ({100 * (gmacs / dense - 1):+.1f} %)" if dense and not is_dense(row) else ""
+        parts.append(f"{format_gmacs(gmacs)} GMACs{saved}")
+    if tokens := describe_tokens(row.get("tokens")):
+        parts.append(f"tokens {tokens}")
+    if (top1 := number(row.get("top1"))) is not None:
+        ends = interval(row)
+        text = f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else ""
+        parts.append(f"top-1 {top1:.2f} %{text}")
+    if (rate := number(row.get("imgs_per_s"))) is not None:
+        parts.append(f"{format_rate(rate)} img/s")
+    return " | ".join(parts)
