@@ -1,0 +1,205 @@
+"""The documentation is true: its snippets run, its commands exist, its links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+import reduction
+import zoo
+from zoo import docs
+from zoo.run.messages import config_folder
+
+ROOT = Path(zoo.__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+IDS = [str(p.relative_to(ROOT)) for p in PAGES]
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "README.md").is_file(), reason="needs a checkout: the documentation"
+)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+SNIPPETS = [
+    (f"{page.relative_to(ROOT)} block {i + 1}", code)
+    for page in PAGES
+    for i, code in enumerate(blocks(page, "python"))
+]
+
+
+@pytest.fixture(scope="module")
+def snippet_results(tmp_path_factory):
+    """All snippets in one process of their own: one import, and no traces in the registry."""
+    folder = tmp_path_factory.mktemp("snippets")
+    (folder / "code.json").write_text(json.dumps(SNIPPETS))
+    runner = (
+        "import json, traceback\n"
+        "import torch\n"
+        "results = {}\n"
+        "for name, code in json.load(open('code.json')):\n"
+        "    try:\n"
+        "        exec(compile(code, name, 'exec'), {'__name__': 'snippet'})\n"
+        "        results[name] = ''\n"
+        "    except BaseException:\n"
+        "        results[name] = traceback.format_exc()\n"
+        "json.dump(results, open('results.json', 'w'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", runner],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_readme_has_a_snippet():
+    assert len(blocks(ROOT / "README.md", "python")) >= 1
+
+
+@pytest.mark.parametrize("name", [name for name, _ in SNIPPETS])
+def test_python_snippet_runs(name, snippet_results):
+    assert not snippet_results[name], snippet_results[name]
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+        lines += re.findall(r"^    (python .*)$", text, re.M)  # indented blocks
+        lines += re.findall(r"`((?:python (?:train|eval)\.py|python -m zoo|zoo) [^`]*)`", text)
+        found += [(str(page.relative_to(ROOT)), line.strip()) for line in lines if line.strip()]
+    return sorted(set(found))
+
+
+COMMANDS = commands()
+
+
+@pytest.fixture(scope="module")
+def hydra_configs():
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        yield
+    GlobalHydra.instance().clear()
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{p}: {c}" for p, c in COMMANDS])
+def test_command_exists(page, line, hydra_configs):
+    words = shlex.split(line, comments=True)
+    if words[0] == "zoo" and words[1] in ("train", "eval"):
+        words = ["python", f"{words[1]}.py", *words[2:]]
+    if words[0] == "python" and words[1] in ("train.py", "eval.py"):
+        assert (ROOT / words[1]).is_file()
+        check_overrides(words[1].removesuffix(".py"), words[2:])
+    elif words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2]) is not None
+    elif words[0] == "zoo":
+        from zoo.cli import _parser
+
+        _parser(words[1]).parse_args(words[2:])
+    elif words[0] == "make":
+        text = (ROOT / "Makefile").read_text()
+        assert re.search(rf"^(?:[\w-]+ )*{words[1]}(?: [\w-]+)*:", text, re.M), f"no {line}"
+    else:
+        assert words[0] in ("pip", "pre-commit", "git"), f"what is {line!r}?"
+
+
+def check_overrides(root: str, words: list[str]) -> None:
+    """Compose the command; of a sweep, its first job and every option that it names."""
+    flags = [w for w in words if w.startswith("-")]
+    assert set(flags) <= {"-m", "--help", "--cfg"}, flags
+    plain = [w for w in words if not w.startswith("-") and w not in ("job",)]
+    first = []
+    for override in OverridesParser.create().parse_overrides(plain):
+        if not override.is_sweep_override():
+            first.append(override.input_line)
+            continue
+        assert "-m" in flags, f"{override.input_line} needs -m"
+        if "glob(" in override.input_line:
+            options = sorted(p.stem for p in (config_folder() / override.key_or_group).glob("*"))
+        else:
+            options = list(override.sweep_string_iterator())
+        first.append(f"{override.key_or_group}={options[0]}")
+    cfg = compose(root, first)
+    assert set(cfg) >= {"backbone", "reducer", "schedule", "weights"}
+
+
+def test_generated_parts_are_up_to_date():
+    assert docs.main(["--check"]) == 0, "run `python -m zoo.docs`"
+
+
+def test_check_notices_a_stale_table(tmp_path, monkeypatch, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text(readme.replace("| [`tome`]", "| [`tomo`]"))
+    (tmp_path / "docs" / "methods").mkdir(parents=True)
+    monkeypatch.setattr(docs, "__file__", str(tmp_path / "zoo" / "docs.py"))
+    assert docs.main(["--check"]) == 1
+    assert "README.md" in capsys.readouterr().err
+    assert docs.main([]) == 0
+    assert (tmp_path / "README.md").read_text() == readme
+    (tmp_path / "README.md").write_text("no markers")
+    assert docs.main([]) == 2
+    assert "expected the lines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", reduction.list_methods())
+def test_every_method_has_a_page_that_says_where_it_is_from(name):
+    page = ROOT / "docs" / "methods" / f"{name}.md"
+    assert page.is_file(), f"write {page}"
+    text = page.read_text(encoding="utf-8")
+    for heading in ("## What it computes", "## Options", "## Where each detail is from", "## Cost"):
+        assert heading in text, f"{page} lacks {heading!r}"
+    card = reduction.card(name)
+    if card.arxiv:
+        assert f"https://arxiv.org/abs/{card.arxiv}" in text and "```bibtex" in text
+    if card.code:
+        assert card.code in text
+    from zoo.catalogue import describe
+
+    for argument, default in describe(name)["arguments"].items():
+        assert f"| `{argument}` | `{docs._yaml(default)}` |" in text, f"{page}: {argument}"
+
+
+def test_no_page_without_a_method():
+    pages = {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} - {"index"}
+    assert pages == set(reduction.list_methods())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        goal = (page.parent / path).resolve() if path else page
+        assert goal.exists(), f"{page.name} links to {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", goal.read_text(encoding="utf-8"), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+            assert anchor in slugs, f"{page.name}: no heading for {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_pages_end_with_one_newline_and_have_one_title(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.endswith("\n") and not text.endswith("\n\n")
+    outside = re.sub(r"```.*?```", "", text, flags=re.S)
+    assert len(re.findall(r"^# ", outside, re.M)) == 1
