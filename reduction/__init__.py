@@ -5,7 +5,18 @@ on tensors. `zoo` attaches them to models.
 """
 
 from reduction.assignment import Assignment, Keep, Merge, Mix, apply, unmerge
-from reduction.base import Budget, Card, Dims, Reducer, ScoreReducer, Step
+from reduction.base import (
+    AttentionInput,
+    AttentionOutput,
+    Budget,
+    Card,
+    Dims,
+    Outcome,
+    Reducer,
+    ScoreReducer,
+    Spec,
+    Step,
+)
 from reduction.errors import UnknownName, UnreachableBudget, ZooError
 from reduction.registry import card, create, create_reducer, list_methods, register
 from reduction.schedule import (
@@ -23,6 +34,8 @@ from reduction.tokens import Signals, Tokens
 
 __all__ = [
     "Assignment",
+    "AttentionInput",
+    "AttentionOutput",
     "Budget",
     "Card",
     "ConstantR",
@@ -31,11 +44,13 @@ __all__ = [
     "KeepRate",
     "Merge",
     "Mix",
+    "Outcome",
     "PerBlock",
     "Reducer",
     "Schedule",
     "ScoreReducer",
     "Signals",
+    "Spec",
     "Step",
     "TargetGmacs",
     "Tokens",

@@ -12,7 +12,7 @@ from reduction.assignment import Assignment, Keep, apply
 from reduction.errors import ZooError
 from reduction.tokens import SIGNALS, Signals, Tokens
 
-Site = Literal["pre", "mid", "post"]
+Site = Literal["pre", "attn", "mid", "post"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,77 @@ class Step(NamedTuple):
         return self.budget.keep
 
 
+class Spec(NamedTuple):
+    """The model that a reducer is attached to: what learned parts are sized by.
+
+    Attributes:
+        width: C, features per token.
+        heads: H, attention heads.
+        head_dim: d, features per head.
+        depth: Number of blocks.
+        prefix: P, prefix tokens.
+        grid: Patch grid `(rows, columns)`.
+        classes: Number of classes, 0 for a model without classifier.
+        steps: The reduction of each block, None where nothing happens.
+    """
+
+    width: int
+    heads: int
+    head_dim: int
+    depth: int
+    prefix: int
+    grid: tuple[int, int]
+    classes: int
+    steps: tuple[Step | None, ...]
+
+    @property
+    def stages(self) -> list[Step]:
+        """The blocks that reduce, in order."""
+        return [s for s in self.steps if s is not None]
+
+
+class AttentionInput(NamedTuple):
+    """What one attention is about to compute, for reducers that act inside it.
+
+    Attributes:
+        q: Queries `(B, H, P+N, d)`, rotated where the model has rotary embedding.
+        k: Keys, likewise.
+        v: Values.
+        scale: Factor on the logits.
+        bias: Added to the logits, broadcastable to `(B, H, P+N, P+N)`, or None.
+        dropout: Dropout rate of the attention weights.
+        fused: Whether the model allows a fused kernel.
+        need: Signals that are wanted.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    bias: Tensor | None
+    dropout: float
+    fused: bool
+    need: frozenset[str]
+
+
+class Outcome(NamedTuple):
+    """What a reducer's own losses may look at.
+
+    Attributes:
+        trace: State after each block, features included.
+        final: State after the last block and the final norm.
+        logits: `(B, classes)`.
+        targets: Labels `(B,)` or soft labels `(B, classes)`.
+        teacher: The same of the frozen dense model on the same images, if `needs_teacher`.
+    """
+
+    trace: tuple[Tokens, ...]
+    final: Tokens
+    logits: Tensor
+    targets: Tensor
+    teacher: Outcome | None = None
+
+
 class Dims(NamedTuple):
     """Widths that decide what a reducer's own products cost.
 
@@ -91,6 +162,20 @@ class Dims(NamedTuple):
     head_dim: int
 
 
+class AttentionOutput(NamedTuple):
+    """Result of an attention that a reducer computed itself.
+
+    Attributes:
+        out: `(B, H, P+M, d)`; M is N unless tokens were removed inside.
+        signals: What was wanted.
+        tokens: The residual stream with M reducible tokens if it changed, else None.
+    """
+
+    out: Tensor
+    signals: Signals
+    tokens: Tokens | None = None
+
+
 class Reducer(nn.Module):
     """Base of all methods. A subclass writes `assign` and states what it needs.
 
@@ -100,13 +185,19 @@ class Reducer(nn.Module):
     Attributes:
         name: Registry name, set by `reduction.register`.
         card: Provenance of the method.
-        site: Where it acts: at the block input ("pre"), between attention and MLP ("mid"), or at
-            the block output ("post").
+        site: Where it acts: at the block input ("pre"), inside the attention ("attn", see
+            `attend`), between attention and MLP ("mid"), or at the block output ("post").
         needs: Fields of `Signals` that `assign` reads. "pre" reads those of the previous block.
         needs_origin: Whether `assign` reads `Tokens.origin`.
         prop_attn: Whether attention adds log(size) to its logits (proportional attention).
         family: Schedule family whose one free parameter `target_gmacs` solves for.
         needs_class_token: Whether the model must have a class token.
+        every_block: Ask for a step in every block, also where the schedule has no budget; `keep`
+            is then the number of tokens present, and `reduce` must cope.
+        adaptive: The number of kept tokens depends on the image, so counts are only known by
+            running; `count` is then what the schedule asks for, an expectation.
+        masks_in_training: `reduce` keeps all tokens while training and masks them instead.
+        needs_teacher: `auxiliary_losses` compares with the frozen dense model.
     """
 
     name: ClassVar[str] = ""
@@ -117,6 +208,36 @@ class Reducer(nn.Module):
     prop_attn: bool = False
     family: str = "keep_rate"
     needs_class_token: bool = False
+    every_block: bool = False
+    adaptive: bool = False
+    masks_in_training: bool = False
+    needs_teacher: bool = False
+
+    def setup(self, spec: Spec) -> None:
+        """Create learned parts. Called once by the wrapper, after the schedule is solved.
+
+        Must leave parameters alone that exist already and fit.
+        """
+
+    def start(self, t: Tokens) -> Tokens:
+        """Before the first block: prepare `Tokens.memory` or a policy."""
+        return t
+
+    def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
+        """Replace the attention of a block, or leave it alone by returning None.
+
+        Called in every block of reducers that override it. With `site = "attn"` and a step, the
+        returned tokens are the residual stream that the (shorter) output is added to.
+        """
+        return None
+
+    def finish(self, t: Tokens) -> Tokens:
+        """After the last block, before the final norm: bring parked tokens back."""
+        return t
+
+    def logits(self, backbone: nn.Module, t: Tokens) -> Tensor | None:
+        """Logits from the final tokens (before the final norm), or None for the usual head."""
+        return None
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Assignment:
         """Decide what happens to each token.
@@ -150,8 +271,8 @@ class Reducer(nn.Module):
         """
         return 0
 
-    def auxiliary_losses(self, trace: tuple[Tokens, ...]) -> dict[str, Tensor]:
-        """Losses to add while training, by name."""
+    def auxiliary_losses(self, outcome: Outcome) -> dict[str, Tensor]:
+        """Losses to add to the classification loss while training, by name, weights included."""
         return {}
 
     def config(self) -> dict[str, Any]:

@@ -155,7 +155,6 @@ class ConstantR(Schedule):
             return math.floor(self.r * (block + 1)) - math.floor(self.r * block)
         return parse_r(depth, self.r, self.inflection)[block]
 
-
     def refuses(self, block: int, depth: int, n: int, n0: int, limit: int) -> bool:
         # ToMe's published settings (r=16 on DeiT-S) run short of pairs in the last blocks and are
         # clipped there. What removes more than there is, or too much at once, is a mistake.

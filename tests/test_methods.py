@@ -59,12 +59,13 @@ def test_halves_of_every_block_are_exactly_timm(name: str, fused: bool) -> None:
         for i, block in enumerate(m.blocks):
             rope = rope_for(embedded, i, t, moved=False)
             adapter = block_adapter(block)
-            half, signals = adapter.attn_half(
+            branch, seen = adapter.attn_branch(
                 block,
                 t.x,
                 lambda a, y, rope=rope: attend(a, y, prefix=prefix, rope=rope, need=need),
             )
-            ours = adapter.mlp_half(block, half)
+            signals = seen.signals
+            ours = adapter.mlp_half(block, t.x + branch)
             theirs = block(t.x, rope=rope) if adapter.rope else block(t.x)
             assert (ours - theirs).abs().max() == 0.0
             assert torch.allclose(signals.cls_row.sum(-1), torch.ones(1), atol=1e-5)

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from reduction.base import Dims
 from reduction.schedule import Schedule
+from zoo.adapters.blocks import block_adapter
 from zoo.errors import ZooError
-from zoo.reduced import Plan, ReducedViT
+from zoo.plan import Plan
+from zoo.reduced import ReducedViT
 
 CONVENTIONS = ("zoo", "diffrate")
 
@@ -156,6 +158,11 @@ def _attn_linear(attn: nn.Module) -> int:
     return _weights(attn)
 
 
+def _mlp_macs(block: nn.Module, tokens: int, prefix: int) -> int:
+    own = block_adapter(block).linear_macs
+    return _weights(block.mlp) * tokens if own is None else own(block, tokens, prefix)
+
+
 def _signal_macs(need: frozenset[str], tokens: int, dims: Dims) -> int:
     """Products spent on signals. The whole map comes with attention itself and costs nothing."""
     width = dims.heads * dims.head_dim
@@ -174,7 +181,8 @@ def _block_cost(model: ReducedViT, i: int, p: Plan) -> BlockCost:
     width = dims.heads * dims.head_dim
     own = _signal_macs(p.need, p.attention, dims)
     if p.step is not None and model.reducer is not None:
-        before = {"pre": p.entering, "mid": p.attention, "post": p.mlp}[model.reducer.site]
+        site = model.reducer.site
+        before = {"pre": p.entering, "attn": p.attention, "mid": p.attention, "post": p.mlp}[site]
         own += model.reducer.macs(before - model.prefix, model.prefix, p.step, dims)
     return BlockCost(
         p.entering,
@@ -182,7 +190,7 @@ def _block_cost(model: ReducedViT, i: int, p: Plan) -> BlockCost:
         p.leaving,
         _attn_linear(block.attn) * p.attention,
         2 * p.attention * p.attention * width,
-        _weights(block.mlp) * p.mlp,
+        _mlp_macs(block, p.mlp, model.prefix),
         own,
     )
 

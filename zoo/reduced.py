@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reduction.assignment import unmerge
-from reduction.base import Reducer, Step
+from reduction.base import AttentionInput, AttentionOutput, Outcome, Reducer, Spec, Step
 from reduction.errors import UnreachableBudget
 from reduction.functional.attention import attention_bias
 from reduction.schedule import KeepRate, Schedule, TargetGmacs
@@ -28,6 +29,7 @@ from zoo.adapters.backbones import (
 )
 from zoo.adapters.blocks import block_adapter
 from zoo.errors import ZooError
+from zoo.plan import Plan, make_plan
 from zoo.plugins.base import Plugin
 
 
@@ -40,7 +42,6 @@ class Info(NamedTuple):
         source: Final slot of each input patch `(B, N0)`, -1 where it was dropped. Slots count
             reducible tokens from 0.
         grid: Patch grid `(rows, columns)`.
-        losses: The reducer's auxiliary losses by name; empty in evaluation.
         trace: State after each block, if asked for with `return_info="trace"`.
         final: State after the last block, before the final norm.
     """
@@ -49,29 +50,8 @@ class Info(NamedTuple):
     size: Tensor
     source: Tensor
     grid: tuple[int, int]
-    losses: dict[str, Tensor]
     trace: tuple[Tokens, ...]
     final: Tokens
-
-
-class Plan(NamedTuple):
-    """Counts of one block, known without data; all of them include prefix tokens.
-
-    Attributes:
-        entering: Tokens entering the block.
-        attention: Tokens in its attention.
-        mlp: Tokens in its MLP.
-        leaving: Tokens leaving it, a plugin's additions included.
-        step: The reduction, or None.
-        need: Signals that the block's attention computes.
-    """
-
-    entering: int
-    attention: int
-    mlp: int
-    leaving: int
-    step: Step | None
-    need: frozenset[str]
 
 
 class ReducedViT(nn.Module):
@@ -117,7 +97,8 @@ class ReducedViT(nn.Module):
         self.schedule: Schedule | None = None
         if reducer is not None:
             self.schedule = self._resolve(schedule or KeepRate(0.7))
-            self.plan(strict=self.schedule.strict)
+            plans = self.plan(strict=self.schedule.strict)
+            reducer.setup(self._spec(plans))
         self.backbone_args: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ counts and schedules
@@ -138,6 +119,19 @@ class ReducedViT(nn.Module):
         rows, columns = self.backbone.patch_embed.grid_size
         return int(rows), int(columns)
 
+    def _spec(self, plans: Sequence[Plan]) -> Spec:
+        attn = self.backbone.blocks[0].attn
+        return Spec(
+            width=int(self.backbone.embed_dim),
+            heads=int(attn.num_heads),
+            head_dim=int(attn.head_dim),
+            depth=self.depth,
+            prefix=self.prefix,
+            grid=self.grid,
+            classes=int(self.backbone.num_classes),
+            steps=tuple(p.step for p in plans),
+        )
+
     def _resolve(self, schedule: Schedule) -> Schedule:
         if not isinstance(schedule, TargetGmacs):
             return schedule
@@ -154,20 +148,6 @@ class ReducedViT(nn.Module):
             )
         except UnreachableBudget as error:
             raise UnreachableBudget(f"{self.reducer.name or 'reducer'}: {error}") from error
-
-    def _step(
-        self, block: int, n: int, n0: int, grid: tuple[int, int], schedule: Schedule | None
-    ) -> Step | None:
-        """The reduction of one block, with the request clipped to what the method can do."""
-        if self.reducer is None or schedule is None:
-            return None
-        budget = schedule.budget(block, self.depth, n, n0)
-        if budget is None or budget.keep >= n or n <= 1:
-            return None
-        keep = max(budget.keep, n - self.reducer.max_drop(n), 1)
-        if keep >= n:
-            return None
-        return Step(block, self.depth, budget._replace(keep=keep), grid)
 
     def plan(
         self,
@@ -186,46 +166,14 @@ class ReducedViT(nn.Module):
             UnreachableBudget: If `strict` and something is out of reach.
         """
         grid = grid or self.grid
-        schedule = schedule or self.schedule
-        n0 = grid[0] * grid[1]
-        n = n0 + sum(p.added(-1, self.depth) for p in self.plugins)
-        steps: list[Step | None] = []
-        counts: list[tuple[int, int, int, int]] = []
-        site = self.reducer.site if self.reducer is not None else "mid"
-        for block in range(self.depth):
-            entering = n
-            step = self._step(block, n, n0, grid, schedule)
-            if strict and schedule is not None and self.reducer is not None:
-                self._check(block, n, n0, schedule)
-            after = n if step is None or self.reducer is None else self.reducer.count(n, step)
-            at_attention = after if site == "pre" else entering
-            at_mlp = entering if site == "post" else after
-            n = after + sum(p.added(block, self.depth) for p in self.plugins)
-            steps.append(step)
-            counts.append((entering, at_attention, at_mlp, n))
-        return [
-            Plan(*(c + self.prefix for c in row), step, self._need(block, steps))
-            for block, (row, step) in enumerate(zip(counts, steps, strict=True))
-        ]
+        return self._plan(grid, grid[0] * grid[1], schedule or self.schedule, strict)
 
-    def _need(self, block: int, steps: Sequence[Step | None]) -> frozenset[str]:
-        if self.reducer is None:
-            return frozenset()
-        if self.reducer.site == "pre":
-            block += 1
-        active = block < len(steps) and steps[block] is not None
-        return self.reducer.needs if active else frozenset()
-
-    def _check(self, block: int, n: int, n0: int, schedule: Schedule) -> None:
-        assert self.reducer is not None
-        budget = schedule.budget(block, self.depth, n, n0)
-        limit = self.reducer.max_drop(n)
-        if budget is not None and schedule.refuses(block, self.depth, n, n0, limit):
-            raise UnreachableBudget(
-                f"{schedule!r} removes {n - budget.keep} of {n} tokens in block {block}, but "
-                f"{self.reducer.name or type(self.reducer).__name__} can remove at most {limit} "
-                "there; remove fewer, or clip with strict=False (schedule.strict=false)"
-            )
+    def _plan(
+        self, grid: tuple[int, int], n: int, schedule: Schedule | None, strict: bool = False
+    ) -> list[Plan]:
+        return make_plan(
+            self.reducer, schedule, list(self.plugins), self.depth, self.prefix, grid, n, strict
+        )
 
     def token_counts(self) -> list[tuple[int, int]]:
         """`(entering, leaving)` of every block at the backbone's image size, prefix included."""
@@ -285,23 +233,19 @@ class ReducedViT(nn.Module):
     def _run(
         self, images: Tensor, track: bool = False, trace: bool = False
     ) -> tuple[Tokens, Info, list[Any]]:
-        m = self.backbone
+        m, reducer = self.backbone, self.reducer
         if not torch.compiler.is_compiling():
             check_images(m, images)
         embedded = embed(m, images)
         grid = grid_size(m, images)
-        n0 = grid[0] * grid[1]
-        x = embedded.x
-        if track and x.shape[1] - self.prefix != n0:
+        n = embedded.x.shape[1] - self.prefix
+        if track and n != grid[0] * grid[1]:
             raise ZooError(
                 "the source map cannot be tracked while patch dropout removes tokens; call without "
                 "return_info, or in evaluation mode"
             )
-        reducer = self.reducer
-        follow = track or (
-            reducer is not None and (embedded.rope is not None or reducer.needs_origin)
-        )
-        t = Tokens.start(x, self.prefix, track=follow)
+        follow = reducer is not None and (embedded.rope is not None or reducer.needs_origin)
+        t = Tokens.start(embedded.x, self.prefix, track=track or follow)
         if not track:
             t = t._replace(source=None)
         memories = []
@@ -310,28 +254,27 @@ class ReducedViT(nn.Module):
             memories.append(memory)
         if not isinstance(m.norm_pre, nn.Identity):
             t = t._replace(x=m.norm_pre(t.x))
+        if reducer is not None:
+            t = reducer.start(t)
         run: Callable[..., tuple[Tokens, Signals]] = self._block
         if getattr(m, "grad_checkpointing", False) and torch.is_grad_enabled():
             run = _checkpointed(self._block)
         counts, states = [], []
         signals = Signals()
         moved = len(self.plugins) > 0
-        for i in range(self.depth):
+        for i, plan in enumerate(self._plan(grid, n, self.schedule)):
             entering = t.x.shape[1]
-            step = self._step(i, t.n, n0, grid, self.schedule)
-            t, signals = run(i, t, signals, embedded, step, moved, n0, grid)
-            moved = moved or step is not None
+            t, signals = run(i, t, signals, embedded, plan, moved)
+            moved = moved or plan.step is not None
             for j, plugin in enumerate(self.plugins):
                 t, memories[j] = plugin.after(i, t, memories[j])
             counts.append((entering, t.x.shape[1]))
             if trace:
                 states.append(t)
-        losses: dict[str, Tensor] = {}
-        if self.training and reducer is not None:
-            losses = reducer.auxiliary_losses(tuple(states))
+        if reducer is not None:
+            t = reducer.finish(t)
         source = t.source if t.source is not None else t.size.new_zeros(0)
-        info = Info(tuple(counts), t.size, source, grid, losses, tuple(states), t)
-        return t, info, memories
+        return t, Info(tuple(counts), t.size, source, grid, tuple(states), t), memories
 
     def _block(
         self,
@@ -339,51 +282,46 @@ class ReducedViT(nn.Module):
         t: Tokens,
         signals: Signals,
         embedded: Embedded,
-        step: Step | None,
+        plan: Plan,
         moved: bool,
-        n0: int,
-        grid: tuple[int, int],
     ) -> tuple[Tokens, Signals]:
         """One block with its reduction: the unit of gradient checkpointing."""
-        block, reducer = self.backbone.blocks[i], self.reducer
+        block, reducer, step = self.backbone.blocks[i], self.reducer, plan.step
         adapter = block_adapter(block)
-        site = reducer.site if reducer is not None else None
-        if step is not None and site == "pre":
-            t = reducer.reduce(t, signals, step)  # type: ignore[union-attr]
+        site = None if reducer is None or step is None else reducer.site
+        if site == "pre":
+            t = reducer.reduce(t, signals, step)  # type: ignore[union-attr, arg-type]
             moved = True
-        # Signals are for this block's reduction, or at its end for the next block's "pre".
-        need: frozenset[str] = frozenset()
-        if reducer is not None and reducer.needs:
-            if site != "pre" and step is not None:
-                need = reducer.needs
-            elif site == "pre" and i + 1 < self.depth:
-                if self._step(i + 1, t.n, n0, grid, self.schedule) is not None:
-                    need = reducer.needs
+        own = _own_attention(reducer, t, step)
         sizes = t.size if reducer is not None and reducer.prop_attn and not t.unit else None
         bias = attention_bias(sizes, t.mask, t.x.dtype)
         rope = rope_for(embedded, i, t, moved)
-        mid = step is not None and site == "mid"
-        if not (need or mid or t.policy is not None or self.plugins):
+        quiet = own is None and t.policy is None and not self.plugins
+        if quiet and not plan.need and site not in ("mid", "attn"):
             # Nobody listens: run the block as it is.
             extra: dict[str, Any] = {"rope": rope} if adapter.rope else {}
             if bias is not None:
-                extra["attn_mask"] = bias.to(t.x.dtype) if not _autocast(t.x) else bias
+                extra["attn_mask"] = bias if _autocast(t.x) else bias.to(t.x.dtype)
             t = t._replace(x=block(t.x, **extra))
             seen = Signals()
         else:
-
-            def run(attn: nn.Module, x: Tensor) -> tuple[Tensor, Signals]:
-                return attend(
-                    attn, x, prefix=t.prefix, rope=rope, bias=bias, policy=t.policy, need=need
-                )
-
-            x, seen = adapter.attn_half(block, t.x, run)
-            t = t._replace(x=x)
-            if mid:
+            listen = partial(
+                attend,
+                prefix=t.prefix,
+                rope=rope,
+                bias=bias,
+                policy=t.policy,
+                need=plan.need,
+                own=own,
+            )
+            branch, result = adapter.attn_branch(block, t.x, listen)
+            t = t if result.tokens is None else result.tokens
+            t, seen = t._replace(x=t.x + branch), result.signals
+            if site == "mid":
                 t = reducer.reduce(t, seen, step)  # type: ignore[union-attr, arg-type]
             t = t._replace(x=adapter.mlp_half(block, t.x))
-        if step is not None and site == "post":
-            t = reducer.reduce(t, seen, step)  # type: ignore[union-attr]
+        if site == "post":
+            t = reducer.reduce(t, seen, step)  # type: ignore[union-attr, arg-type]
         return t, seen
 
     def _head(self, t: Tokens, memories: Sequence[Any]) -> Tensor:
@@ -391,7 +329,36 @@ class ReducedViT(nn.Module):
             logits = plugin.head(self.backbone, t, memory)
             if logits is not None:
                 return logits
+        if self.reducer is not None:
+            logits = self.reducer.logits(self.backbone, t)
+            if logits is not None:
+                return logits
         return head(self.backbone, t._replace(x=self.backbone.norm(t.x)))
+
+    def auxiliary_losses(
+        self, info: Info, logits: Tensor, targets: Tensor, teacher: Outcome | None = None
+    ) -> dict[str, Tensor]:
+        """The reducer's own losses for a forward pass with `return_info="trace"`.
+
+        Args:
+            info: Of that pass.
+            logits: Of that pass, `(B, classes)`.
+            targets: Labels `(B,)` or soft labels `(B, classes)`.
+            teacher: `outcome` of the dense model on the same images, if the reducer needs it.
+
+        Returns:
+            Losses by name, weights included; empty without a reducer or in most methods.
+        """
+        if self.reducer is None:
+            return {}
+        return self.reducer.auxiliary_losses(self.outcome(info, logits, targets, teacher))
+
+    def outcome(
+        self, info: Info, logits: Tensor, targets: Tensor, teacher: Outcome | None = None
+    ) -> Outcome:
+        """What losses may look at, with the final norm applied."""
+        final = info.final._replace(x=self.backbone.norm(info.final.x))
+        return Outcome(info.trace, final, logits, targets, teacher)
 
     # ------------------------------------------------------------------ timm's contract
 
@@ -486,6 +453,15 @@ def _prefixed(pattern: Any) -> Any:
     if isinstance(pattern, str):
         return pattern.replace("^", r"^backbone\.", 1)
     return [(_prefixed(p[0]), *p[1:]) for p in pattern]
+
+
+def _own_attention(
+    reducer: Reducer | None, t: Tokens, step: Step | None
+) -> Callable[[AttentionInput], AttentionOutput | None] | None:
+    """The reducer's attention, if its class brings one."""
+    if reducer is None or type(reducer).attend is Reducer.attend:
+        return None
+    return lambda given: reducer.attend(given, t, step)
 
 
 def _autocast(x: Tensor) -> bool:

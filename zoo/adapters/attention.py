@@ -15,9 +15,10 @@ from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
+from reduction.base import AttentionInput, AttentionOutput
 from reduction.functional.attention import attention
 from reduction.tokens import Signals
-from zoo.errors import UnsupportedModel
+from zoo.errors import UnsupportedModel, ZooError
 
 Projection = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
 _PROJECTIONS: dict[object, Projection] = {}
@@ -103,7 +104,8 @@ def attend(
     bias: Tensor | None = None,
     policy: Tensor | None = None,
     need: frozenset[str] = frozenset(),
-) -> tuple[Tensor, Signals]:
+    own: Callable[[AttentionInput], AttentionOutput | None] | None = None,
+) -> tuple[Tensor, AttentionOutput]:
     """Run an attention module and collect signals.
 
     Args:
@@ -114,9 +116,13 @@ def attend(
         bias: Added to the attention logits, `(B, 1, 1, N)`.
         policy: Keep mask `(B, N)` for the masked softmax.
         need: Names of the signals to fill.
+        own: Computes the attention instead; None as its answer means the usual one.
 
     Returns:
-        Output `(B, N, C)` and the signals.
+        Output `(B, N, C)`, and the attention's own result with all signals.
+
+    Raises:
+        ZooError: If tokens are removed inside an attention whose output is gated.
     """
     gate = getattr(attn, "gate", None)
     gate = None if gate is None else gate(x).sigmoid()
@@ -133,19 +139,32 @@ def attend(
     groups = getattr(attn, "num_kv_groups", 1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out, seen = attention(
-        q,
-        k,
-        v,
-        scale=attn.scale,
-        bias=bias,
-        dropout=attn.attn_drop.p if attn.training else 0.0,
-        fused=attn.fused_attn,
-        need=need,
+    given = AttentionInput(
+        q, k, v, attn.scale, bias, attn.attn_drop.p if attn.training else 0.0, attn.fused_attn, need
+    )
+    result = None if own is None else own(given)
+    if result is None:
+        result = AttentionOutput(*run_attention(given, policy))
+    out = attn.norm(result.out.transpose(1, 2).flatten(2))
+    if gate is not None:
+        if gate.shape[1] != out.shape[1]:
+            raise ZooError("tokens cannot be removed inside a gated attention")
+        out = out * gate
+    seen = result.signals
+    signals = signals._replace(cls_row=seen.cls_row, column=seen.column, attn=seen.attn)
+    return attn.proj_drop(attn.proj(out)), result._replace(signals=signals)
+
+
+def run_attention(a: AttentionInput, policy: Tensor | None = None) -> tuple[Tensor, Signals]:
+    """The usual attention for `a`."""
+    return attention(
+        a.q,
+        a.k,
+        a.v,
+        scale=a.scale,
+        bias=a.bias,
+        dropout=a.dropout,
+        fused=a.fused,
+        need=a.need,
         policy=policy,
     )
-    out = attn.norm(out.transpose(1, 2).flatten(2))
-    if gate is not None:
-        out = out * gate
-    signals = signals._replace(cls_row=seen.cls_row, column=seen.column, attn=seen.attn)
-    return attn.proj_drop(attn.proj(out)), signals

@@ -20,14 +20,18 @@ class BlockAdapter(NamedTuple):
     """How to run one block class.
 
     Attributes:
-        attn_half: `(block, x, attend) -> (x, signals)`, up to and with the attention residual.
-        mlp_half: `(block, x) -> x`, the rest.
+        attn_branch: `(block, x, attend) -> (y, seen)`: what the attention adds to the residual
+            stream, and whatever `attend` saw.
+        mlp_half: `(block, x) -> x`, the rest of the block.
         rope: Whether the block's own `forward` takes a rotary table.
+        linear_macs: `(block, tokens, prefix) -> int`: multiply-accumulates of `mlp_half` for so
+            many tokens, prefix included; None counts the linear layers of `block.mlp`.
     """
 
-    attn_half: Callable[[nn.Module, Tensor, Attend], tuple[Tensor, Any]]
+    attn_branch: Callable[[nn.Module, Tensor, Attend], tuple[Tensor, Any]]
     mlp_half: Callable[[nn.Module, Tensor], Tensor]
     rope: bool
+    linear_macs: Callable[[nn.Module, int, int], int] | None = None
 
 
 _BLOCKS: dict[object, BlockAdapter] = {}
@@ -56,7 +60,7 @@ def block_adapter(block: nn.Module) -> BlockAdapter:
 
 def _block_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
     out, signals = attend(b.attn, b.norm1(x))
-    return x + b.drop_path1(b.ls1(out)), signals
+    return b.drop_path1(b.ls1(out)), signals
 
 
 def _block_mlp(b: nn.Module, x: Tensor) -> Tensor:
@@ -65,7 +69,7 @@ def _block_mlp(b: nn.Module, x: Tensor) -> Tensor:
 
 def _post_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
     out, signals = attend(b.attn, x)
-    return x + b.drop_path1(b.norm1(out)), signals
+    return b.drop_path1(b.norm1(out)), signals
 
 
 def _post_mlp(b: nn.Module, x: Tensor) -> Tensor:
@@ -76,7 +80,7 @@ def _eva_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
     out, signals = attend(b.attn, b.norm1(x))
     if b.gamma_1 is not None:
         out = b.gamma_1 * out
-    return x + b.drop_path1(out), signals
+    return b.drop_path1(out), signals
 
 
 def _eva_mlp(b: nn.Module, x: Tensor) -> Tensor:
