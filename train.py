@@ -1,0 +1,17 @@
+"""Trains or fine-tunes a model. `python train.py --help` shows every option."""
+
+import sys
+
+import hydra
+
+from zoo.run.entry import guarded, job
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg):
+    """Runs one training; torch and Lightning are imported inside."""
+    return job("train", cfg)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,98 @@
+"""Does the data fit the model? One clear line when it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from zoo.errors import ZooError
+
+
+def data_config(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Resolve how images must look for a model: timm's data configuration, with overrides.
+
+    Size and channels are read from the model itself where it has a patch embedding, because timm's
+    configuration still names the published ones when a model is built with another `img_size`.
+
+    Args:
+        model: A timm model, or one that passes `pretrained_cfg` and `backbone` through.
+        overrides: `img_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`; None is no
+            override.
+
+    Returns:
+        `input_size` (C, H, W), `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
+
+    Raises:
+        ZooError: the patch size does not divide the image size, or the model takes another size.
+    """
+    from timm.data import resolve_data_config
+
+    given = {k: v for k, v in (overrides or {}).items() if v is not None}
+    published: Any = model.pretrained_cfg
+    config = dict(resolve_data_config(pretrained_cfg=dict(published)))
+    embed: Any = getattr(getattr(model, "backbone", model), "patch_embed", None)
+    channels, height, width = config["input_size"]
+    proj = getattr(embed, "proj", None)
+    if isinstance(proj, nn.Conv2d):
+        channels = proj.in_channels
+    if getattr(embed, "img_size", None):
+        height, width = embed.img_size
+    if "img_size" in given:
+        size = given.pop("img_size")
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+    config["input_size"] = (channels, height, width)
+    for key in ("mean", "std"):
+        value = given.pop(key, config[key])
+        value = (value,) if isinstance(value, int | float) else tuple(value)
+        if len(value) not in (1, channels):
+            # Three published channel means for a one-channel model (or one for three).
+            value = (sum(value) / len(value),)
+        config[key] = value * channels if len(value) == 1 else value
+    config.update(given)
+    _check_size(embed, (height, width), type(getattr(model, "backbone", model)).__name__)
+    return config
+
+
+def _check_size(embed: Any, size: tuple[int, int], name: str) -> None:
+    patch = getattr(embed, "patch_size", None)
+    if patch is None:
+        return
+    patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    padded = getattr(embed, "dynamic_img_pad", False)
+    if not padded and any(s % p for s, p in zip(size, patch, strict=True)):
+        fits = max(patch[0], round(size[0] / patch[0]) * patch[0])
+        raise ZooError(
+            f"image size {_by(size)} is not a multiple of the patch size {_by(patch)} of the "
+            f"{name}; expected for example data.img_size={fits}"
+        )
+    built = getattr(embed, "img_size", None)
+    if getattr(embed, "strict_img_size", True) and built and tuple(built) != size:
+        raise ZooError(
+            f"the {name} was built for {_by(built)} images, the data has {_by(size)}; type "
+            f"+backbone.args.img_size={size[0]} to build it for that size"
+        )
+
+
+def check_classes(model: nn.Module, num_classes: int | None, name: str) -> None:
+    """Refuse data whose classes are not the outputs of the model's head.
+
+    Args:
+        model: Anything with timm's `num_classes`.
+        num_classes: Of the data; None when it cannot be known in advance.
+        name: Of the data, for the message.
+
+    Raises:
+        ZooError: the numbers differ.
+    """
+    outputs = getattr(model, "num_classes", None)
+    if num_classes is not None and outputs is not None and num_classes != outputs:
+        raise ZooError(
+            f"{name} has {num_classes} classes, the model's head has {outputs} outputs; expected "
+            "the same number (part of a bigger data set needs data.class_map and data.num_classes)"
+        )
+
+
+def _by(size: Any) -> str:
+    return "x".join(map(str, size))

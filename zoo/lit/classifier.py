@@ -1,0 +1,221 @@
+"""The Lightning module: one classifier for every model, reducer and recipe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric, SumMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from reduction.base import Reducer
+from zoo.errors import ZooError
+from zoo.lit import optim, schedules
+
+
+class Classifier(pl.LightningModule):
+    """Train and evaluate an image classifier.
+
+    Logged are `train/loss`, `train/loss_NAME` for each loss of the reducer, and for `val` and
+    `test` the cross-entropy, top-1 and (with more than five classes) top-5 accuracy in percent.
+
+    Args:
+        net: The model; its keys in a checkpoint start with `net.`.
+        optimizer: Builds an optimiser from the model; None is AdamW with its defaults.
+        lr_schedule: Builds a scheduler from `(optimizer, total_steps=, steps_per_epoch=)`; None is
+            a cosine.
+        loss: Takes logits (B, K) and labels (B,) or soft labels (B, K); None is cross-entropy.
+        mixup: `{mixup_alpha, cutmix_alpha, prob, switch_prob}` of timm's Mixup, or None.
+        aux_weight: Factor of the reducer's own losses.
+        hyper_parameters: Plain containers to store in checkpoints beside the recipe.
+
+    Raises:
+        ZooError: something in `hyper_parameters` is not a plain container or value.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Callable[..., Optimizer] | None = None,
+        lr_schedule: Callable[..., Any] | None = None,
+        loss: nn.Module | None = None,
+        mixup: Mapping[str, Any] | None = None,
+        aux_weight: float = 1.0,
+        hyper_parameters: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.make_optimizer = optimizer or optim.create_optimizer
+        self.make_schedule = lr_schedule or schedules.cosine
+        self.loss = loss or nn.CrossEntropyLoss()
+        self.aux_weight = aux_weight
+        classes = int(getattr(net, "num_classes"))  # noqa: B009  (nn.Module hides its type)
+        self.mix = _mixup(mixup, classes)
+        # Only a reducer with losses of its own asks for the state of every block.
+        reducer = getattr(net, "reducer", None)
+        own = getattr(type(reducer), "auxiliary_losses", Reducer.auxiliary_losses)
+        self.has_aux = reducer is not None and own is not Reducer.auxiliary_losses
+        # A list hides the teacher from the module: it is the starting point, not to be saved or
+        # averaged or trained.
+        self._teacher = [_dense_copy(net)] if getattr(reducer, "needs_teacher", False) else []
+        for part in ("val", "test"):
+            metrics: dict[str, nn.Module] = {
+                "top1": MulticlassAccuracy(classes, top_k=1, average="micro"),
+                "loss": MeanMetric(),
+                "images": SumMetric(),
+            }
+            if classes > 5:
+                metrics["top5"] = MulticlassAccuracy(classes, top_k=5, average="micro")
+            setattr(self, f"{part}_metrics", nn.ModuleDict(metrics))
+        # Lightning would pickle anything else, and then weights-only loading refuses the file.
+        stored = _plain({**(hyper_parameters or {}), "recipe": getattr(net, "recipe", None)})
+        self.save_hyperparameters(stored, logger=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, K) of images (B, C, H, W)."""
+        return self.net(images)
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        images, labels = batch[0], batch[1]
+        # timm's Mixup pairs images within the batch, so an odd one (a last batch) is left as is.
+        if self.mix is not None and len(images) % 2 == 0:
+            images, labels = self.mix(images, labels)
+        extra: Mapping[str, Tensor] = {}
+        if self.has_aux:
+            logits, info = self.net(images, return_info="trace")
+            taught = self._teach(images, labels)
+            extra = self.net.auxiliary_losses(info, logits, labels, taught)
+        else:
+            logits = self.net(images)
+        loss = self.loss(logits, labels)
+        for name, value in extra.items():
+            self.log(f"train/loss_{name}", value.detach(), on_step=False, on_epoch=True)
+            loss = loss + self.aux_weight * value
+        size = len(images)
+        self.log("train/loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=size)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser and its schedule, stepped after every optimiser step.
+
+        Raises:
+            ZooError: the length of the run is not known.
+        """
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ZooError("the data does not say its length; type +trainer.max_steps=N")
+        kwargs: dict[str, Any] = {}
+        if str(self.trainer.precision) == "16-mixed" and _takes(self.make_optimizer, "fused"):
+            kwargs["fused"] = False  # a fused step unscales gradients itself; clipping cannot then
+        optimizer = self.make_optimizer(self.net, **kwargs)
+        epochs = self.trainer.max_epochs or 1
+        total = int(total)
+        schedule = self.make_schedule(
+            optimizer, total_steps=total, steps_per_epoch=total / max(1, epochs)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the recipe as it is now: a search may have changed the schedule."""
+        recipe = _plain({"recipe": getattr(self.net, "recipe", None)})
+        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), **recipe}
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher, which is no part of the module, to the device."""
+        if self._teacher:
+            self._teacher[0].to(self.device)
+
+    def _teach(self, images: Tensor, labels: Tensor) -> Any:
+        """What the frozen dense model makes of the same images, or None."""
+        if not self._teacher:
+            return None
+        teacher = self._teacher[0]
+        with torch.no_grad():
+            logits, info = teacher(images, return_info="trace")
+            return teacher.outcome(info, logits, labels)
+
+    # -- evaluation -------------------------------------------------------------------------------
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count one batch."""
+        self._count("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count one batch."""
+        self._count("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracy."""
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the accuracy."""
+        self._report("test")
+
+    def _count(self, part: str, batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch[0], batch[1]
+        logits = self.net(images).float()
+        metrics = getattr(self, f"{part}_metrics")
+        for name, metric in metrics.items():
+            if name == "loss":
+                metric.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
+            elif name == "images":
+                metric.update(len(labels))
+            else:
+                metric.update(logits, labels)
+
+    def _report(self, part: str) -> None:
+        for name, metric in getattr(self, f"{part}_metrics").items():
+            value = metric.compute()  # over all processes
+            value = 100 * value if name.startswith("top") else value
+            self.log(f"{part}/{name}", value, prog_bar=name == "top1")
+            metric.reset()
+
+
+def _dense_copy(net: nn.Module) -> nn.Module:
+    """The same backbone, frozen as it is now, with nothing reduced."""
+    from zoo.reduced import ReducedViT
+
+    dense = ReducedViT(copy.deepcopy(net.backbone))
+    return dense.eval().requires_grad_(False)
+
+
+def _mixup(options: Mapping[str, Any] | None, classes: int) -> Callable[..., Any] | None:
+    options = dict(options or {})
+    known = {"mixup_alpha", "cutmix_alpha", "prob", "switch_prob"}
+    if set(options) - known:
+        raise ZooError(f"augment.mixup takes {sorted(known)}, got {sorted(options)}")
+    if not (options.get("mixup_alpha") or options.get("cutmix_alpha")) or options.get("prob") == 0:
+        return None
+    from timm.data import Mixup
+
+    # Smoothing is the loss's business: it then also holds where nothing is mixed.
+    return Mixup(label_smoothing=0.0, num_classes=classes, **options)
+
+
+def _takes(function: Any, name: str) -> bool:
+    import inspect
+
+    return name in inspect.signature(function).parameters
+
+
+def _plain(value: Any, where: str = "hyper_parameters") -> Any:
+    """Copy a value, refusing what weights-only loading would refuse later."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, dict):
+        return {str(k): _plain(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    raise ZooError(
+        f"{where} must be plain containers and values (OmegaConf.to_container makes them), got "
+        f"{type(value).__name__}"
+    )

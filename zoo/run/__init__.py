@@ -1,0 +1,1 @@
+"""What the commands do: build a model from a configuration, train it, measure it."""

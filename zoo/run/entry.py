@@ -1,0 +1,296 @@
+"""What train.py, eval.py and the console command share around `@hydra.main`.
+
+`guarded(main)` turns every mistake of the person at the keyboard into one line and an exit code;
+`job(kind, cfg)` does the work of one run, appends its row and prints its summary line.
+Nothing here may import torch, timm or Lightning at module level: --help, --cfg, a typo and tab
+completion have to answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from zoo.run.messages import explain, unknown_flag
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Row = dict[str, Any]
+
+# The exit codes: 1 = a bug or a failed job of a sweep, 2 = something to type differently,
+# 130 = Ctrl-C (128 + SIGINT, what shells expect).
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+class _State:
+    """What has to be handed from the command line around Hydra to the job inside it."""
+
+    argv: list[str] | None = None  # as the shell gave it, with the sub-command of `zoo`
+    full_error: bool = False  # the user asked for tracebacks
+    failed_jobs: int = 0
+    report_failed: bool = False
+    rows_path: str | None = None
+
+
+def guarded(
+    main: Callable[[], Any], argv: list[str] | None = None, shown: list[str] | None = None
+) -> int:
+    """Runs a `@hydra.main` function and returns the exit code of the command.
+
+    Args:
+        main: The decorated function; it reads `sys.argv` by itself.
+        argv: The arguments that Hydra shall see (program name first); default `sys.argv`.
+        shown: The arguments as they were typed, where Hydra shall not see all of them.
+    """
+    return written_out(lambda: _guarded(main, argv, shown))
+
+
+def written_out(command: Callable[[], int]) -> int:
+    """Runs a command; ends quietly when nobody reads its output any more (`zoo list | head`)."""
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Python would complain once more when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _guarded(main: Callable[[], Any], argv: list[str] | None, shown: list[str] | None) -> int:
+    original, before = list(sys.argv), os.environ.get(_FULL_ERROR)
+    _State.argv, _State.full_error = shown or argv or original, before == "1"
+    _State.failed_jobs, _State.report_failed, _State.rows_path = 0, False, None
+    sys.argv = list(argv or original)
+    if message := unknown_flag(sys.argv[1:]):
+        return _complain(message)
+    # With this set Hydra raises its errors instead of printing them with a trace and a hint.
+    os.environ[_FULL_ERROR] = "1"
+    try:
+        main()
+    except KeyboardInterrupt:
+        kept = f"; the rows so far are in {_State.rows_path}" if _State.rows_path else ""
+        print(f"interrupted{kept}", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            return _complain(end.code)
+        return int(end.code or 0)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        message = explain(error)
+        if message is None or _State.full_error:
+            raise
+        return _complain(message)
+    finally:
+        sys.argv = original
+        _restore_full_error(before)
+    if _State.failed_jobs:
+        jobs = "job" if _State.failed_jobs == 1 else "jobs"
+        print(f"error: {_State.failed_jobs} {jobs} of the sweep failed", file=sys.stderr)
+        return FAILED
+    return FAILED if _State.report_failed else 0
+
+
+def report_failed(message: str) -> None:
+    """Says that a sweep has no report, and lets the command fail at its end."""
+    _State.report_failed = True
+    _complain(message)
+
+
+def job(kind: str, cfg: DictConfig) -> Row:
+    """Does one run: trains or evaluates, appends the row, prints the summary line.
+
+    In a sweep a failing job leaves a row with status "failed" and the next job starts; a single
+    run ends with the error.
+
+    Args:
+        kind: "train" or "eval".
+        cfg: The composed configuration.
+
+    Raises:
+        SystemExit: The run failed; the message has been printed.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from zoo.run.sweep import refuse_subprocess_ddp
+
+    # Lightning starts the other processes of a DDP run from sys.argv, and those need the
+    # environment as the user left it.
+    sys.argv = list(_State.argv or sys.argv)
+    _restore_full_error("1" if _State.full_error else None)
+    # Said by libraries to their own authors, on every run.
+    warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep:
+        refuse_subprocess_ddp(cfg)
+    try:
+        _check_writable(_results(cfg))
+        if kind == "train":
+            from zoo.run.train import train as work
+        else:
+            from zoo.run.evaluate import evaluate as work
+        row = work(cfg)
+    except Exception as error:
+        message = explain(error)
+        if _is_first_process():
+            with contextlib.suppress(Exception):  # the error itself is what has to be seen
+                _record(_failed_row(cfg, message or f"{type(error).__name__}: {error}"), cfg)
+        if _State.full_error and not sweep:
+            raise
+        if message is None:
+            traceback.print_exc()
+        elif sweep:
+            overrides = " ".join(HydraConfig.get().overrides.task)
+            print(f"error: {message} [{overrides}]", file=sys.stderr)
+        if not sweep:
+            raise SystemExit(FAILED if message is None else _complain(message)) from error
+        _State.failed_jobs += 1
+        return {"status": "failed"}
+    finally:
+        os.environ[_FULL_ERROR] = "1"
+    row["command"] = command_line()
+    if not _is_first_process():
+        return row
+    from zoo.rows import summary_line
+
+    print(summary_line(row), flush=True)
+    try:
+        path = _record(row, cfg)
+    except Exception as error:
+        # The disk filled up, or the folder went away: what was measured is still on the screen.
+        print(json.dumps(row))
+        raise SystemExit(_complain(explain(error) or str(error))) from error
+    if not sweep:
+        print(f"row: {path}")
+    return row
+
+
+def command_line() -> str:
+    """Returns the command that repeats this one run, also from within a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+
+    argv = _State.argv or sys.argv
+    program = os.path.basename(argv[0])
+    if program.endswith(".py"):
+        start = ["python", program] if program != "__main__.py" else ["python", "-m", "zoo"]
+    else:
+        start = [program]
+    if argv[1:2] and argv[1] in ("train", "eval"):
+        start.append(argv[1])
+    return shlex.join([*start, *HydraConfig.get().overrides.task])
+
+
+def _results(cfg: DictConfig) -> str:
+    return str(cfg.get("results") or "results/local/rows.jsonl")
+
+
+def _check_writable(path: str) -> None:
+    """Refuses a run whose row could not be written, before it costs hours.
+
+    Raises:
+        ZooError: The file cannot be opened for appending.
+    """
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        from zoo.errors import ZooError
+
+        raise ZooError(f"results={path} cannot be written: {error.strerror}") from error
+
+
+def _is_first_process() -> bool:
+    """The first process of a distributed run speaks for all."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
+
+
+def _record(row: Row, cfg: DictConfig) -> str:
+    """Appends the row to the collected rows and, in a sweep, to the sweep's own file."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from zoo.rows import append_row
+    from zoo.run.sweep import sweep_rows_path
+
+    path = _results(cfg)
+    append_row(path, row)
+    _State.rows_path = path
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        _State.rows_path = str(sweep_rows_path(HydraConfig.get()))
+        append_row(_State.rows_path, row)
+    return path
+
+
+def _failed_row(cfg: DictConfig, message: str) -> Row:
+    """A row that says what was tried; it must be writable whatever went wrong."""
+    from omegaconf import OmegaConf
+
+    from zoo.rows import new_row
+
+    def plain(key: str) -> Any:
+        try:
+            node = OmegaConf.select(cfg, key)
+            return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        except Exception:
+            return None
+
+    def named(group: str) -> Any:
+        """The chosen option as rows hold it: registry name and arguments."""
+        node, name = plain(group), _choice(group)
+        if not isinstance(node, dict) or name in (None, "none"):
+            return None
+        if name == "default":  # of the schedules: r alone is short for constant_r
+            name, node = "constant_r", node if node.get("r") is not None else {}
+        args = {key: value for key, value in node.items() if not key.startswith("_")}
+        return {"name": name, **args} if args or group != "schedule" else None
+
+    task, weights, backbone = plain("task") or "train", plain("weights"), plain("backbone.name")
+    reducer = named("reducer")
+    return new_row(
+        status="failed",
+        error=message,
+        command=command_line(),
+        task=[task] if isinstance(task, str) else task,
+        method=reducer["name"] if reducer else "none",
+        reducer=reducer,
+        # Without a backbone the weights bring theirs, but they may be what failed to load.
+        backbone=str(backbone or weights or "").partition(".")[0] or None,
+        dataset=plain("data.name"),
+        schedule=named("schedule") if reducer else None,
+        seed=plain("seed"),
+        weights=None if weights is None else str(weights),
+    )
+
+
+def _choice(group: str) -> str | None:
+    """The option of a group that was chosen, e.g. "tome" for the group "reducer"."""
+    from hydra.core.hydra_config import HydraConfig
+
+    choice = HydraConfig.get().runtime.choices.get(group)
+    return None if choice is None else str(choice)
+
+
+def _complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return USAGE
+
+
+def _restore_full_error(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(_FULL_ERROR, None)
+    else:
+        os.environ[_FULL_ERROR] = value

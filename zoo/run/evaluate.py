@@ -1,0 +1,308 @@
+"""Measures a model: `evaluate(cfg)` builds it, runs the tasks, and returns the row."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import ZooError
+from zoo.rows import new_row, wilson_interval
+from zoo.run.build import build_model
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from zoo.reduced import ReducedViT
+
+TASKS = ("accuracy", "flops", "throughput")
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Builds the model that a configuration describes and runs its tasks.
+
+    Args:
+        cfg: configs/eval.yaml, composed.
+
+    Returns:
+        The row of `zoo.rows`, everything that was not measured being None.
+
+    Raises:
+        ZooError: An option has a value that cannot be; the message says what to type.
+    """
+    tasks = check_tasks(cfg.task)
+    device, dtype = pick_device(str(cfg.device)), pick_dtype(str(cfg.dtype))
+    seed = int(cfg.seed)
+    torch.manual_seed(seed)
+    model = build_model(cfg).eval()
+    row = describe(model)
+    row.update(task=tasks, seed=seed, weights=_text(cfg.weights), **_provenance(cfg, model))
+    # Costs first: they are exact and take no time, and the rest may be interrupted.
+    row.update(count_costs(model, trace="flops" in tasks))
+    if "accuracy" in tasks:
+        row.update(measure_accuracy(cfg, model, device, dtype))
+    if "throughput" in tasks:
+        row.update(measure_throughput(cfg, model, device, dtype))
+    if {"accuracy", "throughput"} & set(tasks):
+        row.update(device=_device_name(device), dtype=str(cfg.dtype), compile=bool(cfg.compile))
+    return new_row(**row)
+
+
+def check_tasks(task: Any) -> list[str]:
+    """Returns the tasks as a list without repetitions.
+
+    Raises:
+        ZooError: A name is none of `TASKS`, or there is none.
+    """
+    from zoo.run.messages import nearest
+
+    names = [task] if isinstance(task, str) else list(task or [])
+    if not names:
+        raise ZooError(f"task is empty; type task=[{','.join(TASKS)}] or one of them")
+    for name in names:
+        if name not in TASKS:
+            hint = nearest(str(name), TASKS) or f"the tasks are {', '.join(TASKS)}"
+            raise ZooError(f"task={name}: no such task; {hint}")
+    return list(dict.fromkeys(names))
+
+
+def describe(model: ReducedViT) -> dict[str, Any]:
+    """Returns the fields of a row that say what a model is."""
+    recipe = model.recipe
+    size = input_size(model)[1:]
+    # The row names the budget that was asked for; the recipe holds the schedule solved from it.
+    schedule = model.target.config() if model.target is not None else recipe["schedule"]
+    return {
+        "method": recipe["reducer"]["name"] if recipe["reducer"] else "none",
+        "reducer": recipe["reducer"],
+        "backbone": recipe["backbone"]["name"],
+        "tag": recipe["backbone"]["tag"],
+        "schedule": schedule if recipe["reducer"] else None,
+        "img_size": size[0] if size[0] == size[1] else list(size),
+        "recipe": recipe,
+    }
+
+
+def count_costs(model: ReducedViT, trace: bool = True) -> dict[str, Any]:
+    """Returns tokens, parameters and GMACs, of the model and of its dense counterpart.
+
+    Args:
+        model: The model.
+        trace: Let fvcore count too, which runs one image through the model.
+    """
+    from zoo import flops
+
+    found = flops.profile(model)
+    return {
+        "tokens": [list(pair) for pair in found.tokens],
+        "params_m": found.params / 1e6,
+        "gmacs": {
+            "total": found.gmacs,
+            "linear": found.linear,
+            "attention": found.attention,
+            "reducer": found.reducer,
+        },
+        "gmacs_dense": found.dense,
+        "gmacs_fvcore": _fvcore(model) if trace else None,
+    }
+
+
+def _fvcore(model: ReducedViT) -> float | None:
+    """fvcore's count, or None: it traces through a private interface of torch, and is a check."""
+    from zoo.flops import fvcore_gmacs
+
+    try:
+        return fvcore_gmacs(model, torch.zeros(1, *input_size(model)))
+    except Exception as error:
+        print(f"warning: fvcore could not count this model: {error}", file=sys.stderr)
+        return None
+
+
+def measure_accuracy(
+    cfg: DictConfig, model: ReducedViT, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Returns top-1, top-5 and the 95 % interval on the test split of the data.
+
+    Raises:
+        ZooError: The data does not fit the model, or there is none.
+    """
+    from zoo.data import build_data
+
+    data = build_data(cfg, model)
+    data.setup("test")
+    if cfg.weights is None and not (cfg.backbone and cfg.backbone.pretrained):
+        print(
+            "warning: accuracy of untrained weights; give weights=... or backbone.pretrained=true",
+            file=sys.stderr,
+        )
+    model.to(device)
+    runner: Any = torch.compile(model) if cfg.compile else model
+    top1, top5, images = top_k(
+        runner, data.test_dataloader(), device, dtype, limit=_limit(cfg.limit)
+    )
+    if not images:
+        raise ZooError(f"{data.label}: no images in the split {data.splits['test']!r}")
+    return {
+        "dataset": data.label,
+        "split": data.splits["test"],
+        "n_images": images,
+        "top1": 100 * top1 / images,
+        # Among five classes or fewer everything is in the first five.
+        "top5": 100 * top5 / images if model.num_classes > 5 else None,
+        "ci95": list(wilson_interval(top1, images)),
+    }
+
+
+@torch.inference_mode()
+def top_k(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    limit: int | None = None,
+) -> tuple[int, int, int]:
+    """Counts correct answers.
+
+    Args:
+        model: Gives logits `(B, classes)`.
+        batches: Images `(B, C, H, W)` and labels `(B,)`.
+        device: Where to run.
+        dtype: Precision of autocast.
+        limit: Stop after so many images.
+
+    Returns:
+        Images whose class came first, those whose class was among the first five, and all images.
+    """
+    top1 = top5 = total = 0
+    model.eval()
+    for images, labels in batches:
+        if limit is not None:
+            images, labels = images[: limit - total], labels[: limit - total]
+        images, labels = images.to(device), labels.to(device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = model(images)
+        best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best == labels[:, None]
+        top1 += int(hits[:, 0].sum())
+        top5 += int(hits.sum())
+        total += len(labels)
+        if limit is not None and total >= limit:
+            break
+    return top1, top5, total
+
+
+def measure_throughput(
+    cfg: DictConfig, model: ReducedViT, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Returns images per second, of the model and of its dense counterpart in turns."""
+    from zoo.throughput import measure
+
+    options = cfg.throughput
+    runner: Any = model
+    dense: Any = model.unwrap()
+    if cfg.compile:
+        runner, dense = torch.compile(model), torch.compile(dense)
+    found = measure(
+        runner,
+        dense,
+        input_size=input_size(model),
+        batch=options.batch,
+        rounds=options.rounds,
+        min_time=options.min_time,
+        threads=options.threads,
+        device=device,
+        dtype=dtype,
+    )
+    busy = f"spread of the throughput rounds {100 * found.spread:.0f} %"
+    return {
+        "imgs_per_s": found.imgs_per_s,
+        "imgs_per_s_dense": found.imgs_per_s_dense,
+        "ms": found.ms,
+        "batch": found.batch,
+        "threads": found.threads,
+        "peak_mem_mb": found.peak_mem_mb,
+        "notes": busy if found.spread > 0.1 else None,
+    }
+
+
+def input_size(model: ReducedViT) -> tuple[int, int, int]:
+    """Returns `(channels, height, width)` of the images that a model was built for."""
+    embed: Any = model.backbone.patch_embed
+    return (embed.proj.in_channels, *embed.img_size)
+
+
+def pick_device(name: str) -> torch.device:
+    """Returns the device of that name; "auto" is the accelerator if there is one.
+
+    Raises:
+        ZooError: There is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ZooError(f"device={name} cannot be used here: {reason}; type device=cpu") from error
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """Returns the precision of that name.
+
+    Raises:
+        ZooError: It is not one of the three that autocast knows.
+    """
+    if name not in _DTYPES:
+        raise ZooError(f"dtype={name}: expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _provenance(cfg: DictConfig, model: ReducedViT) -> dict[str, Any]:
+    """Which file the weights came from, and whether they were trained with this reducer."""
+    if cfg.weights is None:
+        return {"weights_sha": None, "trained": False}
+    import json
+
+    from zoo.checkpoint import find, weights_sha256
+
+    weights = str(cfg.weights)
+    source = find(weights)
+    # A training checkpoint evaluated as it is; a model folder says it in its own rows.
+    trained = source.suffix == ".ckpt" and cfg.backbone is None and cfg.reducer is None
+    metrics = source / "metrics.json"
+    if metrics.is_file():
+        try:
+            rows = json.loads(metrics.read_text(encoding="utf-8"))
+        except ValueError:
+            rows = []
+        methods = [row.get("method") for row in _rows(rows) if row.get("trained")]
+        trained = (model.reducer.name if model.reducer is not None else "none") in methods
+    return {"weights_sha": weights_sha256(weights), "trained": trained}
+
+
+def _rows(value: Any) -> Sequence[dict[str, Any]]:
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def _limit(value: Any) -> int | None:
+    if value is not None and (int(value) != value or value < 1):
+        raise ZooError(f"limit must be a whole number from 1, or null for all images; got {value}")
+    return value
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,91 @@
+"""What a sweep (`-m`) adds to its jobs: its own file of rows and the report at its end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.experimental.callback import Callback
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def sweep_rows_path(hydra: Any) -> Path:
+    """Returns the file that holds the rows of one sweep, in the folder of that sweep."""
+    return Path(str(hydra.sweep.dir)) / "rows.jsonl"
+
+
+def refuse_subprocess_ddp(cfg: DictConfig) -> None:
+    """Ends a sweep whose jobs would start it again, once per device.
+
+    Raises:
+        SystemExit: The trainer's strategy launches its processes by repeating the command, and the
+            command holds the sweep.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    strategy = OmegaConf.select(cfg, "trainer.strategy", default="")
+    launcher = str(HydraConfig.get().launcher.get("_target_"))
+    # torchrun starts the processes itself, and other launchers give every job its own command.
+    if "TORCHELASTIC_RUN_ID" in os.environ or not launcher.endswith("BasicLauncher"):
+        return
+    if not isinstance(strategy, str) or not strategy.startswith(
+        ("auto", "ddp", "fsdp", "deepspeed")
+    ):
+        return
+    if strategy.endswith(("_spawn", "_fork", "_notebook")) or _devices(cfg) == 1:
+        return
+    raise SystemExit(
+        f"-m with trainer.strategy={strategy} on several devices would start the whole sweep once "
+        "per device; use trainer.strategy=ddp_spawn, or run the jobs one by one with torchrun"
+    )
+
+
+def _devices(cfg: DictConfig) -> int:
+    from omegaconf import OmegaConf
+
+    devices = OmegaConf.select(cfg, "trainer.devices", default=1)
+    if OmegaConf.is_list(devices):
+        return len(devices)
+    if str(devices) not in ("auto", "-1"):
+        return int(devices)
+    if OmegaConf.select(cfg, "trainer.accelerator", default="auto") == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+class ReportCallback(Callback):
+    """Writes the report when the last job of a sweep has ended."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Prints the table and the path of the report; the rows stay whatever happens here."""
+        from zoo.rows import read_rows
+        from zoo.run.entry import report_failed
+        from zoo.run.messages import explain
+
+        path = sweep_rows_path(config.hydra)
+        if not path.exists():
+            return
+        try:
+            rows = read_rows(path)
+            from zoo.report import table, write_report
+
+            print(table(rows))
+            paths = write_report(rows, path.parent, title=_title(rows))
+        except Exception as error:
+            # Hydra would turn this into a warning with a type name; say what to do instead.
+            message = explain(error) or f"{type(error).__name__}: {error}"
+            report_failed(f"no report: {message}; the rows are in {path}")
+            return
+        print(f"rows:   {path}\nreport: {paths.html}")
+
+
+def _title(rows: list[dict[str, Any]]) -> str:
+    names = sorted({str(row["backbone"]) for row in rows if row.get("backbone")})
+    data = sorted({str(row["dataset"]) for row in rows if row.get("dataset")})
+    return " on ".join(part for part in (", ".join(names[:3]), ", ".join(data[:3])) if part)

@@ -1,0 +1,320 @@
+"""Trains or fine-tunes a model: `train(cfg)` fits, tests, saves a model folder, returns the row."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import OmegaConf, open_dict
+
+from zoo.data import build_data
+from zoo.errors import BadCheckpoint, ZooError
+from zoo.lit.classifier import Classifier
+from zoo.rows import new_row, wilson_interval
+from zoo.run.build import build_model, instantiate
+from zoo.run.evaluate import count_costs, describe
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from zoo.data.module import ImageData
+    from zoo.reduced import ReducedViT
+
+_DEMO_WEIGHTS = "vit_digits"
+_DEMO_REDUCER = {"_target_": "reduction.methods.tome.ToMe"}
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Trains the model that a configuration describes.
+
+    Written to `output_dir`: `checkpoints/` (the best epoch and `last.ckpt`, to resume from), logs,
+    and `model/`, the folder that `zoo.load` and `eval.py weights=` read.
+
+    Args:
+        cfg: configs/train.yaml, composed.
+
+    Returns:
+        The row of `zoo.rows`, with the accuracy on the test split.
+
+    Raises:
+        ZooError: Something in the configuration does not fit; the message says what to type.
+        KeyboardInterrupt: Training was stopped by Ctrl-C; the last epoch's checkpoint is kept.
+    """
+    cfg = _complete(cfg)
+    _quiet()
+    if cfg.threads:
+        torch.set_num_threads(int(cfg.threads))
+    seed = int(cfg.seed)
+    pl.seed_everything(seed, workers=True, verbose=False)
+
+    data = build_data(cfg)
+    model = _build(cfg, data)
+    data.attach(model)
+    model.train()  # loaded models come in evaluation mode
+    module = Classifier(
+        model,
+        optimizer=instantiate(cfg.optim),
+        lr_schedule=instantiate(cfg.lr_schedule),
+        loss=instantiate(cfg.loss),
+        mixup=_plain(OmegaConf.select(cfg, "augment.mixup")),
+        aux_weight=float(cfg.aux_weight),
+        hyper_parameters={"data": _preprocessing(data), "config": _plain(_without_hydra(cfg))},
+    )
+    if cfg.ckpt is not None:
+        _check_resume(Path(cfg.ckpt), model)
+    trainer: pl.Trainer = instantiate_trainer(cfg)
+    _fit(trainer, module, data, cfg.ckpt)
+    _pick_weights(trainer, module, str(cfg.test))
+    [scores] = trainer.test(module, datamodule=data, verbose=False)
+    return _finish(cfg, trainer, module, data, scores)
+
+
+# -- before ---------------------------------------------------------------------------------------
+
+
+def _complete(cfg: DictConfig) -> DictConfig:
+    """Returns a copy with what "nothing chosen" stands for, and checks the plain options.
+
+    Raises:
+        ZooError: An option has a value that cannot be.
+    """
+    cfg = cfg.copy()
+    if cfg.test not in ("best", "last"):
+        raise ZooError(f"test must be best or last, got {cfg.test!r}")
+    with open_dict(cfg):
+        if cfg.get("backbone") is None and cfg.get("weights") is None:
+            cfg.weights = _DEMO_WEIGHTS
+            if cfg.get("reducer") is None:
+                cfg.reducer = _DEMO_REDUCER
+        if cfg.ckpt is not None:
+            ckpt = Path(str(cfg.ckpt)).expanduser()
+            if not ckpt.is_file():
+                raise BadCheckpoint(
+                    f"ckpt={cfg.ckpt}: no such file; expected a checkpoint to resume from, such as "
+                    "outputs/train/DATE/TIME/checkpoints/last.ckpt"
+                )
+            cfg.ckpt = str(ckpt.resolve())
+            # A resumed run goes on in its own folder: its best epoch so far is there.
+            if ckpt.resolve().parent.name == "checkpoints":
+                cfg.output_dir = str(ckpt.resolve().parent.parent)
+    return cfg
+
+
+def _build(cfg: DictConfig, data: ImageData) -> ReducedViT:
+    """Builds the model with one output per class of the data, and for its image size."""
+    classes = data.num_classes
+    args = cfg.backbone.get("args") or {} if cfg.get("backbone") is not None else {}
+    given: dict[str, Any] = {}
+    if cfg.get("backbone") is not None:
+        size = OmegaConf.select(cfg, "data.img_size")
+        if size is not None and "img_size" not in args:
+            given["img_size"] = _plain(size)
+        if classes is not None and "num_classes" not in args and cfg.weights is None:
+            given["num_classes"] = classes
+    model = build_model(cfg, **given)
+    if classes is not None and classes != model.num_classes and "num_classes" not in args:
+        _say(f"new classifier: {classes} classes, {cfg.weights} has {model.num_classes}")
+        model.reset_classifier(classes)
+    return model
+
+
+def instantiate_trainer(cfg: DictConfig) -> pl.Trainer:
+    """Builds the Lightning trainer with the callbacks and loggers that were chosen.
+
+    Raises:
+        ZooError: One of them cannot be built, or its package is missing.
+    """
+    callbacks = [instantiate(c) for c in (cfg.get("callbacks") or {}).values() if c is not None]
+    if not cfg.trainer.get("enable_progress_bar", True):
+        callbacks = [c for c in callbacks if not isinstance(c, pl.callbacks.ProgressBar)]
+    try:
+        loggers = [instantiate(c) for c in (cfg.get("logger") or {}).values() if c is not None]
+    except ModuleNotFoundError as error:
+        raise ZooError(f"this logger needs a package: pip install {error.name}") from error
+    if not loggers:
+        callbacks = [c for c in callbacks if not isinstance(c, pl.callbacks.LearningRateMonitor)]
+    import hydra.utils
+    from hydra.errors import InstantiationException
+
+    try:
+        return hydra.utils.instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
+    except InstantiationException as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ZooError(f"the trainer cannot be built: {reason}") from error
+
+
+def _check_resume(path: Path, model: ReducedViT) -> None:
+    """Refuses a checkpoint of another model before Lightning fails on it key by key.
+
+    Raises:
+        BadCheckpoint: It is damaged, or of another model.
+    """
+    from zoo.checkpoint.files import read_any
+
+    stored = read_any(path)
+    needed = ("state_dict", "loops", "optimizer_states")
+    if not isinstance(stored, Mapping) or any(k not in stored for k in needed):
+        raise BadCheckpoint(
+            f"{path}: not a training checkpoint; to start from its weights type weights={path}"
+        )
+    was = (stored.get("hyper_parameters") or {}).get("recipe")
+    now = _json(model.recipe)
+    if was is not None and _json(was) != now:
+        differ = sorted(k for k in {*was, *now} if _json(was.get(k)) != now.get(k))
+        raise BadCheckpoint(
+            f"{path}: trained with another {' and '.join(differ)} than this command asks for; "
+            f"repeat the options of that run (was {[was.get(k) for k in differ]})"
+        )
+
+
+# -- training -------------------------------------------------------------------------------------
+
+
+def _fit(trainer: pl.Trainer, module: Classifier, data: ImageData, ckpt: str | None) -> None:
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
+    except SystemExit:
+        # Lightning ends the process on Ctrl-C after closing its loggers.
+        if not trainer.interrupted:
+            raise
+        last = _checkpoint(trainer, "last")
+        where = f"go on with the same command and ckpt={last}" if last else "no epoch was complete"
+        _say(f"\nstopped in epoch {trainer.current_epoch}; {where}")
+        raise KeyboardInterrupt from None
+
+
+def _checkpoint(trainer: pl.Trainer, which: str) -> str | None:
+    """Path of the last or the best checkpoint of this run, if there is one."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        if (which == "last") == (callback.monitor is None):
+            path = callback.best_model_path
+            if path and os.path.isfile(path):
+                return str(path)
+    return None
+
+
+def _pick_weights(trainer: pl.Trainer, module: Classifier, which: str) -> None:
+    """After `fit` the module holds the (averaged) weights of the last epoch; load the best."""
+    path = _checkpoint(trainer, which) if which == "best" else None
+    if path is not None:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict(stored["state_dict"])
+
+
+# -- after ----------------------------------------------------------------------------------------
+
+
+def _finish(
+    cfg: DictConfig,
+    trainer: pl.Trainer,
+    module: Classifier,
+    data: ImageData,
+    scores: Mapping[str, float],
+) -> dict[str, Any]:
+    """Makes the row and saves the model folder."""
+    model: ReducedViT = module.net.cpu().eval()  # type: ignore[assignment]
+    images = int(scores["test/images"])
+    row = describe(model)
+    row.update(count_costs(model, trace=False))
+    folder = Path(str(cfg.output_dir)) / "model"
+    row.update(
+        task=["train", "accuracy"],
+        dataset=data.label,
+        split=data.splits["test"],
+        n_images=images,
+        top1=scores["test/top1"],
+        top5=scores.get("test/top5"),
+        ci95=list(wilson_interval(round(scores["test/top1"] / 100 * images), images)),
+        batch=data.batch_size,
+        threads=torch.get_num_threads(),
+        device=_device_name(trainer),
+        dtype=str(trainer.precision),
+        compile=False,
+        seed=int(cfg.seed),
+        weights=os.path.relpath(folder),
+        trained=True,
+        notes=_notes(cfg, trainer),
+    )
+    row = new_row(**row)
+    if trainer.is_global_zero:
+        from zoo.checkpoint import save_pretrained, weights_sha256
+
+        save_pretrained(model, folder, metrics=[row], data=_preprocessing(data))
+        row["weights_sha"] = weights_sha256(folder)
+    _say(f"model: {os.path.relpath(folder)}")
+    last = _checkpoint(trainer, "last")
+    if last is not None:
+        _say(f"checkpoints: {os.path.relpath(os.path.dirname(last))}")
+    return row
+
+
+def _notes(cfg: DictConfig, trainer: pl.Trainer) -> str:
+    start = cfg.weights or ("pretrained" if cfg.backbone and cfg.backbone.pretrained else "scratch")
+    val = trainer.callback_metrics
+    parts = [f"{trainer.current_epoch} epochs from {start}", f"weights of the {cfg.test} epoch"]
+    limits = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "fast_dev_run")
+    if any(cfg.trainer.get(name) for name in limits):
+        parts.append("on part of the data")
+    if "train/loss_epoch" in val:
+        parts.append(f"training loss {float(val['train/loss_epoch']):.4f}")
+    return ", ".join(parts)
+
+
+def _preprocessing(data: ImageData) -> dict[str, Any]:
+    config = dict(data.config or {})
+    return _json({**config, "dataset": data.label})
+
+
+def _device_name(trainer: pl.Trainer) -> str:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name if trainer.world_size == 1 else f"{trainer.world_size}x {name}"
+
+
+def _json(value: Any) -> Any:
+    """A copy with lists for tuples."""
+    if isinstance(value, Mapping):
+        return {str(k): _json(v) for k, v in value.items()}
+    return [_json(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _without_hydra(cfg: DictConfig) -> DictConfig:
+    """What can be resolved later and elsewhere: the options, not the folders of this run."""
+    left_out = ("paths", "output_dir", "results", "trainer", "callbacks", "logger")
+    keys = [str(k) for k in cfg if k not in left_out]
+    return OmegaConf.masked_copy(cfg, keys)
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _quiet() -> None:
+    """Lets through what concerns the user; Lightning says much about itself."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*treespec, LeafSpec.*",
+        ".*smaller than the logging interval.*",
+        ".*exists and is not empty.*",
+        ".*saving a checkpoint outside the 'fit' stage.*",
+        ".*weights_only=True.*",
+        ".*sync_dist=True.*",  # torchmetrics has summed over the processes already
+    ):
+        warnings.filterwarnings("ignore", message=text)
