@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -157,6 +158,20 @@ def test_resuming_equals_never_having_stopped(run, tmp_path, capsys):
     for key in ("state_dict", "current_model_state"):
         assert gap(weights(whole, key), weights(last, key)) < 1e-6
     assert row["top1"] == pytest.approx(run[1]["top1"], abs=1e-6)
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_resuming_a_finished_run_tests_and_saves_it_again(run, tmp_path, which):
+    out, row, overrides = run
+    copy = shutil.copytree(out, tmp_path / "run")
+    last = copy / "checkpoints" / "last.ckpt"
+    shutil.rmtree(copy / "model")
+    again = train(config(*overrides, f"ckpt={last}", f"test={which}", out=tmp_path / "other"))
+    model = zoo.load(str(copy / "model"))
+    if which == "last":
+        assert gap(model.state_dict(), zoo.load(str(last)).state_dict()) == 0
+    else:
+        assert again["top1"] == pytest.approx(row["top1"], abs=1e-6)
 
 
 def test_resuming_with_another_method_is_refused(run, tmp_path):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -37,6 +38,9 @@ class Classifier(pl.LightningModule):
     Raises:
         ZooError: something in `hyper_parameters` is not a plain container or value.
     """
+
+    #: Parts of the recipe that training itself changes: a resumed run may differ in them.
+    volatile: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -84,24 +88,39 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        images, labels = batch[0], batch[1]
-        # timm's Mixup pairs images within the batch, so an odd one (a last batch) is left as is.
-        if self.mix is not None and len(images) % 2 == 0:
-            images, labels = self.mix(images, labels)
+        images, labels = self.mixed(batch)
         extra: Mapping[str, Tensor] = {}
         if self.has_aux:
             logits, info = self.net(images, return_info="trace")
             taught = self._teach(images, labels)
             extra = self.net.auxiliary_losses(info, logits, labels, taught)
+            loss = self.loss(logits, labels)
         else:
-            logits = self.net(images)
-        loss = self.loss(logits, labels)
+            loss = self._mean_loss(images, labels)
         for name, value in extra.items():
             self.log(f"train/loss_{name}", value.detach(), on_step=False, on_epoch=True)
             loss = loss + self.aux_weight * value
         size = len(images)
         self.log("train/loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=size)
         return loss
+
+    def mixed(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Images and labels, mixed if that was chosen."""
+        images, labels = batch[0], batch[1]
+        # timm's Mixup pairs images within the batch, so an odd one (a last batch) is left as is.
+        if self.mix is not None and len(images) % 2 == 0:
+            images, labels = self.mix(images, labels)
+        return images, labels
+
+    def trainable(self) -> nn.Module:
+        """What the optimiser gets."""
+        return self.net
+
+    def _mean_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the losses of the model's heads, of which most models have one."""
+        heads = getattr(self.net, "training_logits", None)
+        logits = (self.net(images),) if heads is None else heads(images)
+        return torch.stack([self.loss(answer, labels) for answer in logits]).mean()
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule, stepped after every optimiser step.
@@ -115,7 +134,7 @@ class Classifier(pl.LightningModule):
         kwargs: dict[str, Any] = {}
         if str(self.trainer.precision) == "16-mixed" and _takes(self.make_optimizer, "fused"):
             kwargs["fused"] = False  # a fused step unscales gradients itself; clipping cannot then
-        optimizer = self.make_optimizer(self.net, **kwargs)
+        optimizer = self.make_optimizer(self.trainable(), **kwargs)
         epochs = self.trainer.max_epochs or 1
         total = int(total)
         schedule = self.make_schedule(
@@ -141,6 +160,18 @@ class Classifier(pl.LightningModule):
         with torch.no_grad():
             logits, info = teacher(images, return_info="trace")
             return teacher.outcome(info, logits, labels)
+
+    def finish(self, folder: Path, write: bool) -> dict[str, Any]:
+        """Called after the test, before the model is described and saved.
+
+        Args:
+            folder: Of the run.
+            write: Whether this process writes files.
+
+        Returns:
+            Fields of the result row that this module knows better than the run does.
+        """
+        return {}
 
     # -- evaluation -------------------------------------------------------------------------------
 

@@ -63,11 +63,11 @@ def vit_digits(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     }
     model = _create_vision_transformer("vit_digits", pretrained=pretrained, **{**args, **kwargs})
     if not pretrained:
-        _init_pos_embed(model)
+        init_pos_embed(model)
     return model
 
 
-def _init_pos_embed(model: VisionTransformer) -> None:
+def init_pos_embed(model: VisionTransformer) -> None:
     """Start the (learned) position embedding from sines and cosines.
 
     timm starts it near zero. With so few images the model then sees a bag of patches for a long

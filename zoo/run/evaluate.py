@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zoo.adapters.standalone import as_standalone
 from zoo.errors import ZooError
 from zoo.rows import new_row, wilson_interval
 from zoo.run.build import build_model
@@ -80,15 +81,26 @@ def describe(model: ReducedViT) -> dict[str, Any]:
     size = input_size(model)[1:]
     # The row names the budget that was asked for; the recipe holds the schedule solved from it.
     schedule = model.target.config() if model.target is not None else recipe["schedule"]
+    alone = as_standalone(model.backbone)
+    if alone is not None:
+        schedule = alone.budget()
     return {
-        "method": recipe["reducer"]["name"] if recipe["reducer"] else "none",
+        "method": method_name(model),
         "reducer": recipe["reducer"],
         "backbone": recipe["backbone"]["name"],
         "tag": recipe["backbone"]["tag"],
-        "schedule": schedule if recipe["reducer"] else None,
+        "schedule": schedule if method_name(model) != "none" else None,
         "img_size": size[0] if size[0] == size[1] else list(size),
         "recipe": recipe,
     }
+
+
+def method_name(model: ReducedViT) -> str:
+    """Returns what reduces the tokens: the reducer, or the architecture itself, or "none"."""
+    if model.reducer is not None:
+        return str(model.recipe["reducer"]["name"])
+    alone = as_standalone(model.backbone)
+    return "none" if alone is None else alone.method
 
 
 def count_costs(model: ReducedViT, trace: bool = True) -> dict[str, Any]:
@@ -111,8 +123,20 @@ def count_costs(model: ReducedViT, trace: bool = True) -> dict[str, Any]:
             "reducer": found.reducer,
         },
         "gmacs_dense": found.dense,
+        "gmacs_paper": _as_published(model),
         "gmacs_fvcore": _fvcore(model) if trace else None,
     }
+
+
+def _as_published(model: ReducedViT) -> dict[str, Any] | None:
+    """The cost as the method's paper counts it; None where it counts as we do."""
+    from zoo import flops
+
+    convention = "zoo" if model.reducer is None else model.reducer.convention
+    if convention == "zoo":
+        return None
+    found = flops.profile(model, convention=convention)
+    return {"convention": convention, "total": found.gmacs, "dense": found.dense}
 
 
 def _fvcore(model: ReducedViT) -> float | None:
@@ -207,9 +231,10 @@ def measure_throughput(
 
     options = cfg.throughput
     runner: Any = model
-    dense: Any = model.unwrap()
+    # A standalone backbone is its own reduction: there is no dense model to take turns with.
+    dense: Any = model.unwrap() if as_standalone(model.backbone) is None else None
     if cfg.compile:
-        runner, dense = torch.compile(model), torch.compile(dense)
+        runner, dense = torch.compile(model), dense and torch.compile(dense)
     found = measure(
         runner,
         dense,
@@ -286,7 +311,7 @@ def _provenance(cfg: DictConfig, model: ReducedViT) -> dict[str, Any]:
         except ValueError:
             rows = []
         methods = [row.get("method") for row in _rows(rows) if row.get("trained")]
-        trained = (model.reducer.name if model.reducer is not None else "none") in methods
+        trained = method_name(model) in methods
     return {"weights_sha": weights_sha256(weights), "trained": trained}
 
 

@@ -100,6 +100,10 @@ def _missing_option(file: str | None, options: Iterable[str] | None, message: st
     if " " in option:
         return f"{group}={option}: more than one argument in one pair of quotes"
     options = [name for name in options if name != "__init__"]
+    for other in sorted({"backbone", "plugin", "reducer"} - {group}):
+        names = sorted(path.stem for path in (config_folder() / other).glob(f"{option}*.yaml"))
+        if found := [name for name in names if name == option or name.startswith(f"{option}_")]:
+            return f"{group}={option}: it is a {other}, so type {other}={'|'.join(found)}"
     known = f"{group} is one of {', '.join(options)}"
     near = nearest(option, options)
     return f"{group}={option}: no such {group}; {near or known}"

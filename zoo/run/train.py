@@ -59,7 +59,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     model = _build(cfg, data)
     data.attach(model)
     model.train()  # loaded models come in evaluation mode
-    module = Classifier(
+    module: Classifier = instantiate(cfg.module)(
         model,
         optimizer=instantiate(cfg.optim),
         lr_schedule=instantiate(cfg.lr_schedule),
@@ -69,7 +69,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         hyper_parameters={"data": _preprocessing(data), "config": _plain(_without_hydra(cfg))},
     )
     if cfg.ckpt is not None:
-        _check_resume(Path(cfg.ckpt), model)
+        _check_resume(Path(cfg.ckpt), model, module.volatile)
     trainer: pl.Trainer = instantiate_trainer(cfg)
     _fit(trainer, module, data, cfg.ckpt)
     _pick_weights(trainer, module, str(cfg.test))
@@ -151,7 +151,7 @@ def instantiate_trainer(cfg: DictConfig) -> pl.Trainer:
         raise ZooError(f"the trainer cannot be built: {reason}") from error
 
 
-def _check_resume(path: Path, model: ReducedViT) -> None:
+def _check_resume(path: Path, model: ReducedViT, volatile: frozenset[str]) -> None:
     """Refuses a checkpoint of another model before Lightning fails on it key by key.
 
     Raises:
@@ -167,8 +167,9 @@ def _check_resume(path: Path, model: ReducedViT) -> None:
         )
     was = (stored.get("hyper_parameters") or {}).get("recipe")
     now = _json(model.recipe)
-    if was is not None and _json(was) != now:
-        differ = sorted(k for k in {*was, *now} if _json(was.get(k)) != now.get(k))
+    keys = {*was, *now} - volatile if was is not None else set()
+    differ = sorted(k for k in keys if _json(was.get(k)) != now.get(k))
+    if differ:
         raise BadCheckpoint(
             f"{path}: trained with another {' and '.join(differ)} than this command asks for; "
             f"repeat the options of that run (was {[was.get(k) for k in differ]})"
@@ -196,16 +197,23 @@ def _checkpoint(trainer: pl.Trainer, which: str) -> str | None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, ModelCheckpoint):
             continue
-        if (which == "last") == (callback.monitor is None):
-            path = callback.best_model_path
-            if path and os.path.isfile(path):
-                return str(path)
+        path = callback.best_model_path
+        if (which == "last") != (callback.monitor is None) or not path:
+            continue
+        # The second is for a resumed run whose folder has been moved since.
+        for found in (path, os.path.join(str(callback.dirpath), os.path.basename(path))):
+            if os.path.isfile(found):
+                return found
     return None
 
 
 def _pick_weights(trainer: pl.Trainer, module: Classifier, which: str) -> None:
-    """After `fit` the module holds the (averaged) weights of the last epoch; load the best."""
-    path = _checkpoint(trainer, which) if which == "best" else None
+    """Loads the (averaged) weights of the best or the last epoch.
+
+    Without checkpoints the module keeps what `fit` left, the averaged weights of the last step.
+    Resuming a run that was over already would leave the raw ones.
+    """
+    path = _checkpoint(trainer, which)
     if path is not None:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         module.load_state_dict(stored["state_dict"])
@@ -224,6 +232,8 @@ def _finish(
     """Makes the row and saves the model folder."""
     model: ReducedViT = module.net.cpu().eval()  # type: ignore[assignment]
     images = int(scores["test/images"])
+    hits = round(scores["test/top1"] / 100 * images)
+    known = module.finish(Path(str(cfg.output_dir)), write=trainer.is_global_zero)
     row = describe(model)
     row.update(count_costs(model, trace=False))
     folder = Path(str(cfg.output_dir)) / "model"
@@ -232,9 +242,9 @@ def _finish(
         dataset=data.label,
         split=data.splits["test"],
         n_images=images,
-        top1=scores["test/top1"],
+        top1=100 * hits / images,
         top5=scores.get("test/top5"),
-        ci95=list(wilson_interval(round(scores["test/top1"] / 100 * images), images)),
+        ci95=list(wilson_interval(hits, images)),
         batch=data.batch_size,
         threads=torch.get_num_threads(),
         device=_device_name(trainer),
@@ -245,7 +255,9 @@ def _finish(
         trained=True,
         notes=_notes(cfg, trainer),
     )
-    row = new_row(**row)
+    if "notes" in known:
+        known["notes"] = f"{row['notes']}, {known['notes']}"
+    row = new_row(**{**row, **known})
     if trainer.is_global_zero:
         from zoo.checkpoint import save_pretrained, weights_sha256
 

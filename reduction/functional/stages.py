@@ -1,0 +1,67 @@
+"""Learned parts that a method has once per reducing block."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from reduction.base import Reducer, Spec, Step
+from reduction.errors import ZooError
+
+
+class StagedReducer(Reducer):
+    """A reducer with one learned module per stage, in `self.stages`.
+
+    Subclasses write `build`. Modules that fit are kept when the reducer is attached again, so
+    loaded weights survive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList()
+        self._blocks: tuple[int, ...] = ()
+
+    def build(self, spec: Spec, step: Step) -> nn.Module:
+        """The learned part of one stage."""
+        raise NotImplementedError(f"{type(self).__name__} must override build")
+
+    def setup(self, spec: Spec) -> None:
+        """Build the stages, unless those that are there fit."""
+        fresh = [self.build(spec, step) for step in spec.stages]
+        if not _same_shapes(self.stages, fresh):
+            self.stages = nn.ModuleList(fresh)
+        self._blocks = tuple(step.block for step in spec.stages)
+
+    def stage(self, step: Step) -> nn.Module:
+        """The learned part that belongs to a block.
+
+        Raises:
+            ZooError: If the schedule reduces in a block that it did not reduce in when the model
+                was built.
+        """
+        if step.block not in self._blocks:
+            raise ZooError(
+                f"{self.name} has learned parts for blocks {list(self._blocks)}, but the schedule "
+                f"reduces in block {step.block}; build the model with that schedule"
+            )
+        return self.stages[self._blocks.index(step.block)]
+
+
+class QueryReducer(StagedReducer):
+    """A staged reducer whose number of output tokens is the shape of a parameter.
+
+    Once built, it leaves so many tokens whatever the image size. A stage has an int `outputs`.
+    """
+
+    def count(self, n: int, step: Step) -> int:
+        """Outputs of the stage; before it is built, what the schedule keeps."""
+        if step.block in self._blocks:
+            return int(self.stage(step).outputs)  # type: ignore[arg-type]
+        return min(n, step.keep)
+
+
+def _same_shapes(old: nn.ModuleList, new: list[nn.Module]) -> bool:
+    def shapes(modules: nn.ModuleList | list[nn.Module]) -> list[tuple[str, tuple[int, ...]]]:
+        named = nn.ModuleList(modules).state_dict()
+        return [(name, tuple(value.shape)) for name, value in named.items()]
+
+    return len(old) == len(new) and shapes(old) == shapes(new)

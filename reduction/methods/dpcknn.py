@@ -1,0 +1,120 @@
+"""DPC-KNN: density peaks become cluster centres."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from reduction.assignment import Merge
+from reduction.base import Card, Dims, Spec, Step
+from reduction.errors import ZooError
+from reduction.functional.stages import StagedReducer
+from reduction.registry import register
+from reduction.tokens import Signals, Tokens, take_rows
+
+
+def squared_distances(x: Tensor) -> Tensor:
+    """Pairwise squared Euclidean distances `(B, N, N)` of `(B, N, C)` by the Gram matrix."""
+    square = x.square().sum(-1)
+    gram = x @ x.transpose(1, 2)
+    return (square.unsqueeze(2) + square.unsqueeze(1) - 2 * gram).clamp_min_(0)
+
+
+@torch.no_grad()
+def density_peaks(
+    x: Tensor, clusters: int, neighbors: int, noise: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Cluster tokens around peaks of density that are far from denser tokens.
+
+    Args:
+        x: `(B, N, C)`.
+        clusters: Number of centres K.
+        neighbors: k of the density; at most N are used.
+        noise: Uniform noise added to the densities.
+
+    Returns:
+        Centres `(B, K)` by descending score, and the slot of every token `(B, N)`.
+    """
+    n, width = x.shape[1:]
+    squared = squared_distances(x.float() if x.dtype != torch.float64 else x) / width
+    near = squared.topk(min(neighbors, n), dim=-1, largest=False, sorted=False).values
+    density = (-near.mean(-1)).exp()
+    if noise:
+        density = density + torch.rand_like(density) * noise
+    denser = density.unsqueeze(1) > density.unsqueeze(2)
+    farthest = squared.flatten(1).amax(1)[:, None, None]
+    delta = torch.where(denser, squared, farthest).amin(-1).sqrt()
+    centres = (delta * density).topk(clusters, dim=1).indices
+    # The matrix is symmetric, so rows of the centres are their columns.
+    slot = take_rows(squared, centres).argmin(1)
+    own = torch.arange(clusters, device=x.device).expand_as(centres)
+    return centres, slot.scatter(1, centres, own)
+
+
+@register("dpcknn")
+class DPCKNN(StagedReducer):
+    """Average the tokens of each cluster, weighted by a learned score.
+
+    Before the block: density from the k nearest tokens, centres where density times distance to
+    the next denser token is largest, nearest-centre clusters, and `sum(w x) / (sum(w) + 1e-6)`
+    with `w = exp(score(x))`. The clustering has no gradient; the weights have.
+
+    The official port adds noise of up to 1e-6 to the densities even in evaluation, so that its
+    output may change from run to run; here noise is added in training only.
+
+    Args:
+        neighbors: k of the density.
+        equal_weight: Plain means without learned scores: nothing to train.
+        noise: Size of the noise in training.
+
+    Raises:
+        ZooError: If `neighbors` is below 1.
+
+    References:
+        Zeng et al. (TCFormer), CVPR 2022, arXiv 2204.08680; official code
+        github.com/zengwang430521/TCFormer. Formulas as in github.com/JoakimHaurum/TokenReduction
+        (MIT), which drops TCFormer's token convolution and score bias.
+    """
+
+    card = Card(
+        title="Not All Tokens Are Equal: Human-centric Visual Analysis via Token Clustering "
+        "Transformer",
+        authors="Zeng et al.",
+        venue="CVPR",
+        year=2022,
+        arxiv="2204.08680",
+        code="https://github.com/JoakimHaurum/TokenReduction",
+        licence="MIT",
+        kind="cluster",
+        training="scores, with the backbone (none with equal_weight)",
+    )
+    site = "pre"
+
+    def __init__(self, neighbors: int = 5, equal_weight: bool = False, noise: float = 1e-6) -> None:
+        super().__init__()
+        if neighbors < 1:
+            raise ZooError(f"neighbors must be 1 or more, got {neighbors!r}")
+        self.neighbors = neighbors
+        self.equal_weight = equal_weight
+        self.noise = noise
+
+    def build(self, spec: Spec, step: Step) -> nn.Module:
+        return nn.ModuleDict({} if self.equal_weight else {"score": nn.Linear(spec.width, 1)})
+
+    def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
+        noise = self.noise if self.training else 0.0
+        centres, slot = density_peaks(t.patches.detach(), step.keep, self.neighbors, noise)
+        if self.equal_weight:
+            weight = torch.ones_like(slot, dtype=t.size.dtype)
+        else:
+            weight = (
+                cast(nn.ModuleDict, self.stage(step))["score"](t.patches).squeeze(-1).float().exp()
+            )
+        total = weight.new_zeros(centres.shape).scatter_add(1, slot, weight)
+        coef = weight / (total.gather(1, slot) + 1e-6)
+        return Merge(slot, centres, coef=coef)
+
+    def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
+        return n * n * dims.width + (0 if self.equal_weight else n * dims.width)

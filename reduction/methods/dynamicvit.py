@@ -1,0 +1,167 @@
+"""DynamicViT: small predictors learn which tokens to keep."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reduction.assignment import Keep
+from reduction.base import Card, Dims, Outcome, Spec, Step
+from reduction.functional.stages import StagedReducer
+from reduction.registry import register
+from reduction.tokens import Signals, Tokens
+
+
+class Predictor(nn.Module):
+    """Log-probabilities of keeping and dropping each token, `(B, N, 2)`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_conv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+        self.out_conv = nn.Sequential(
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, width // 4),
+            nn.GELU(),
+            nn.Linear(width // 4, 2),
+        )
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Score tokens.
+
+        Args:
+            x: `(B, N, C)`.
+            kept: Decisions so far, `(B, N)`; None where all are kept.
+        """
+        x = self.in_conv(x)
+        local, context = x.chunk(2, dim=-1)
+        if kept is None:
+            mean = context.mean(1, keepdim=True)
+        else:
+            weight = kept.unsqueeze(-1)
+            # The official code divides by zero where an image has lost all its tokens.
+            total = weight.sum(1, keepdim=True).clamp_min(1)
+            mean = (context * weight).sum(1, keepdim=True) / total
+        x = torch.cat([local, mean.expand_as(context)], dim=-1)
+        scores: Tensor = self.out_conv(x).log_softmax(-1)
+        return scores
+
+
+def gumbel_noise(shape: torch.Size, device: torch.device) -> Tensor:
+    """Standard Gumbel noise."""
+    return -torch.empty(shape, device=device).exponential_().log()
+
+
+def keep_decision(log_probs: Tensor, noise: Tensor) -> Tensor:
+    """Hard keep decisions `(B, N)` with the gradient of the soft ones."""
+    soft = (log_probs + noise).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), 2).to(soft.dtype)
+    return (hard - soft.detach() + soft)[..., 0]
+
+
+@register("dynamicvit")
+class DynamicViT(StagedReducer):
+    """Keep the tokens that a learned predictor rates highest.
+
+    In evaluation the top `keep` tokens by keep log-probability survive each stage. In training
+    nothing is removed: straight-through Gumbel decisions mask tokens in the attention of that
+    block and all later ones, and three losses are added: the kept share against the schedule's, KL
+    to the dense model's logits, and squared error to its tokens.
+
+    Args:
+        ratio_weight: Factor of the ratio loss.
+        logit_weight: Factor of the logit loss.
+        token_weight: Factor of the token loss.
+        ratios: Kept share of each stage that the ratio loss aims at; None: what the schedule keeps.
+
+    References:
+        Rao et al., NeurIPS 2021, arXiv 2106.02034; official code github.com/raoyongming/DynamicViT
+        (MIT).
+    """
+
+    card = Card(
+        title="DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification",
+        authors="Rao et al.",
+        venue="NeurIPS",
+        year=2021,
+        arxiv="2106.02034",
+        code="https://github.com/raoyongming/DynamicViT",
+        licence="MIT",
+        kind="prune",
+        training="predictors and backbone, with the dense model as teacher",
+        note="An untrained predictor keeps arbitrary tokens.",
+    )
+    site = "pre"
+    masks_in_training = True
+    needs_teacher = True
+
+    def __init__(
+        self,
+        ratio_weight: float = 2.0,
+        logit_weight: float = 0.5,
+        token_weight: float = 0.5,
+        ratios: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.ratio_weight = ratio_weight
+        self.logit_weight = logit_weight
+        self.token_weight = token_weight
+        self.ratios = ratios
+
+    def build(self, spec: Spec, step: Step) -> nn.Module:
+        return Predictor(spec.width)
+
+    def start(self, t: Tokens) -> Tokens:
+        # Blocks before the first stage use the same masked softmax, as in the official code.
+        return t._replace(policy=torch.ones_like(t.size)) if self.training else t
+
+    def assign(self, t: Tokens, s: Signals, step: Step) -> Keep:
+        scores = cast(Predictor, self.stage(step))(t.patches)[..., 0]
+        return Keep(scores.topk(step.keep, dim=1, sorted=False).indices)
+
+    def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
+        """Remove tokens, or mask them while training."""
+        if not self.training:
+            return super().reduce(t, s, step)
+        assert t.policy is not None
+        before = t.policy[:, t.prefix :]
+        log_probs = cast(Predictor, self.stage(step))(t.patches, before)
+        noise = gumbel_noise(log_probs.shape, log_probs.device).to(log_probs.dtype)
+        kept = keep_decision(log_probs, noise) * before
+        name = f"kept.{self._blocks.index(step.block)}"
+        policy = torch.cat([t.policy[:, : t.prefix], kept.to(t.policy.dtype)], dim=1)
+        return t._replace(policy=policy, memory={**t.memory, name: kept})
+
+    def auxiliary_losses(self, outcome: Outcome) -> dict[str, Tensor]:
+        memory = outcome.final.memory
+        decisions = [memory[f"kept.{i}"] for i in range(len(self._blocks))]
+        ratios = self.ratios if self.ratios is not None else self._shares
+        ratio = torch.stack(
+            [(d.mean(1) - r).square().mean() for d, r in zip(decisions, ratios, strict=True)]
+        ).mean()
+        losses = {"ratio": self.ratio_weight * ratio}
+        if outcome.teacher is None or not decisions:
+            return losses
+        kl = F.kl_div(
+            outcome.logits.log_softmax(-1),
+            outcome.teacher.logits.log_softmax(-1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        kept = (decisions[-1] > 0.5).detach()
+        gap = (outcome.final.patches - outcome.teacher.final.patches).square().mean(-1)
+        # The mean over kept tokens; zero where a batch has kept none.
+        token = (gap * kept).sum() / kept.sum().clamp_min(1)
+        return losses | {"logits": self.logit_weight * kl, "token": self.token_weight * token}
+
+    def setup(self, spec: Spec) -> None:
+        super().setup(spec)
+        total = spec.grid[0] * spec.grid[1]
+        self._shares = [step.keep / total for step in spec.stages]
+
+    def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
+        c = dims.width
+        return n * (c * c + c * (c // 2) + (c // 2) * (c // 4) + (c // 4) * 2)

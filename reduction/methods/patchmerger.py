@@ -1,0 +1,84 @@
+"""PatchMerger: learned queries pool the tokens."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from reduction.assignment import Mix
+from reduction.base import Card, Dims, Spec, Step
+from reduction.errors import ZooError
+from reduction.functional.stages import QueryReducer
+from reduction.registry import register
+from reduction.tokens import Signals, Tokens
+
+SCALES = ("one", "sqrt")
+
+
+class Merger(nn.Module):
+    """Queries `(M, C)` and the layer norm of one stage."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.queries = nn.Parameter(torch.randn(outputs, width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Weights `(B, M, N)` and normalised tokens `(B, N, C)`."""
+        z = self.norm(x)
+        logits = self.queries.to(z.dtype) @ z.transpose(1, 2) * scale
+        return logits.softmax(-1), z
+
+
+@register("patchmerger")
+class PatchMerger(QueryReducer):
+    """Each output token is an attention-weighted mean of the layer-normalised tokens.
+
+    `y = softmax(scale * queries @ LN(x)^T) @ LN(x)`, before the block. The output lives in the
+    space of the layer norm, without residual. The queries are learned: train before use.
+
+    Args:
+        scale: "one" (Haurum et al.'s code; nearly one-hot at the start) or "sqrt" (`C ** -0.5`, a
+            common third-party implementation).
+
+    Raises:
+        ZooError: If `scale` is unknown.
+
+    References:
+        Renggli et al., "Learning to Merge Tokens in Vision Transformers", arXiv 2202.12015; no
+        official code. Formulas as in github.com/JoakimHaurum/TokenReduction (MIT).
+    """
+
+    card = Card(
+        title="Learning to Merge Tokens in Vision Transformers",
+        authors="Renggli et al.",
+        venue="arXiv",
+        year=2022,
+        arxiv="2202.12015",
+        code=None,
+        licence=None,
+        kind="soft pooling",
+        training="queries, with the backbone",
+        note="Untrained queries give chance-level accuracy.",
+    )
+    site = "pre"
+
+    def __init__(self, scale: str = "one") -> None:
+        super().__init__()
+        if scale not in SCALES:
+            raise ZooError(f"scale must be one of {SCALES}, got {scale!r}")
+        self.scale = scale
+
+    def build(self, spec: Spec, step: Step) -> nn.Module:
+        return Merger(spec.width, step.keep)
+
+    def assign(self, t: Tokens, s: Signals, step: Step) -> Mix:
+        scale = 1.0 if self.scale == "one" else t.x.shape[-1] ** -0.5
+        weights, values = cast(Merger, self.stage(step))(t.patches, scale)
+        return Mix(weights, values)
+
+    def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
+        return 2 * self.count(n, step) * n * dims.width
