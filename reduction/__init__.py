@@ -18,6 +18,7 @@ from reduction.base import (
     Step,
 )
 from reduction.errors import UnknownName, UnreachableBudget, ZooError
+from reduction.geometric import Geometric
 from reduction.registry import card, create, create_reducer, list_methods, register
 from reduction.schedule import (
     ConstantR,
@@ -40,6 +41,7 @@ __all__ = [
     "Card",
     "ConstantR",
     "Dims",
+    "Geometric",
     "Keep",
     "KeepRate",
     "Merge",

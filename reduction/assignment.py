@@ -20,10 +20,14 @@ class Keep(NamedTuple):
     Attributes:
         index: Kept tokens, `(B, M)` int64, or `(M,)` when all images keep the same.
         valid: `(B, M)` bool, False where a row is padding because this image keeps fewer.
+        slot: Kept token that stands for each token from now on, `(B, N)` int64 in `[0, M)`, or -1.
+            Features are still those of the kept tokens alone; sizes and the source map count the
+            others in.
     """
 
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
     valid: Tensor | None = None
+    slot: Tensor | None = None
 
 
 class Merge(NamedTuple):
@@ -38,7 +42,9 @@ class Merge(NamedTuple):
         coef: Mixing coefficients `(B, N)`: a group is `sum(coef * x)`. None is the size-weighted
             mean.
         mass: What each token adds to the size of its group, `(B, N)`. None is its size.
-        pairs: `(source, target)`, each `(B, r)`: token `source` joins group `target`.
+        pairs: `(source, target)`, each `(B, r)`: token `source` joins group `target`. Then `coef`
+            and `mass` are of the sources only, `(B, r)`: the share of a source in its group, of
+            which the leader keeps the rest, and what it adds to the leader's size.
     """
 
     slot: Tensor | None
@@ -149,8 +155,14 @@ def _origin(t: Tokens, leader: Tensor) -> Tensor | None:
 
 def _keep(t: Tokens, a: Keep) -> Tokens:
     rows = _with_prefix(a.index, t.prefix)
-    source = t.source
-    if source is not None:
+    source, size = t.source, take_rows(t.size, rows)
+    if a.slot is not None:
+        if a.valid is not None:
+            raise ValueError("expected either padding (valid) or groups (slot), got both")
+        source = _follow(source, a.slot)
+        members = _group_sum(t.patch_size, a.slot, a.index.shape[-1])
+        size = torch.cat([t.size[:, : t.prefix], members], dim=1)
+    elif source is not None:
         index = a.index if a.valid is None else a.index.masked_fill(~a.valid, t.n)
         slot = _slots_of(index, t.x.shape[0], t.n + (a.valid is not None))
         source = _follow(source, slot)
@@ -163,7 +175,8 @@ def _keep(t: Tokens, a: Keep) -> Tokens:
         mask = valid if mask is None else mask & valid
     return t._replace(
         x=take_rows(t.x, rows),
-        size=take_rows(t.size, rows),
+        size=size,
+        unit=t.unit and a.slot is None,
         origin=_origin(t, a.index),
         source=source,
         policy=None if t.policy is None else take_rows(t.policy, rows),
@@ -176,21 +189,22 @@ def _accumulate_dtype(x: Tensor) -> torch.dtype:
 
 
 def _fold(t: Tokens, a: Merge) -> Tokens:
-    """Size-weighted mean by moving only the leaders that receive something.
+    """Weighted mean by moving only the leaders that receive something.
 
     With `s'` the final size of a group, adding `(x_src - x_leader) * s_src / s'` for every source
-    gives exactly `sum(s x) / s'`, however many sources a group has.
+    gives exactly `sum(s x) / s'`, however many sources a group has; so do other shares.
     """
     assert a.pairs is not None
     source, target = a.pairs
     rows = _with_prefix(a.leader, t.prefix)
     goal, origin_rows = target + t.prefix, source + t.prefix
     x, size = take_rows(t.x, rows), take_rows(t.size, rows)
-    moved = take_rows(t.size, origin_rows)
+    moved = take_rows(t.size, origin_rows) if a.mass is None else a.mass.to(size.dtype)
     size = size.scatter_add(1, goal, moved)
     dtype = _accumulate_dtype(x)
-    share = (moved.to(dtype) / size.gather(1, goal).to(dtype)).unsqueeze(-1)
-    delta = ((take_rows(t.x, origin_rows) - take_rows(x, goal)).to(dtype) * share).to(x.dtype)
+    share = moved.to(dtype) / size.gather(1, goal).to(dtype) if a.coef is None else a.coef.to(dtype)
+    delta = (take_rows(t.x, origin_rows) - take_rows(x, goal)).to(dtype) * share.unsqueeze(-1)
+    delta = delta.to(x.dtype)
     batch, m, width = x.shape
     flat = (goal + torch.arange(batch, device=x.device).unsqueeze(1) * m).reshape(-1)
     merged = x.view(batch * m, width).index_add(0, flat, delta.view(-1, width))

@@ -118,6 +118,7 @@ class AttentionInput(NamedTuple):
         dropout: Dropout rate of the attention weights.
         fused: Whether the model allows a fused kernel.
         need: Signals that are wanted.
+        class_tokens: Leading tokens that together act as the class token.
     """
 
     q: Tensor
@@ -128,6 +129,7 @@ class AttentionInput(NamedTuple):
     dropout: float
     fused: bool
     need: frozenset[str]
+    class_tokens: int = 1
 
 
 class Outcome(NamedTuple):
@@ -198,6 +200,10 @@ class Reducer(nn.Module):
             running; `count` is then what the schedule asks for, an expectation.
         masks_in_training: `reduce` keeps all tokens while training and masks them instead.
         needs_teacher: `auxiliary_losses` compares with the frozen dense model.
+        added_tokens: What happens to tokens that a plugin adds: "reduce" treats them like all
+            others, "spare" keeps them out of every reduction, "refuse" allows no such plugin.
+        convention: How the paper counts multiply-accumulates, if not as `zoo.profile` does by
+            default: another of its conventions, in which costs are then reported as well.
     """
 
     name: ClassVar[str] = ""
@@ -212,6 +218,8 @@ class Reducer(nn.Module):
     adaptive: bool = False
     masks_in_training: bool = False
     needs_teacher: bool = False
+    added_tokens: Literal["reduce", "spare", "refuse"] = "reduce"
+    convention: ClassVar[str] = "zoo"
 
     def setup(self, spec: Spec) -> None:
         """Create learned parts. Called once by the wrapper, after the schedule is solved.
@@ -230,6 +238,10 @@ class Reducer(nn.Module):
         returned tokens are the residual stream that the (shorter) output is added to.
         """
         return None
+
+    def extended(self, t: Tokens, added: int) -> Tokens:
+        """After a plugin put `added` tokens behind the others: keep `Tokens.memory` in step."""
+        return t
 
     def finish(self, t: Tokens) -> Tokens:
         """After the last block, before the final norm: bring parked tokens back."""
@@ -264,12 +276,29 @@ class Reducer(nn.Module):
         """The most that the method can remove from `n` tokens in one block."""
         return n - 1
 
+    def acts(self, block: int, depth: int) -> bool:
+        """Whether the method does anything in a block; a schedule's budget for others is ignored.
+
+        For work whose result nobody reads, such as clustering behind the last block.
+        """
+        return True
+
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         """Multiply-accumulates of the method's own matrix products for one image.
 
         Signals are not counted here: whoever computes them counts them.
         """
         return 0
+
+    def attention_macs(self, n: int, kept: int, width: int) -> int:
+        """Multiply-accumulates of the two attention products.
+
+        Args:
+            n: Tokens entering, prefix included.
+            kept: Rows that are computed: n, or fewer where tokens are removed inside.
+            width: Heads times head width.
+        """
+        return 2 * n * kept * width
 
     def auxiliary_losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """Losses to add to the classification loss while training, by name, weights included."""

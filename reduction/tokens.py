@@ -85,7 +85,8 @@ class Signals(NamedTuple):
     Attributes:
         k: Keys `(B, H, P+N, d)` after key normalisation and before rotary embedding.
         v: Values `(B, H, P+N, d)`.
-        cls_row: Attention that the class token pays, `(B, H, P+N)`, after the softmax.
+        cls_row: Attention that the class token pays, `(B, H, P+N)`, after the softmax; the mean
+            over rows where several tokens act as one class token (Jumbo).
         column: Attention that each token receives, averaged over heads and queries, `(B, P+N)`.
         attn: The whole map `(B, H, P+N, P+N)`; asking for it gives up fused attention.
         x_norm: Input of the attention after its layer norm, `(B, P+N, C)`.

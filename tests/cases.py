@@ -17,7 +17,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+import reduction
 import zoo
+from zoo.models.jumbo import Jumbo
 from zoo.reduced import ReducedViT
 
 
@@ -30,12 +32,14 @@ class Row:
         args: Constructor arguments.
         schedule: Mapping for `zoo.wrap`.
         without_class_token: Arguments that make it work on a model without one.
+        prunes: Drops tokens besides merging, so that not even duplicates leave without a trace.
     """
 
     name: str
     args: tuple[tuple[str, Any], ...] = ()
     schedule: tuple[tuple[str, Any], ...] = (("name", "keep_rate"), ("rate", 0.6))
     without_class_token: tuple[tuple[str, Any], ...] = ()
+    prunes: bool = False
 
     @property
     def id(self) -> str:
@@ -48,6 +52,7 @@ class Row:
 
 R8 = (("name", "constant_r"), ("r", 8))
 COLUMN = (("score_from", "column_mean"),)
+GEOMETRIC = (("name", "geometric"), ("rate", 0.7))
 
 METHODS = [
     Row("tome", schedule=R8),
@@ -56,9 +61,31 @@ METHODS = [
     Row("topk", COLUMN),
     Row("evit", without_class_token=COLUMN),
     Row("evit", (("fuse", False),), without_class_token=COLUMN),
+    Row("diffrate", schedule=R8, without_class_token=COLUMN),
+    Row("diffrate", (("prune_share", 0.5), ("sort_always", True), *COLUMN), R8, prunes=True),
     Row("random"),
     Row("heuristic"),
     Row("heuristic", (("pattern", "linf"),)),
+    Row("patchmerger"),
+    Row("sinkhorn"),
+    Row("sit"),
+    Row("dpcknn"),
+    Row("dpcknn", (("equal_weight", True), ("neighbors", 100))),
+    Row("dynamicvit"),
+    Row("ats"),
+    Row("token_pooling", schedule=GEOMETRIC),
+    Row(
+        "token_pooling",
+        (
+            ("algorithm", "kmeans"),
+            ("centre", "medoid"),
+            ("score_from", "class"),
+            ("prop_attn", True),
+        ),
+        without_class_token=(("score_from", "none"),),
+    ),
+    Row("token_pooling", (("score_from", "key_norm"), ("iterations", 2)), GEOMETRIC),
+    Row("kmedoids_haurum"),
 ]
 
 _VIT: dict[str, Any] = dict(
@@ -99,11 +126,13 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
         Eva, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", qk_norm=True, **_EVA
     ),
     "post_norm": partial(Eva, use_post_norm=True, **_EVA),
+    "jumbo": partial(Jumbo, jumbo_tokens=3, **_VIT),
 }
 
 ALL = list(BACKBONES)
+WITHOUT_CLASS_TOKEN = ("gap", "map", "avgmax")
 #: Enough to see every adapter: what runs for every method.
-CORE = ["plain", "distilled", "registers", "gap", "map", "eva02", "dinov3", "rope_mixed"]
+CORE = ["plain", "distilled", "registers", "gap", "map", "eva02", "dinov3", "rope_mixed", "jumbo"]
 
 
 def backbone(name: str, seed: int = 0, **overrides: Any) -> nn.Module:
@@ -122,6 +151,12 @@ def backbone(name: str, seed: int = 0, **overrides: Any) -> nn.Module:
 def images(batch: int = 2, size: int = 32, seed: int = 1) -> torch.Tensor:
     """Random images `(B, 3, size, size)`."""
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def refused(row: Row, name: str) -> bool:
+    """Whether a method says that it needs a class token which this backbone does not have."""
+    needs = reduction.create(**row.reducer()).needs_class_token
+    return needs and not row.without_class_token and name in WITHOUT_CLASS_TOKEN
 
 
 def model(row: Row, name: str = "plain", **overrides: Any) -> ReducedViT:

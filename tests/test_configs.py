@@ -23,8 +23,8 @@ OPTIONS = {
     for path in FOLDER.iterdir()
     if any(path.glob("*.yaml"))
 }
-TRAIN_ONLY = {"augment", "callbacks", "experiment", "logger", "loss", "lr_schedule", "optim"}
-TRAIN_ONLY |= {"trainer"}
+TRAIN_ONLY = {"augment", "callbacks", "experiment", "logger", "loss", "lr_schedule", "module"}
+TRAIN_ONLY |= {"optim", "trainer"}
 ALL = [
     (group, option)
     for group, options in sorted(OPTIONS.items())

@@ -14,7 +14,9 @@ import reduction
 import zoo
 from tests.cases import METHODS, backbone
 
-MERGING = [r for r in METHODS if reduction.create(r.name, **dict(r.args)).prop_attn]
+MERGING = [
+    r for r in METHODS if reduction.create(r.name, **dict(r.args)).prop_attn and not r.prunes
+]
 
 
 def two_textures(batch: int = 3, grid: int = 8, patch: int = 4) -> torch.Tensor:

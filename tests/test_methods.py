@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch import nn
 import reduction
 import zoo
 from reduction.tokens import Tokens
-from tests.cases import ALL, CORE, METHODS, Row, backbone, images, model
+from tests.cases import ALL, CORE, METHODS, Row, backbone, images, model, refused
+from zoo.errors import ZooError
+from zoo.reduced import Info, ReducedViT
 
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
 core = pytest.mark.parametrize("name", CORE)
@@ -76,12 +79,17 @@ def test_halves_of_every_block_are_exactly_timm(name: str, fused: bool) -> None:
 @rows
 @core
 def test_runs_and_counts(row: Row, name: str) -> None:
+    if refused(row, name):
+        with pytest.raises(ZooError, match="class token"):
+            model(row, name)
+        return
     m, x = model(row, name), images(3)
     with torch.no_grad():
         logits, info = m(x, return_info="trace")
         assert torch.equal(m(x), logits)
     assert logits.shape == (3, 10) and logits.isfinite().all()
-    assert list(info.tokens) == m.token_counts() == zoo.profile(m).tokens
+    assert m.token_counts() == zoo.profile(m).tokens
+    check_counts(m, info)
     assert info.tokens[-1][1] < info.tokens[0][0]
     assert info.size.dtype == torch.float32 and info.size.shape[1] == info.tokens[-1][1]
     assert info.source.shape == (3, 64)
@@ -94,6 +102,8 @@ def test_runs_and_counts(row: Row, name: str) -> None:
 @rows
 @core
 def test_an_image_does_not_depend_on_its_batch(row: Row, name: str) -> None:
+    if refused(row, name):
+        return
     m, x = model(row, name), images(3)
     with torch.no_grad():
         together = m(x)
@@ -108,14 +118,20 @@ def test_sizes_follow_the_source_map(row: Row) -> None:
         _, info = m(x, return_info="trace")
     for t in info.trace:
         held = torch.zeros(2, t.n).scatter_add(1, t.source.clamp_min(0), (t.source >= 0).float())
+        real = torch.ones_like(held) if t.mask is None else t.mask[:, t.prefix :]
         if t.unit:
-            assert (held == 1).all()
+            assert torch.equal(held, real.float())
         assert t.size.sum(1).max() <= 64 + t.prefix + 1e-3
 
 
 @rows
 def test_prefix_tokens_are_never_reduced(row: Row) -> None:
     m = model(row, "registers")
+    if m.reducer.site == "attn":
+        with torch.no_grad():
+            _, info = m(images(), return_info="trace")
+        assert all(t.prefix == 5 and (t.size[:, :5] == 1).all() for t in info.trace)
+        return
     t = Tokens.start(torch.randn(2, 5 + 64, 48), 5, track=True)
     seen = {
         "k": torch.randn(2, 3, 69, 16),
@@ -152,7 +168,8 @@ def test_gradient_checkpointing_changes_nothing(row: Row) -> None:
         results.append((logits, [p.grad for p in m.parameters()]))
     assert torch.equal(results[0][0], results[1][0])
     for a, b in zip(results[0][1], results[1][1], strict=True):
-        assert torch.equal(a, b)
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
 
 
 @rows
@@ -176,7 +193,7 @@ def test_bfloat16_autocast(row: Row) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got, info = m(x, return_info=True)
     assert info.size.dtype == torch.float32
-    assert list(info.tokens) == m.token_counts()
+    check_counts(m, info)
     assert got.isfinite().all()
     assert (got.float() - expected).abs().max() < 0.5 * expected.abs().max()
 
@@ -235,7 +252,19 @@ def test_tiny_and_odd_grids(row: Row, size: int) -> None:
         with torch.no_grad():
             logits, info = reduced(images(2, size), return_info=True)
         assert logits.isfinite().all()
-        assert list(info.tokens) == reduced.token_counts()
+        check_counts(reduced, info)
+
+
+def check_counts(m: ReducedViT, info: Info) -> None:
+    """What ran is what was planned; for adaptive methods the plan is the upper limit."""
+    if m.reducer.adaptive:
+        assert all(a <= b for a, b in zip(_flat(info.tokens), _flat(m.token_counts()), strict=True))
+    else:
+        assert list(info.tokens) == m.token_counts()
+
+
+def _flat(pairs: Sequence[tuple[int, int]]) -> list[int]:
+    return [n for pair in pairs for n in pair]
 
 
 def _keep_one() -> dict[str, object]:
@@ -275,7 +304,7 @@ def test_target_gmacs(row: Row, fraction: float) -> None:
     assert cost.gmacs > (fraction - 0.12) * dense
     with torch.no_grad():
         _, info = reduced(images(), return_info=True)
-    assert list(info.tokens) == cost.tokens
+    check_counts(reduced, info)
 
 
 @rows

@@ -11,102 +11,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reduction.base import Dims
 from reduction.schedule import Schedule
+from zoo.adapters.backbones import class_tokens
 from zoo.adapters.blocks import block_adapter
+from zoo.adapters.standalone import Standalone, as_standalone
+from zoo.cost import BlockCost, Gmacs, Profile
 from zoo.errors import ZooError
 from zoo.plan import Plan
 from zoo.reduced import ReducedViT
 
 CONVENTIONS = ("zoo", "diffrate")
-
-
-class Gmacs(NamedTuple):
-    """Cost of one image in 1e9 multiply-accumulates, by part."""
-
-    linear: float
-    attention: float
-    reducer: float
-
-    @property
-    def total(self) -> float:
-        """All parts together."""
-        return self.linear + self.attention + self.reducer
-
-
-class BlockCost(NamedTuple):
-    """Cost of one block in multiply-accumulates for one image.
-
-    Attributes:
-        tokens_in: Tokens entering, prefix included.
-        tokens_mid: Tokens in the MLP.
-        tokens_out: Tokens leaving.
-        linear: qkv, projection and other linear layers of the attention module.
-        attention: The two products with the attention map.
-        mlp: Linear layers of the MLP.
-        reducer: The reducer's own products and the signals computed for it.
-    """
-
-    tokens_in: int
-    tokens_mid: int
-    tokens_out: int
-    linear: int
-    attention: int
-    mlp: int
-    reducer: int
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Cost of a model for one image.
-
-    Attributes:
-        gmacs: Total in 1e9 multiply-accumulates.
-        params: Number of parameters.
-        tokens: `(entering, leaving)` per block, prefix tokens included.
-        linear: GMACs of convolutions and linear layers.
-        attention: GMACs of the attention products.
-        reducer: GMACs of the reducer's own products.
-        dense: GMACs of the same backbone with nothing reduced.
-        blocks: Cost per block.
-        convention: "zoo", or "diffrate" for that paper's own count.
-        macs: Total as an exact integer.
-    """
-
-    gmacs: float
-    params: int
-    tokens: list[tuple[int, int]]
-    linear: float
-    attention: float
-    reducer: float
-    dense: float
-    blocks: list[BlockCost]
-    convention: str
-    macs: int
-
-    def __str__(self) -> str:
-        head = (
-            f"{self.gmacs:.4f} GMACs ({self.gmacs / self.dense - 1:+.1%} of {self.dense:.4f} dense)"
-            f", {self.params / 1e6:.2f} M parameters"
-        )
-        parts = (
-            f"linear {self.linear:.4f}, attention {self.attention:.4f}, reducer {self.reducer:.4f}"
-        )
-        rows = [f"{'block':>5} {'in':>6} {'mlp':>6} {'out':>6} {'GMACs':>8} {'reducer':>8}"]
-        for i, b in enumerate(self.blocks):
-            total = (b.linear + b.attention + b.mlp + b.reducer) / 1e9
-            rows.append(
-                f"{i:>5} {b.tokens_in:>6} {b.tokens_mid:>6} {b.tokens_out:>6} "
-                f"{total:>8.4f} {b.reducer / 1e9:>8.5f}"
-            )
-        return "\n".join([head, parts, *rows])
 
 
 # ---------------------------------------------------------------------------- analytic count
@@ -154,8 +75,10 @@ def _dims(block: nn.Module) -> Dims:
     return Dims(attn.proj.out_features, attn.num_heads, attn.head_dim)
 
 
-def _attn_linear(attn: nn.Module) -> int:
-    return _weights(attn)
+def _attn_linear(attn: nn.Module, tokens: int, rows: int) -> int:
+    """Linear layers of an attention that takes in `tokens` and puts out `rows`."""
+    out = _weights(attn.proj)
+    return (_weights(attn) - out) * tokens + out * rows
 
 
 def _mlp_macs(block: nn.Module, tokens: int, prefix: int) -> int:
@@ -163,13 +86,13 @@ def _mlp_macs(block: nn.Module, tokens: int, prefix: int) -> int:
     return _weights(block.mlp) * tokens if own is None else own(block, tokens, prefix)
 
 
-def _signal_macs(need: frozenset[str], tokens: int, dims: Dims) -> int:
+def _signal_macs(need: frozenset[str], tokens: int, dims: Dims, class_rows: int) -> int:
     """Products spent on signals. The whole map comes with attention itself and costs nothing."""
     width = dims.heads * dims.head_dim
     cost = 0
     if "attn" not in need:
         if "cls_row" in need:
-            cost += tokens * width
+            cost += class_rows * tokens * width
         if "column" in need:
             cost += tokens * tokens * width
     return cost
@@ -179,17 +102,21 @@ def _block_cost(model: ReducedViT, i: int, p: Plan) -> BlockCost:
     block = model.backbone.blocks[i]
     dims = _dims(block)
     width = dims.heads * dims.head_dim
-    own = _signal_macs(p.need, p.attention, dims)
+    own = _signal_macs(p.need, p.attention, dims, max(1, class_tokens(model.backbone)))
+    rows, products = p.attention, 2 * p.attention * p.attention * width
     if p.step is not None and model.reducer is not None:
         site = model.reducer.site
+        if site == "attn":
+            rows = p.mlp
+            products = model.reducer.attention_macs(p.attention, rows, width)
         before = {"pre": p.entering, "attn": p.attention, "mid": p.attention, "post": p.mlp}[site]
-        own += model.reducer.macs(before - model.prefix, model.prefix, p.step, dims)
+        own += model.reducer.macs(before - model.prefix - p.spared, model.prefix, p.step, dims)
     return BlockCost(
         p.entering,
         p.mlp,
         p.leaving,
-        _attn_linear(block.attn) * p.attention,
-        2 * p.attention * p.attention * width,
+        _attn_linear(block.attn, p.attention, rows),
+        products,
         _mlp_macs(block, p.mlp, model.prefix),
         own,
     )
@@ -202,15 +129,30 @@ def patch_and_head_gmacs(backbone: nn.Module) -> tuple[int, int]:
 
 
 def _count(
-    model: ReducedViT, plans: list[Plan], patches: int, embedding: int | None = None
+    model: ReducedViT,
+    plans: list[Plan],
+    patches: int,
+    embedding: int | None = None,
+    with_plugins: bool = True,
 ) -> tuple[int, int, int, list[BlockCost]]:
     blocks = [_block_cost(model, i, p) for i, p in enumerate(plans)]
-    linear, attention = _head_macs(model.backbone, plans[-1].leaving)
+    plugins = list(model.plugins) if with_plugins else []
+    linear = attention = 0
+    if not any(p.replaces_head for p in plugins):
+        linear, attention = _head_macs(model.backbone, plans[-1].leaving)
     linear += patch_embed_macs(model.backbone, patches) if embedding is None else embedding
     linear += sum(b.linear + b.mlp for b in blocks)
     attention += sum(b.attention for b in blocks)
-    own = sum(b.reducer for b in blocks) + sum(p.macs(model.backbone) for p in model.plugins)
+    own = sum(b.reducer for b in blocks) + sum(p.macs(model.backbone) for p in plugins)
     return linear, attention, own, blocks
+
+
+def _count_alone(
+    backbone: Standalone, grid: tuple[int, int]
+) -> tuple[int, int, int, list[BlockCost]]:
+    fixed, blocks = backbone.macs(grid)
+    linear = fixed + sum(b.linear + b.mlp for b in blocks)
+    return linear, sum(b.attention for b in blocks), sum(b.reducer for b in blocks), list(blocks)
 
 
 def gmacs(
@@ -225,7 +167,7 @@ def gmacs(
     """
     patches, embedding = fixed or patch_and_head_gmacs(model.backbone)
     plans = model.plan(schedule=schedule) if schedule is not None else _dense_plan(model)
-    linear, attention, own, _ = _count(model, plans, patches, embedding)
+    linear, attention, own, _ = _count(model, plans, patches, embedding, schedule is not None)
     return Gmacs(linear / 1e9, attention / 1e9, own / 1e9)
 
 
@@ -257,11 +199,18 @@ def profile(
     grid = wrapped.grid if img_size is None else _grid(wrapped.backbone, img_size)
     patches = grid[0] * grid[1]
     plans = wrapped.plan(grid)
-    linear, attention, own, blocks = _count(wrapped, plans, patches)
-    dense = sum(_count(wrapped, _dense_plan(wrapped, grid), patches)[:2])
+    alone = as_standalone(wrapped.backbone)
+    if alone is None:
+        linear, attention, own, blocks = _count(wrapped, plans, patches)
+        dense: int | None = sum(
+            _count(wrapped, _dense_plan(wrapped, grid), patches, None, False)[:2]
+        )
+    else:
+        linear, attention, own, blocks = _count_alone(alone, grid)
+        dense = None
     if convention == "diffrate":
         extra = patch_embed_macs(wrapped.backbone, wrapped.prefix)
-        linear, dense, own = linear + extra, dense + extra, 0
+        linear, dense, own = linear + extra, None if dense is None else dense + extra, 0
     total = linear + attention + own
     return Profile(
         gmacs=total / 1e9,
@@ -270,7 +219,7 @@ def profile(
         linear=linear / 1e9,
         attention=attention / 1e9,
         reducer=own / 1e9,
-        dense=dense / 1e9,
+        dense=None if dense is None else dense / 1e9,
         blocks=blocks,
         convention=convention,
         macs=total,

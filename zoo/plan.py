@@ -8,6 +8,7 @@ from typing import NamedTuple
 from reduction.base import Budget, Reducer, Step
 from reduction.errors import UnreachableBudget
 from reduction.schedule import Schedule
+from zoo.errors import ZooError
 from zoo.plugins.base import Plugin
 
 
@@ -21,6 +22,7 @@ class Plan(NamedTuple):
         leaving: Tokens leaving it, a plugin's additions included.
         step: The reduction, or None.
         need: Signals that the block's attention computes.
+        spared: Trailing tokens that the reduction leaves alone.
     """
 
     entering: int
@@ -29,6 +31,32 @@ class Plan(NamedTuple):
     leaving: int
     step: Step | None
     need: frozenset[str]
+    spared: int = 0
+
+
+def check_plugins(reducer: Reducer | None, plugins: Sequence[Plugin], depth: int) -> None:
+    """Refuse a reducer and plugins that cannot work together.
+
+    Raises:
+        ZooError: Naming both.
+    """
+    heads = [p.name for p in plugins if p.replaces_head]
+    if len(heads) > 1:
+        raise ZooError(f"plugins {heads} all bring a classifier; choose one of them")
+    for plugin in plugins:
+        if reducer is None or not any(plugin.added(b, depth) for b in range(-1, depth)):
+            continue
+        pair = f"reducer {reducer.name!r} with plugin {plugin.name!r}"
+        if reducer.added_tokens == "refuse":
+            raise ZooError(
+                f"{pair}: this method keeps its own account of the tokens and takes none that a "
+                "plugin adds; plugin 'cla' adds none"
+            )
+        if plugin.protected and reducer.site == "attn":
+            raise ZooError(
+                f"{pair}: tokens cannot be protected from a method that removes them inside the "
+                "attention; use protected=false"
+            )
 
 
 def make_plan(
@@ -57,17 +85,22 @@ def make_plan(
         UnreachableBudget: If `strict` and something is out of reach.
     """
     n0 = n
-    n += sum(p.added(-1, depth) for p in plugins)
+    # Not in place: a tracer makes tensors of sizes.
+    n = n + sum(p.added(-1, depth) for p in plugins)
+    spared = [_spared(reducer, plugins, block, depth) for block in range(depth)]
     site = "mid" if reducer is None else reducer.site
     rows: list[tuple[int, int, int, int]] = []
     steps: list[Step | None] = []
     for block in range(depth):
         step = None
-        if reducer is not None and schedule is not None:
+        if reducer is not None and schedule is not None and reducer.acts(block, depth):
+            free = n - spared[block]
             if strict:
-                _check(reducer, schedule, block, depth, n, n0)
-            step = _step(reducer, schedule, block, depth, n, n0, grid)
-        after = n if step is None or reducer is None else reducer.count(n, step)
+                _check(reducer, schedule, block, depth, free, n0)
+            step = _step(reducer, schedule, block, depth, free, n0, grid)
+        after = n
+        if step is not None and reducer is not None:
+            after = reducer.count(free, step) + spared[block]
         at_attention = after if site == "pre" else n
         at_mlp = n if site == "post" else after
         leaving = after + sum(p.added(block, depth) for p in plugins)
@@ -75,9 +108,23 @@ def make_plan(
         steps.append(step)
         n = leaving
     return [
-        Plan(*(count + prefix for count in row), step, _need(reducer, block, steps))
+        Plan(*(count + prefix for count in row), step, _need(reducer, block, steps), spared[block])
         for block, (row, step) in enumerate(zip(rows, steps, strict=True))
     ]
+
+
+def _spared(reducer: Reducer | None, plugins: Sequence[Plugin], block: int, depth: int) -> int:
+    """Trailing tokens that the reduction of a block leaves alone; all came from plugins."""
+    # Inside an attention tokens are not split; there the reduction sees them all.
+    if reducer is None or reducer.site == "attn":
+        return 0
+    if reducer.added_tokens == "spare":
+        return sum(p.added(b, depth) for p in plugins for b in range(-1, block))
+    count = max([0, *(p.spared(block, depth) for p in plugins)])
+    if reducer.site == "pre" and reducer.needs and block > 0:
+        # Signals of the previous block do not know what was appended behind it.
+        count = max(count, sum(p.added(block - 1, depth) for p in plugins))
+    return count
 
 
 def _step(

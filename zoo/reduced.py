@@ -14,6 +14,7 @@ from reduction.assignment import unmerge
 from reduction.base import AttentionInput, AttentionOutput, Outcome, Reducer, Spec, Step
 from reduction.errors import UnreachableBudget
 from reduction.functional.attention import attention_bias
+from reduction.functional.carriers import reduce_sparing
 from reduction.schedule import KeepRate, Schedule, TargetGmacs
 from reduction.tokens import Signals, Tokens
 from zoo.adapters.attention import attend
@@ -21,6 +22,7 @@ from zoo.adapters.backbones import (
     Embedded,
     check_backbone,
     check_images,
+    class_tokens,
     embed,
     grid_size,
     has_class_token,
@@ -28,8 +30,10 @@ from zoo.adapters.backbones import (
     rope_for,
 )
 from zoo.adapters.blocks import block_adapter
+from zoo.adapters.standalone import as_standalone, check_alone
+from zoo.contract import TimmContract
 from zoo.errors import ZooError
-from zoo.plan import Plan, make_plan
+from zoo.plan import Plan, check_plugins, make_plan
 from zoo.plugins.base import Plugin
 
 
@@ -54,7 +58,7 @@ class Info(NamedTuple):
     final: Tokens
 
 
-class ReducedViT(nn.Module):
+class ReducedViT(TimmContract):
     """A timm backbone with a reducer inside.
 
     The backbone's own modules do all the work; `backbone.state_dict()` keeps timm's names. Nothing
@@ -83,15 +87,20 @@ class ReducedViT(nn.Module):
     ) -> None:
         super().__init__()
         check_backbone(backbone)
+        asked = {f"reducer {getattr(reducer, 'name', '')!r}": reducer is not None}
+        asked |= {f"plugin {p.name!r}": True for p in plugins}
+        check_alone(backbone, asked)
         self.backbone = backbone
         self.reducer = reducer
         self.plugins = nn.ModuleList(plugins)
         for plugin in plugins:
-            plugin.setup(backbone)
+            plugin.setup(backbone, schedule or (KeepRate(0.7) if reducer is not None else None))
+        check_plugins(reducer, plugins, self.depth)
         if reducer is not None and reducer.needs_class_token and not has_class_token(backbone):
+            other = "; use score_from='column_mean' (attention received from all tokens)"
             raise ZooError(
                 f"reducer {reducer.name!r} scores tokens by the class token, which this model does "
-                "not have; use score_from='column_mean' (attention received from all tokens)"
+                f"not have{other if hasattr(reducer, 'score_from') else ''}"
             )
         self.target = schedule if isinstance(schedule, TargetGmacs) else None
         self.schedule: Schedule | None = None
@@ -166,6 +175,10 @@ class ReducedViT(nn.Module):
             UnreachableBudget: If `strict` and something is out of reach.
         """
         grid = grid or self.grid
+        own = as_standalone(self.backbone)
+        if own is not None:
+            counts = own.token_counts(grid)
+            return [Plan(n, n, n, after, None, frozenset()) for n, after in counts]
         return self._plan(grid, grid[0] * grid[1], schedule or self.schedule, strict)
 
     def _plan(
@@ -190,13 +203,20 @@ class ReducedViT(nn.Module):
 
         Returns:
             Logits `(B, classes)`, or `(logits, info)`.
+
+        Raises:
+            UnsupportedModel: If `return_info` is asked of a standalone backbone.
         """
+        if self._alone(images, {"return_info": bool(return_info)}):
+            return self.backbone(images)
         t, info, memories = self._run(images, track=bool(return_info), trace=return_info == "trace")
         logits = self._head(t, memories)
         return (logits, info) if return_info else logits
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Tokens after the final norm, `(B, P+M, C)`."""
+        """Tokens after the final norm, `(B, P+M, C)`; of a standalone backbone, its own answer."""
+        if self._alone(images):
+            return self.backbone.forward_features(images)
         t, _, _ = self._run(images)
         return self.backbone.norm(t.x)
 
@@ -217,6 +237,10 @@ class ReducedViT(nn.Module):
         Returns:
             Maps `(B, C, rows, columns)`. Patches that were dropped are zero.
         """
+        if self._alone(images):
+            return self.backbone.forward_intermediates(
+                images, indices, norm=norm, intermediates_only=True
+            )
         _, info, _ = self._run(images, track=True, trace=True)
         if indices is None:
             indices = range(self.depth)
@@ -229,6 +253,15 @@ class ReducedViT(nn.Module):
                 t = t._replace(x=self.backbone.norm(t.x))
             maps.append(unmerge(t).transpose(1, 2).unflatten(2, info.grid))
         return maps
+
+    def _alone(self, images: Tensor, asked: dict[str, bool] | None = None) -> bool:
+        """Whether the backbone runs itself, after the checks that `_run` makes for the others."""
+        if as_standalone(self.backbone) is None:
+            return False
+        check_alone(self.backbone, asked or {})
+        if not torch.compiler.is_compiling():
+            check_images(self.backbone, images)
+        return True
 
     def _run(
         self, images: Tensor, track: bool = False, trace: bool = False
@@ -244,7 +277,9 @@ class ReducedViT(nn.Module):
                 "the source map cannot be tracked while patch dropout removes tokens; call without "
                 "return_info, or in evaluation mode"
             )
-        follow = reducer is not None and (embedded.rope is not None or reducer.needs_origin)
+        changes = reducer is not None or len(self.plugins) > 0
+        follow = changes and embedded.rope is not None
+        follow = follow or (reducer is not None and reducer.needs_origin)
         t = Tokens.start(embedded.x, self.prefix, track=track or follow)
         if not track:
             t = t._replace(source=None)
@@ -261,13 +296,17 @@ class ReducedViT(nn.Module):
             run = _checkpointed(self._block)
         counts, states = [], []
         signals = Signals()
-        moved = len(self.plugins) > 0
+        moved = t.n != n
         for i, plan in enumerate(self._plan(grid, n, self.schedule)):
             entering = t.x.shape[1]
             t, signals = run(i, t, signals, embedded, plan, moved)
-            moved = moved or plan.step is not None
+            length = t.x.shape[1]
             for j, plugin in enumerate(self.plugins):
                 t, memories[j] = plugin.after(i, t, memories[j])
+            added = t.x.shape[1] - length
+            moved = moved or plan.step is not None or added > 0
+            if added and reducer is not None:
+                t = reducer.extended(t, added)
             counts.append((entering, t.x.shape[1]))
             if trace:
                 states.append(t)
@@ -290,13 +329,13 @@ class ReducedViT(nn.Module):
         adapter = block_adapter(block)
         site = None if reducer is None or step is None else reducer.site
         if site == "pre":
-            t = reducer.reduce(t, signals, step)  # type: ignore[union-attr, arg-type]
+            t = reduce_sparing(reducer, t, signals, step, plan.spared)
             moved = True
         own = _own_attention(reducer, t, step)
         sizes = t.size if reducer is not None and reducer.prop_attn and not t.unit else None
         bias = attention_bias(sizes, t.mask, t.x.dtype)
         rope = rope_for(embedded, i, t, moved)
-        quiet = own is None and t.policy is None and not self.plugins
+        quiet = own is None and t.policy is None
         if quiet and not plan.need and site not in ("mid", "attn"):
             # Nobody listens: run the block as it is.
             extra: dict[str, Any] = {"rope": rope} if adapter.rope else {}
@@ -312,16 +351,17 @@ class ReducedViT(nn.Module):
                 bias=bias,
                 policy=t.policy,
                 need=plan.need,
+                class_tokens=max(1, class_tokens(self.backbone)),
                 own=own,
             )
             branch, result = adapter.attn_branch(block, t.x, listen)
             t = t if result.tokens is None else result.tokens
             t, seen = t._replace(x=t.x + branch), result.signals
             if site == "mid":
-                t = reducer.reduce(t, seen, step)  # type: ignore[union-attr, arg-type]
+                t = reduce_sparing(reducer, t, seen, step, plan.spared)
             t = t._replace(x=adapter.mlp_half(block, t.x))
         if site == "post":
-            t = reducer.reduce(t, seen, step)  # type: ignore[union-attr, arg-type]
+            t = reduce_sparing(reducer, t, seen, step, plan.spared)
         return t, seen
 
     def _head(self, t: Tokens, memories: Sequence[Any]) -> Tensor:
@@ -360,100 +400,6 @@ class ReducedViT(nn.Module):
         final = info.final._replace(x=self.backbone.norm(info.final.x))
         return Outcome(info.trace, final, logits, targets, teacher)
 
-    # ------------------------------------------------------------------ timm's contract
-
-    def unwrap(self) -> nn.Module:
-        """The untouched timm model."""
-        return self.backbone
-
-    def verify(self, images: Tensor, tolerance: float = 0.0) -> float:
-        """Compare the wrapper with nothing reduced against the backbone itself.
-
-        Args:
-            images: `(B, 3, H, W)`.
-            tolerance: Largest difference that passes.
-
-        Returns:
-            The largest difference of the logits.
-
-        Raises:
-            ZooError: If it is above the tolerance.
-        """
-        was = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                dense = ReducedViT(self.backbone)
-                dense.eval()
-                gap = (dense(images) - self.backbone(images)).abs().max().item()
-        finally:
-            self.train(was)
-        if not gap <= tolerance:
-            raise ZooError(f"expected a difference of at most {tolerance}, got {gap:.3g}")
-        return gap
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """Everything but the weights: what has to be written down to build the model again."""
-        cfg = getattr(self.backbone, "pretrained_cfg", None) or {}
-        return {
-            "backbone": {
-                "name": cfg.get("architecture") or type(self.backbone).__name__,
-                "tag": cfg.get("tag") or None,
-                "num_classes": int(self.backbone.num_classes),
-                "args": dict(self.backbone_args),
-            },
-            "reducer": None if self.reducer is None else self.reducer.config(),
-            "schedule": None if self.schedule is None else self.schedule.config(),
-            "plugins": [p.config() for p in self.plugins],
-        }
-
-    @property
-    def default_cfg(self) -> dict[str, Any]:
-        """timm's data and weight settings of the backbone."""
-        return self.backbone.default_cfg
-
-    @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """Same as `default_cfg`, under timm's newer name."""
-        return self.backbone.pretrained_cfg
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return int(self.backbone.num_classes)
-
-    @property
-    def num_features(self) -> int:
-        """Width of the features."""
-        return int(self.backbone.num_features)
-
-    def get_classifier(self) -> nn.Module:
-        """The backbone's classifier."""
-        return self.backbone.get_classifier()
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the backbone's classifier."""
-        self.backbone.reset_classifier(num_classes, global_pool)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training."""
-        self.backbone.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameter names that optimisers should not decay."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's layer groups, for layer-wise learning rates."""
-        return {key: _prefixed(value) for key, value in self.backbone.group_matcher(coarse).items()}
-
-
-def _prefixed(pattern: Any) -> Any:
-    if isinstance(pattern, str):
-        return pattern.replace("^", r"^backbone\.", 1)
-    return [(_prefixed(p[0]), *p[1:]) for p in pattern]
-
 
 def _own_attention(
     reducer: Reducer | None, t: Tokens, step: Step | None
@@ -465,7 +411,8 @@ def _own_attention(
 
 
 def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+    # The meta device, on which costs are counted, knows no autocast and says so by raising.
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -63,6 +63,7 @@ FIELDS: dict[str, str] = {
     "tokens": "[[entering, leaving], ...] per block, prefix tokens included",
     "gmacs": "mapping of 1e9 multiply-accumulates per image: total, linear, attention, reducer",
     "gmacs_dense": "GMACs of the same backbone with nothing reduced",
+    "gmacs_paper": "mapping, where the method's paper counts otherwise: convention, total, dense",
     "gmacs_fvcore": "GMACs as fvcore counts them (adds LayerNorm)",
     "params_m": "parameters, millions",
     # quality

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from reduction.functional.masking import policy_softmax
 from reduction.tokens import Signals
@@ -24,6 +25,7 @@ def attention(
     fused: bool = True,
     need: frozenset[str] = frozenset(),
     policy: Tensor | None = None,
+    class_tokens: int = 1,
 ) -> tuple[Tensor, Signals]:
     """Attention output and the signals in `need`.
 
@@ -39,6 +41,8 @@ def attention(
         fused: Whether the model allows `scaled_dot_product_attention`.
         need: Any of "cls_row", "column", "attn".
         policy: Keep mask `(B, N)` for the masked softmax.
+        class_tokens: Leading tokens that together act as the class token; "cls_row" is the mean
+            of their rows.
 
     Returns:
         Output `(B, H, N, d)` and the signals.
@@ -52,29 +56,43 @@ def attention(
         map_ = logits.softmax(-1) if policy is None else policy_softmax(logits, policy)
         out = F.dropout(map_, dropout) @ v
         return out, Signals(
-            cls_row=map_[:, :, 0] if "cls_row" in need else None,
+            cls_row=_class_row(map_, class_tokens) if "cls_row" in need else None,
             column=map_.mean((1, 2)) if "column" in need else None,
             attn=map_ if "attn" in need else None,
         )
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
     return out, Signals(
-        cls_row=class_row(q, k, scale, bias) if "cls_row" in need else None,
+        cls_row=class_row(q, k, scale, bias, class_tokens) if "cls_row" in need else None,
         column=column_mean(q, k, scale, bias) if "column" in need else None,
     )
 
 
 def eager_on_cpu(x: Tensor) -> bool:
     """Whether this runs op by op on a CPU, not compiled, exported or traced."""
+    return x.device.type == "cpu" and not _traced()
+
+
+def _traced() -> bool:
     tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not tracing
+    return bool(torch.compiler.is_compiling() or tracing)
 
 
-def class_row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Attention row of token 0 without the map.
+def _class_row(map_: Tensor, class_tokens: int) -> Tensor:
+    return map_[:, :, 0] if class_tokens == 1 else map_[:, :, :class_tokens].mean(2)
+
+
+def class_row(
+    q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None, class_tokens: int = 1
+) -> Tensor:
+    """Attention row of token 0, or the mean of the first few rows, without the map.
 
     Returns:
         `(B, H, N)`, after the softmax.
     """
+    if class_tokens > 1:
+        rows = (q[:, :, :class_tokens] @ k.transpose(-2, -1)) * scale
+        rows = rows if bias is None else rows + bias[:, :, :class_tokens]
+        return rows.softmax(-1).mean(2)
     if eager_on_cpu(q):
         # Products on the (B, N, H, d) view run along memory; the batched matrix-vector product
         # of the other branch is several times slower here.
@@ -90,27 +108,42 @@ def class_row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) ->
 def column_mean(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """Attention that each token receives, mean over heads and queries, `(B, N)`.
 
-    Eager code goes image by image, so the map of the whole batch never exists.
+    The map of the whole batch never exists at once, neither in the forward pass nor for the
+    backward one: without gradient, eager code on a CPU goes image by image; otherwise a few queries
+    of all images at a time, whose rows are computed again where a gradient passes.
     """
-    if not eager_on_cpu(q) or torch.is_grad_enabled():
-        return _column_mean(q, k, scale, bias)
-    rows = [
-        _column_mean(
-            q[i : i + 1],
-            k[i : i + 1],
-            scale,
-            bias if bias is None or bias.shape[0] == 1 else bias[i : i + 1],
-        )
-        for i in range(q.shape[0])
-    ]
-    return torch.cat(rows)
+    recording = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if eager_on_cpu(q) and not recording:
+        images = [
+            _column_sum(
+                q[i : i + 1],
+                k[i : i + 1],
+                scale,
+                bias if bias is None or bias.shape[0] == 1 else bias[i : i + 1],
+            )
+            for i in range(q.shape[0])
+        ]
+        return torch.cat(images) / (q.shape[1] * q.shape[2])
+    n = q.shape[2]
+    rows = min(64, -(-n // 4))
+    total = q.new_zeros(())
+    for start in range(0, n, rows):
+        part = q[:, :, start : start + rows]
+        own = bias if bias is None or bias.shape[2] == 1 else bias[:, :, start : start + rows]
+        if recording and not _traced():
+            total = total + checkpoint(
+                _column_sum, part, k, scale, own, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            total = total + _column_sum(part, k, scale, own)
+    return total / (q.shape[1] * n)
 
 
-def _column_mean(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+def _column_sum(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     logits = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
         logits = logits + bias
-    return logits.softmax(-1).mean((1, 2))
+    return logits.softmax(-1).sum((1, 2))
 
 
 def attention_bias(
@@ -123,7 +156,11 @@ def attention_bias(
         mask: False marks padding, `(B, N)`, or None.
         dtype: Type of the features; the logarithm is taken in float32 or better.
     """
-    bias = None if size is None else size.to(torch.promote_types(dtype, size.dtype)).log()
+    bias = None
+    if size is not None:
+        size = size.to(torch.promote_types(dtype, size.dtype))
+        # Sizes that a method lets fall to zero or below would be infinite or not a number.
+        bias = size.clamp_min(torch.finfo(size.dtype).tiny).log()
     if mask is not None:
         # The smallest finite number, so that a row of padding stays finite.
         lowest = torch.finfo(torch.float16).min

@@ -38,6 +38,38 @@ def unit(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def most_similar(source: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the goal that each source resembles most, by cosine.
+
+    Args:
+        source: `(B, r, d)`.
+        goal: `(B, m, d)`, m at least 1.
+
+    Returns:
+        Index of the goal `(B, r)` and the cosine `(B, r)` in float32 or better. Rows of zeros
+        resemble everything by 0.
+    """
+    exact = torch.promote_types(source.dtype, torch.float32)
+    near, far = _reciprocal_length(source, exact), _reciprocal_length(goal, exact)
+    device = source.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if source.dtype == exact and not autocast:
+        # Scaling the products is cheaper than scaling copies of both sides.
+        cosine = source @ goal.transpose(1, 2) * far.transpose(1, 2)
+        best, index = cosine.max(-1)
+        return index, best * near.squeeze(-1)
+    # Products of features that are not normalised may exceed what float16 can hold.
+    left, right = (source * near).to(source.dtype), (goal * far).to(goal.dtype)
+    best, index = (left @ right.transpose(1, 2)).max(-1)
+    return index, best.to(exact)
+
+
+def _reciprocal_length(x: Tensor, dtype: torch.dtype) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return length.clamp_min(1e-12).reciprocal()
+
+
+@torch.no_grad()
 def bipartite_matching(metric: Tensor, r: int, prefix: int) -> Matching:
     """Match every other token with its most similar neighbour and merge the r best pairs.
 

@@ -91,6 +91,8 @@ class DPCKNN(StagedReducer):
         training="scores, with the backbone (none with equal_weight)",
     )
     site = "pre"
+    # As in the code that combines DPC-KNN with CLCA.
+    added_tokens = "spare"
 
     def __init__(self, neighbors: int = 5, equal_weight: bool = False, noise: float = 1e-6) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reduction.assignment import Keep
+from reduction.assignment import Keep, apply
 from reduction.base import Card, Dims, Outcome, Spec, Step
 from reduction.functional.stages import StagedReducer
 from reduction.registry import register
@@ -118,14 +118,36 @@ class DynamicViT(StagedReducer):
         # Blocks before the first stage use the same masked softmax, as in the official code.
         return t._replace(policy=torch.ones_like(t.size)) if self.training else t
 
+    def extended(self, t: Tokens, added: int) -> Tokens:
+        """Tokens that a plugin adds are scored, but have no part in the predictor's context.
+
+        So in evaluation, as in the code that combines DynamicViT with CLCA; there as here they
+        have in training, where their policy is one.
+        """
+        if self.training:
+            return t
+        context = t.memory.get("context")
+        if context is None:
+            context = t.size.new_ones(t.x.shape[0], t.n - added)
+        context = torch.cat([context, context.new_zeros(context.shape[0], added)], dim=1)
+        return t._replace(memory={**t.memory, "context": context})
+
     def assign(self, t: Tokens, s: Signals, step: Step) -> Keep:
-        scores = cast(Predictor, self.stage(step))(t.patches)[..., 0]
+        context = t.memory.get("context")
+        context = None if context is None else context[:, : t.n].to(t.x.dtype)
+        scores = cast(Predictor, self.stage(step))(t.patches, context)[..., 0]
         return Keep(scores.topk(step.keep, dim=1, sorted=False).indices)
 
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
         """Remove tokens, or mask them while training."""
         if not self.training:
-            return super().reduce(t, s, step)
+            context = t.memory.get("context")
+            if context is None:
+                return super().reduce(t, s, step)
+            chosen = self.assign(t, s, step)
+            # What is longer than the tokens here belongs to those that were left alone.
+            context = torch.cat([context.gather(1, chosen.index), context[:, t.n :]], dim=1)
+            return apply(t, chosen)._replace(memory={**t.memory, "context": context})
         assert t.policy is not None
         before = t.policy[:, t.prefix :]
         log_probs = cast(Predictor, self.stage(step))(t.patches, before)
@@ -152,7 +174,10 @@ class DynamicViT(StagedReducer):
             log_target=True,
         )
         kept = (decisions[-1] > 0.5).detach()
-        gap = (outcome.final.patches - outcome.teacher.final.patches).square().mean(-1)
+        # What a plugin added stands behind the patches, and the teacher has none of it.
+        n = outcome.teacher.final.n
+        kept = kept[:, :n]
+        gap = (outcome.final.patches[:, :n] - outcome.teacher.final.patches).square().mean(-1)
         # The mean over kept tokens; zero where a batch has kept none.
         token = (gap * kept).sum() / kept.sum().clamp_min(1)
         return losses | {"logits": self.logit_weight * kl, "token": self.token_weight * token}

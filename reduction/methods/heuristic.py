@@ -140,6 +140,8 @@ class Heuristic(Reducer):
     )
     site = "pre"
     needs_origin = True
+    # They stand nowhere, and whole rings are counted.
+    added_tokens = "spare"
 
     def __init__(self, pattern: str = "l2") -> None:
         super().__init__()

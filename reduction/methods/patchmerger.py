@@ -29,8 +29,8 @@ class Merger(nn.Module):
     def forward(self, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Weights `(B, M, N)` and normalised tokens `(B, N, C)`."""
         z = self.norm(x)
-        logits = self.queries.to(z.dtype) @ z.transpose(1, 2) * scale
-        return logits.softmax(-1), z
+        logits = z @ self.queries.to(z.dtype).T * scale
+        return logits.softmax(1).transpose(1, 2), z
 
 
 @register("patchmerger")

@@ -103,7 +103,7 @@ class Sinkhorn(QueryReducer):
     def assign(self, t: Tokens, s: Signals, step: Step) -> Mix:
         centres = cast(Centres, self.stage(step))()
         values = F.normalize(t.patches, dim=-1, eps=1e-12)
-        similarity = centres.to(values.dtype) @ values.transpose(1, 2)
+        similarity = (values @ centres.to(values.dtype).T).transpose(1, 2)
         return Mix(transport_plan(similarity, self.eps, self.iterations), values)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:

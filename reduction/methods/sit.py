@@ -130,6 +130,8 @@ class SiT(QueryReducer):
         self.logit_weight = logit_weight
         self.tau = tau
         self.needs_teacher = distill
+        # The reverse modules are made for so many tokens and no more.
+        self.added_tokens = "refuse" if distill else "reduce"
         self.reverse = nn.ModuleList()
 
     def build(self, spec: Spec, step: Step) -> nn.Module:

@@ -39,11 +39,19 @@ def key_of(fx: Fixture) -> str:
     return fx.method or fx.name
 
 
+def handler_of(fx: Fixture) -> Handler | None:
+    """By method; files without one by the longest registered name that theirs begins with."""
+    if fx.method:
+        return HANDLERS.get(fx.method)
+    names = [n for n in HANDLERS if fx.name == n or fx.name.startswith(f"{n}_")]
+    return HANDLERS[max(names, key=len)] if names else None
+
+
 def run_fixture(path: Path) -> list[Case]:
     """Run all cases of one fixture; whatever breaks becomes a failed case."""
     load_handlers()
     fx = Fixture(path)
-    handler = HANDLERS.get(key_of(fx))
+    handler = handler_of(fx)
     if handler is None:
         return [Case(fx.name, "-", unsupported=f"no handler for method {key_of(fx)!r}")]
     cases: list[Case] = []

@@ -104,6 +104,7 @@ def attend(
     bias: Tensor | None = None,
     policy: Tensor | None = None,
     need: frozenset[str] = frozenset(),
+    class_tokens: int = 1,
     own: Callable[[AttentionInput], AttentionOutput | None] | None = None,
 ) -> tuple[Tensor, AttentionOutput]:
     """Run an attention module and collect signals.
@@ -116,6 +117,7 @@ def attend(
         bias: Added to the attention logits, `(B, 1, 1, N)`.
         policy: Keep mask `(B, N)` for the masked softmax.
         need: Names of the signals to fill.
+        class_tokens: Leading tokens that together act as the class token.
         own: Computes the attention instead; None as its answer means the usual one.
 
     Returns:
@@ -139,9 +141,8 @@ def attend(
     groups = getattr(attn, "num_kv_groups", 1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    given = AttentionInput(
-        q, k, v, attn.scale, bias, attn.attn_drop.p if attn.training else 0.0, attn.fused_attn, need
-    )
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    given = AttentionInput(q, k, v, attn.scale, bias, dropout, attn.fused_attn, need, class_tokens)
     result = None if own is None else own(given)
     if result is None:
         result = AttentionOutput(*run_attention(given, policy))
@@ -167,4 +168,5 @@ def run_attention(a: AttentionInput, policy: Tensor | None = None) -> tuple[Tens
         fused=a.fused,
         need=a.need,
         policy=policy,
+        class_tokens=a.class_tokens,
     )

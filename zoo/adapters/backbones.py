@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from reduction.functional.attention import attention_bias
 from reduction.tokens import Tokens
 from zoo.adapters.blocks import block_adapter
+from zoo.adapters.standalone import as_standalone
 from zoo.errors import UnsupportedModel, ZooError
 
 
@@ -49,9 +51,13 @@ _EMBED = {
 def check_backbone(m: nn.Module) -> None:
     """Refuse a model that the wrapper would run differently from itself.
 
+    A standalone backbone runs itself, so it is never refused.
+
     Raises:
         UnsupportedModel: Naming the class and what is supported.
     """
+    if as_standalone(m) is not None:
+        return
     cls = type(m)
     key = (getattr(cls, "forward_features", None), cls.forward)
     if key not in _EMBED:
@@ -103,9 +109,18 @@ def grid_size(m: nn.Module, images: Tensor) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+def class_tokens(m: nn.Module) -> int:
+    """Leading tokens that together act as the class token: 1, or 0 in a model without one.
+
+    A model in which several slots are one wide class token says so in `num_class_tokens`.
+    """
+    own = getattr(m, "num_class_tokens", None)
+    return int(getattr(m, "cls_token", None) is not None) if own is None else int(own)
+
+
 def has_class_token(m: nn.Module) -> bool:
-    """Whether token 0 is a class token."""
-    return getattr(m, "cls_token", None) is not None
+    """Whether token 0 is a class token, or part of one."""
+    return class_tokens(m) > 0
 
 
 def rope_for(embedded: Embedded, block: int, t: Tokens, moved: bool) -> Tensor | None:
@@ -139,6 +154,23 @@ def rope_for(embedded: Embedded, block: int, t: Tokens, moved: bool) -> Tensor |
     return rows.unsqueeze(1) if rows.dim() == 3 else rows.transpose(0, 1)
 
 
+#: `(model, x, weight) -> pooled`: tokens `(B, P+N, C)`, and weights `(B, N)` that add up to one.
+Pool = Callable[[nn.Module, Tensor, Tensor], Tensor]
+_POOLS: dict[object, Pool] = {}
+
+
+def register_pool(cls: type[nn.Module], pool: Pool) -> None:
+    """Support a model class with a `pool` of its own: how it pools tokens of unequal size."""
+    _POOLS[cls.pool] = pool
+
+
+def _mean_weight(size: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Share of each token in an average, `(B, N)`."""
+    weight = size if mask is None else size * mask
+    weight = weight.to(torch.promote_types(dtype, weight.dtype))
+    return (weight / weight.sum(1, keepdim=True)).to(dtype)
+
+
 def head(m: nn.Module, t: Tokens, pre_logits: bool = False) -> Tensor:
     """Pool, normalise and classify; averages weigh tokens by size.
 
@@ -165,15 +197,15 @@ def head(m: nn.Module, t: Tokens, pre_logits: bool = False) -> Tensor:
             "global_pool='prr' attends among all tokens and takes no sizes; it works with methods "
             "that only prune, or rebuild the model with global_pool='avg'"
         )
-    if map_pool is not None:
+    own = _POOLS.get(getattr(type(m), "pool", None))
+    if own is not None:
+        pooled = own(m, t.x, _mean_weight(size, mask, x.dtype))
+    elif map_pool is not None:
         # Equal to counting a merged token once for every patch in it.
         bias = attention_bias(size, mask, x.dtype)
         pooled = map_pool(x, attn_mask=None if bias is None else bias.to(x.dtype))
     else:
-        weight = size if mask is None else size * mask
-        weight = weight.to(torch.promote_types(x.dtype, weight.dtype))
-        weight = (weight / weight.sum(1, keepdim=True)).to(x.dtype)
-        mean = (x * weight.unsqueeze(-1)).sum(1)
+        mean = (x * _mean_weight(size, mask, x.dtype).unsqueeze(-1)).sum(1)
         if kind == "avg":
             pooled = mean
         else:

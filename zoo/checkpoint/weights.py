@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zoo.checkpoint.files import read_any, read_tensors
-from zoo.errors import BadCheckpoint
+from zoo.errors import BadCheckpoint, ZooError
 
 _log = logging.getLogger(__name__)
 
@@ -164,6 +164,9 @@ def fit(
     backbone.load_state_dict(body)
     if extras and rest:
         model.load_state_dict(rest, strict=False)
+    for i, plugin in enumerate(getattr(model, "plugins", ())):
+        if not any(k.startswith(f"plugins.{i}.") for k in rest):
+            plugin.warm_start(backbone)  # what it copied was there before these weights
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -177,7 +180,11 @@ def _parts(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
 def _convert(
     backbone: nn.Module, body: dict[str, Tensor], want: Mapping[str, Tensor], origin: Path
 ) -> dict[str, Tensor]:
-    """Apply timm's own conversion; on failure return the input, whose difference is then told."""
+    """Apply timm's own conversion; on failure return the input, whose difference is then told.
+
+    Raises:
+        BadCheckpoint: If the conversion knows the file and refuses it.
+    """
     convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     patch = "patch_embed.proj.weight"
     # timm would also resample the patch embedding to another patch size. That is another
@@ -187,6 +194,10 @@ def _convert(
         return body
     try:
         converted = dict(convert(dict(body), backbone))
+    except BadCheckpoint as error:  # a filter of ours that knows what is wrong with the file
+        raise BadCheckpoint(f"{origin}: {error}") from error
+    except ZooError as error:  # a filter of our own, which says what does not fit
+        raise BadCheckpoint(f"{origin}: {error}") from error
     except Exception as error:  # conversions assume the files they know; ours may be any file
         _log.debug("checkpoint_filter_fn failed on %s: %s", origin, error)
         return body

@@ -54,6 +54,9 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.net = net
+        # A plugin's head replaces the model's; with parameters that get no gradient DDP stops.
+        for name in getattr(net, "unused_parameters", set)():
+            net.get_parameter(name).requires_grad_(False)
         self.make_optimizer = optimizer or optim.create_optimizer
         self.make_schedule = lr_schedule or schedules.cosine
         self.loss = loss or nn.CrossEntropyLoss()

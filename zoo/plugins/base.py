@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from reduction.base import constructor_arguments
+from reduction.schedule import Schedule
 from reduction.tokens import Tokens
 from zoo.errors import UnknownName, ZooError
 
@@ -25,12 +26,29 @@ class Plugin(nn.Module):
 
     Attributes:
         name: Registry name, set by `register_plugin`.
+        replaces_head: Whether `head` always answers, so that the backbone's own is never run.
+        protected: Keep the tokens that it adds out of every reduction.
     """
 
     name: ClassVar[str] = ""
+    replaces_head: ClassVar[bool] = False
+    protected: bool = False
 
-    def setup(self, backbone: nn.Module) -> None:
-        """Create parameters that depend on the backbone. Called once by the wrapper."""
+    def setup(self, backbone: nn.Module, schedule: Schedule | None = None) -> None:
+        """Create parameters that depend on the backbone. Called once by the wrapper.
+
+        Must leave parameters alone that exist already and fit.
+
+        Args:
+            backbone: The timm model.
+            schedule: Of the model, or None without a reducer; a `TargetGmacs` not solved yet.
+        """
+
+    def warm_start(self, backbone: nn.Module) -> None:
+        """Copy initial values from the backbone's weights; again when those were loaded later."""
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the plugin's classifier, if it has one."""
 
     def start(self, t: Tokens) -> tuple[Tokens, Any]:
         """Before the pre-norm, after the position embedding; may add tokens."""
@@ -48,9 +66,21 @@ class Plugin(nn.Module):
         """Reducible tokens that `after` (or, for block -1, `start`) adds."""
         return 0
 
+    def spared(self, block: int, depth: int) -> int:
+        """Trailing tokens that the reduction of a block must leave alone."""
+        return 0
+
     def macs(self, backbone: nn.Module) -> int:
         """Multiply-accumulates of the plugin's own products for one image."""
         return 0
+
+    def unused(self, backbone: nn.Module) -> set[str]:
+        """Names of the backbone's parameters that no longer have a say."""
+        return set()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the plugin's parameters that optimisers should not decay."""
+        return set()
 
     def config(self) -> dict[str, Any]:
         """Registry name and constructor arguments."""

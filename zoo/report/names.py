@@ -7,16 +7,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from zoo.report.words import plugins
+
 if TYPE_CHECKING:
     from zoo.report.compare import Entry
-
-
-def plugins(row: Mapping[str, Any]) -> list[str]:
-    """Names of the plugins in a row's recipe."""
-    recipe = row.get("recipe")
-    found = recipe.get("plugins") if isinstance(recipe, Mapping) else None
-    found = found if isinstance(found, Sequence) and not isinstance(found, str) else []
-    return [str(p.get("name", p) if isinstance(p, Mapping) else p) for p in found]
 
 
 def name_entries(entries: Sequence[Entry]) -> None:

@@ -37,7 +37,9 @@ def notes_on(entries: Sequence[Entry]) -> list[str]:
     """What a reader must know before comparing these entries."""
     notes = []
     measured = [entry for entry in entries if entry.top1 is not None]
-    for backbone in dict.fromkeys(entry.backbone for entry in measured):
+    # An architecture that reduces by itself has no dense form to compare with.
+    reduced = [entry for entry in measured if entry.dense or entry.row.get("reducer")]
+    for backbone in dict.fromkeys(entry.backbone for entry in reduced):
         if not any(e.dense and e.top1 is not None for e in measured if e.backbone == backbone):
             notes.append(
                 f"No accuracy of the dense {backbone}: run it with reducer=none to get differences."

@@ -27,6 +27,7 @@ _SPREAD: dict[str, tuple[tuple[str, Any], ...]] = {
         ("gmacs_attention", "attention"),
         ("gmacs_reducer", "reducer"),
     ),
+    "gmacs_paper": (("gmacs_paper", "total"), ("gmacs_paper_convention", "convention")),
     "ci95": (("ci95_low", 0), ("ci95_high", 1)),
     "versions": tuple(
         (f"version_{name}", name) for name in ("python", "torch", "timm", "lightning", "tokenzoo")

@@ -35,9 +35,24 @@ def interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
 
+def _as_published(row: Mapping[str, Any]) -> str:
+    """The cost as the method's paper counts it, where that differs."""
+    paper = row.get("gmacs_paper")
+    total = number(paper.get("total")) if isinstance(paper, Mapping) else None
+    return "" if total is None else f", {format_gmacs(total)} GMACs as {paper['convention']} counts"
+
+
+def plugins(row: Mapping[str, Any]) -> list[str]:
+    """Names of the plugins in a row's recipe."""
+    recipe = row.get("recipe")
+    found = recipe.get("plugins") if isinstance(recipe, Mapping) else None
+    found = found if isinstance(found, Sequence) and not isinstance(found, str) else []
+    return [str(p.get("name", p) if isinstance(p, Mapping) else p) for p in found]
+
+
 def is_dense(row: Mapping[str, Any]) -> bool:
-    """Whether the row is of a model with nothing reduced."""
-    return row.get("method") in (None, "", DENSE, "dense")
+    """Whether the row is of a model with nothing reduced, and nothing added by a plugin."""
+    return row.get("method") in (None, "", DENSE, "dense") and not plugins(row)
 
 
 def describe_budget(schedule: Mapping[str, Any] | None) -> str:
@@ -49,12 +64,16 @@ def describe_budget(schedule: Mapping[str, Any] | None) -> str:
     'keep 0.7 @3,6,9'
     >>> describe_budget({"name": "target_gmacs", "fraction": 0.5})
     '50 % of dense'
+    >>> describe_budget({"name": "grid", "grid": "5x5"})
+    'grid 5x5'
     """
     if not isinstance(schedule, Mapping):
         return "" if schedule is None else str(schedule)
     skipped = ("name", "strict")  # strict only says what to do when a budget cannot be met
     known = {str(k): v for k, v in schedule.items() if v is not None and k not in skipped}
     name = str(schedule.get("name") or "")
+    if list(known) == [name]:
+        return f"{name} {_short(known[name])}"
     if name == "constant_r" and "r" in known:
         slope = f" inflection {_short(known['inflection'])}" if "inflection" in known else ""
         return f"r={_short(known['r'])}{slope}"
@@ -113,7 +132,11 @@ def summary_line(row: Mapping[str, Any]) -> str:
     """
     head = str(row.get("backbone") or "?")
     if not is_dense(row):
-        head += f" + {row['method']} {describe_budget(row.get('schedule'))}".rstrip()
+        # An architecture that reduces tokens by itself says so in its name.
+        own = head.startswith(str(row.get("method")))
+        head += "" if own or row.get("method") in (None, DENSE) else f" + {row['method']}"
+        head += "".join(f" + {name}" for name in plugins(row))
+        head += f" {describe_budget(row.get('schedule'))}".rstrip()
     if row.get("status") == "failed":
         reason = " ".join(str(row.get("error") or "no reason recorded").split())
         return f"{head} | FAILED: {reason}"
@@ -121,7 +144,7 @@ def summary_line(row: Mapping[str, Any]) -> str:
     gmacs, dense = total_gmacs(row), number(row.get("gmacs_dense"))
     if gmacs is not None:
         saved = f" ({100 * (gmacs / dense - 1):+.1f} %)" if dense and not is_dense(row) else ""
-        parts.append(f"{format_gmacs(gmacs)} GMACs{saved}")
+        parts.append(f"{format_gmacs(gmacs)} GMACs{saved}{_as_published(row)}")
     if tokens := describe_tokens(row.get("tokens")):
         parts.append(f"tokens {tokens}")
     if (top1 := number(row.get("top1"))) is not None:

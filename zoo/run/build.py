@@ -19,8 +19,8 @@ def build_model(cfg: DictConfig, **backbone_args: Any) -> ReducedViT:
     """Builds the model that `backbone`, `reducer`, `schedule`, `plugin` and `weights` describe.
 
     With `weights` and no `backbone` the model is what was saved, and only what the command line
-    chose replaces the saved reducer, schedule and plugins. With a `backbone` the weights are loaded
-    into that architecture.
+    chose replaces the saved reducer, schedule and plugins; `+backbone.args` without a name replaces
+    arguments of the saved backbone. With a `backbone` the weights are loaded into that one.
 
     Args:
         cfg: A composed configuration; keys that are absent count as null.
@@ -40,16 +40,16 @@ def build_model(cfg: DictConfig, **backbone_args: Any) -> ReducedViT:
         )
         if part is not _ABSENT
     }
-    if backbone is None:
+    args = {**(_plain((backbone or {}).get("args")) or {}), **backbone_args}
+    if backbone is None or "name" not in backbone.keys():  # `in` is false for a missing value
         if weights is None:
             raise ZooError(
                 "no model: type weights=vit_digits (or a model folder, a checkpoint, "
                 "hf-hub:ORG/NAME) or backbone=NAME, e.g. backbone=deit_small"
             )
-        return _checked(_load(str(weights), parts, backbone_args))
+        return _checked(_load(str(weights), parts, args))
     from zoo.api import create_model
 
-    args = {**(_plain(backbone.get("args")) or {}), **backbone_args}
     parts["plugins"] = parts.get("plugins") or ()
     pretrained = bool(backbone.get("pretrained")) and weights is None
     model = create_model(str(backbone.name), pretrained=pretrained, **parts, **args)

@@ -1,0 +1,86 @@
+"""What counting costs finds: see `zoo.flops` for the convention and the counting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Gmacs(NamedTuple):
+    """Cost of one image in 1e9 multiply-accumulates, by part."""
+
+    linear: float
+    attention: float
+    reducer: float
+
+    @property
+    def total(self) -> float:
+        """All parts together."""
+        return self.linear + self.attention + self.reducer
+
+
+class BlockCost(NamedTuple):
+    """Cost of one block in multiply-accumulates for one image.
+
+    Attributes:
+        tokens_in: Tokens entering, prefix included.
+        tokens_mid: Tokens in the MLP.
+        tokens_out: Tokens leaving.
+        linear: qkv, projection and other linear layers of the attention module.
+        attention: The two products with the attention map.
+        mlp: Linear layers of the MLP.
+        reducer: The reducer's own products and the signals computed for it.
+    """
+
+    tokens_in: int
+    tokens_mid: int
+    tokens_out: int
+    linear: int
+    attention: int
+    mlp: int
+    reducer: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Cost of a model for one image.
+
+    Attributes:
+        gmacs: Total in 1e9 multiply-accumulates.
+        params: Number of parameters.
+        tokens: `(entering, leaving)` per block, prefix tokens included.
+        linear: GMACs of convolutions and linear layers.
+        attention: GMACs of the attention products.
+        reducer: GMACs of the reducer's own products.
+        dense: GMACs of the same backbone with nothing reduced; None where there is no such thing.
+        blocks: Cost per block.
+        convention: "zoo", or "diffrate" for that paper's own count.
+        macs: Total as an exact integer.
+    """
+
+    gmacs: float
+    params: int
+    tokens: list[tuple[int, int]]
+    linear: float
+    attention: float
+    reducer: float
+    dense: float | None
+    blocks: list[BlockCost]
+    convention: str
+    macs: int
+
+    def __str__(self) -> str:
+        dense = self.dense
+        saved = f" ({self.gmacs / dense - 1:+.1%} of {dense:.4f} dense)" if dense else ""
+        head = f"{self.gmacs:.4f} GMACs{saved}, {self.params / 1e6:.2f} M parameters"
+        parts = (
+            f"linear {self.linear:.4f}, attention {self.attention:.4f}, reducer {self.reducer:.4f}"
+        )
+        rows = [f"{'block':>5} {'in':>6} {'mlp':>6} {'out':>6} {'GMACs':>8} {'reducer':>8}"]
+        for i, b in enumerate(self.blocks):
+            total = (b.linear + b.attention + b.mlp + b.reducer) / 1e9
+            rows.append(
+                f"{i:>5} {b.tokens_in:>6} {b.tokens_mid:>6} {b.tokens_out:>6} "
+                f"{total:>8.4f} {b.reducer / 1e9:>8.5f}"
+            )
+        return "\n".join([head, parts, *rows])

@@ -1,0 +1,57 @@
+"""Which blocks a plugin that works stage by stage goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from reduction.schedule import Schedule, TargetGmacs
+from zoo.errors import ZooError
+
+
+def stage_blocks(
+    plugin: str, blocks: Sequence[int] | None, schedule: Schedule | None, backbone: nn.Module
+) -> list[int]:
+    """The reduction blocks R: after each of them the cache is recovered and a class token kept.
+
+    Chosen by the first of: the plugin's own `blocks`; the `blocks` of the schedule; the blocks
+    that the schedule singles out, which means reducing in at most half of all; the quarter points
+    of the depth (3, 6, 9 of 12), as far as they are possible.
+
+    Args:
+        plugin: Name for messages.
+        blocks: What the user chose, or None.
+        schedule: Of the model, a `TargetGmacs` not solved yet.
+        backbone: The timm model.
+
+    Raises:
+        ZooError: If the blocks are not strictly increasing from 1 to the last but one.
+    """
+    depth = len(backbone.blocks)
+    if depth < 3:
+        raise ZooError(f"plugin {plugin!r} needs at least 3 blocks, the model has {depth}")
+    chosen = blocks if blocks is not None else getattr(schedule, "blocks", None)
+    if chosen is None:
+        rows, columns = backbone.patch_embed.grid_size
+        chosen = _singled_out(schedule, depth, int(rows * columns))
+    if chosen is None:
+        quarters = {depth * q // 4 for q in (1, 2, 3)}
+        return sorted(b for b in quarters if 1 <= b <= depth - 2)
+    chosen = [int(b) for b in chosen]
+    if not chosen or chosen != sorted(set(chosen)) or chosen[0] < 1 or chosen[-1] > depth - 2:
+        raise ZooError(
+            f"plugin {plugin!r}: reduction blocks must increase within 1..{depth - 2} of "
+            f"{depth} blocks (before block 1 nothing is cached, and the last block comes by "
+            f"itself), got {chosen}; choose other schedule.blocks, or give the plugin its own with "
+            "plugin.blocks=[...]"
+        )
+    return chosen
+
+
+def _singled_out(schedule: Schedule | None, depth: int, patches: int) -> list[int] | None:
+    """Blocks in which a schedule acts, or None where it acts nearly everywhere or nowhere."""
+    if schedule is None or isinstance(schedule, TargetGmacs):
+        return None
+    acts = [b for b in range(depth) if schedule.budget(b, depth, patches, patches) is not None]
+    return acts if 0 < 2 * len(acts) <= depth else None
