@@ -57,6 +57,11 @@ class Info(NamedTuple):
     trace: tuple[Tokens, ...]
     final: Tokens
 
+    @property
+    def sizes(self) -> Tensor:
+        """Another name of `size`."""
+        return self.size
+
 
 class ReducedViT(TimmContract):
     """A timm backbone with a reducer inside.
