@@ -304,8 +304,9 @@ class TargetGmacs(Schedule):
     Args:
         gmacs: Cost in 1e9 multiply-accumulates per image. Wins over `fraction`.
         fraction: Cost as a share of the dense model's.
-        family: "constant_r" (r is solved) or "keep_rate" (the rate is); None: the method's own.
-        blocks: Blocks for the keep_rate family.
+        family: "constant_r" (r is solved), "keep_rate" or "geometric" (the rate is); None: the
+            method's own.
+        blocks: Blocks for the families that take them.
 
     Raises:
         ZooError: If the target is not positive.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import zoo
+from reduction.tokens import Tokens
 from tests.cases import METHODS, Row, backbone, images
 from zoo.errors import ZooError
-from zoo.plugins.base import create_plugins, list_plugins
+from zoo.plugins.base import create_plugins
 from zoo.reduced import ReducedViT
 
 STAGES = {"name": "keep_rate", "rate": 0.6, "blocks": [1, 3]}
@@ -290,6 +290,16 @@ def test_counts_stay_above_zero(name: str) -> None:
     assert min(after for _, after in info.tokens) >= 2
 
 
+def test_padding_is_not_averaged() -> None:
+    clc = plugged("clc").plugins[0]
+    t = Tokens.start(torch.randn(2, 10, 48), 1)
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[1, 4:8] = False
+    found = clc._carriers(0, t._replace(mask=mask))[:, 0]
+    assert torch.allclose(found[0], t.x[0, 1:9].mean(0), atol=1e-6)
+    assert torch.allclose(found[1], t.x[1, [1, 2, 3, 8]].mean(0), atol=1e-6)
+
+
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
 
 
@@ -336,68 +346,3 @@ def test_every_method_takes_the_halves(row: Row, plugin: str) -> None:
     assert logits.isfinite().all()
     if not m.reducer.adaptive:
         assert list(info.tokens) == m.token_counts()
-
-
-# ------------------------------------------------------------------ as part of a model
-
-
-def test_recipe_and_folder_bring_the_same_model_back(tmp_path: Path) -> None:
-    m = zoo.load("vit_digits", reducer="evit", schedule={"name": "keep_rate", "blocks": [2, 4]},
-                 plugins=[{"name": "clca", "num_clr": 2}])  # fmt: skip
-    x = torch.randn(3, 1, 16, 16)
-    zoo.checkpoint.save_pretrained(m, tmp_path / "model")
-    again = zoo.load(tmp_path / "model")
-    assert again.recipe == m.recipe and again.recipe["plugins"][0]["blocks"] == [2, 4]
-    with torch.no_grad():
-        assert torch.equal(again(x), m(x))
-    # The layers that the head reads stay, whatever is reduced later.
-    other = zoo.load(tmp_path / "model", reducer="tome", schedule={"name": "constant_r", "r": 4})
-    assert torch.equal(other.plugins[0].cla.net.dwconv.weight, m.plugins[0].cla.net.dwconv.weight)
-
-
-def test_another_number_of_classes() -> None:
-    m = plugged("clca")
-    m.reset_classifier(7)
-    with torch.no_grad():
-        assert m(images()).shape == (2, 7)
-
-
-def test_optimisers_know_the_clr_and_the_unused_head() -> None:
-    m = plugged("clca", "evit")
-    assert "plugins.0.clc.clr_token" in m.no_weight_decay()
-    assert m.unused_parameters() == {
-        f"backbone.{part}.{kind}" for part in ("norm", "head") for kind in ("weight", "bias")
-    }
-    assert plugged("clc").unused_parameters() == set()
-
-
-def test_the_summary_of_a_run_names_the_plugin() -> None:
-    from zoo.rows import summary_line
-
-    m = plugged("clca", "evit")
-    row = {"backbone": "vit", "method": "evit", "schedule": STAGES, "recipe": m.recipe}
-    assert summary_line(row).startswith("vit + evit + clca keep 0.6 @1,3")
-    row |= {"method": "none", "schedule": None, "gmacs": {"total": 2.0}, "gmacs_dense": 1.0}
-    assert summary_line(row) == "vit + clca | 2.000 GMACs (+100.0 %)"
-
-
-def test_training_leaves_the_unused_head_alone() -> None:
-    from zoo.lit.classifier import Classifier
-
-    m = plugged("clca")
-    module = Classifier(m)
-    frozen = {n for n, p in module.net.named_parameters() if not p.requires_grad}
-    assert frozen == m.unused_parameters()
-
-
-def test_every_option_file_has_the_defaults() -> None:
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
-    from zoo.run.messages import config_folder
-
-    for name in ("cla", "clc", "clca", "ifa"):
-        assert name in list_plugins()
-        plugin = instantiate(OmegaConf.load(config_folder() / "plugin" / f"{name}.yaml"))
-        [default] = create_plugins(name)
-        assert plugin.config() == default.config() and plugin.name == name

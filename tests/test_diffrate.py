@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -255,6 +256,14 @@ def configs():
     GlobalHydra.instance().clear()
 
 
+@functools.cache
+def ghost(name: str) -> torch.nn.Module:
+    """A model without weights."""
+    with torch.device("meta"):
+        pool = {"global_pool": "avg"} if name.endswith(".mae") else {}
+        return timm.create_model(name, num_classes=1000, **pool)
+
+
 def test_every_published_vit_schedule_ships() -> None:
     files = {p.stem for p in (config_folder() / "schedule" / "diffrate").glob("*.yaml")}
     assert files == {f"{option}_{target}" for _, option, target in CASES}
@@ -270,12 +279,8 @@ def test_published_schedule(model: str, option: str, target: str, configs: None)
     cfg = compose("eval", overrides)
     schedule = hydra.utils.instantiate(cfg.schedule)
     assert schedule.keep == entry["merge_kept"] and schedule.prune == entry["prune_kept"]
-    kwargs = {"num_classes": 1000} | ({"global_pool": "avg"} if "mae" in option else {})
-    with torch.device("meta"):
-        net = timm.create_model(cfg.backbone.name, **kwargs)
-    found = zoo.profile(
-        zoo.wrap(net, hydra.utils.instantiate(cfg.reducer), schedule), convention="diffrate"
-    )
+    model = zoo.wrap(ghost(cfg.backbone.name), hydra.utils.instantiate(cfg.reducer), schedule)
+    found = zoo.profile(model, convention="diffrate")
     assert found.macs == entry["macs_exact"]
     assert [n for _, n in found.tokens] == entry["tokens_after_block"]
 
@@ -283,8 +288,7 @@ def test_published_schedule(model: str, option: str, target: str, configs: None)
 def test_both_counts_are_reported(configs: None) -> None:
     from zoo.run.evaluate import count_costs, describe
 
-    with torch.device("meta"):
-        net = timm.create_model("deit_small_patch16_224")
+    net = ghost("deit_small_patch16_224")
     schedule = PUBLISHED["ViT-S-DeiT"]["schedules"]["2.9"]
     model = zoo.wrap(net, "diffrate", per_block(schedule["prune_kept"], schedule["merge_kept"]))
     row = new_row(**describe(model), **count_costs(model, trace=False))

@@ -136,7 +136,8 @@ def check_overrides(root: str, words: list[str]) -> None:
             options = sorted(p.stem for p in (config_folder() / override.key_or_group).glob("*"))
         else:
             options = list(override.sweep_string_iterator())
-        first.append(f"{override.key_or_group}={options[0]}")
+        name = override.input_line.partition("=")[0]  # with its leading +
+        first.append(f"{name}={options[0]}")
     cfg = compose(root, first)
     assert set(cfg) >= {"backbone", "reducer", "schedule", "weights"}
 

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -413,3 +414,21 @@ def test_the_digits_model_starts_with_waves_as_positions() -> None:
     table = model.unwrap().pos_embed
     assert table.shape[1] == 64 and 0.99 < table.abs().max().item() <= 1
     assert model(torch.randn(2, 1, 16, 16)).shape == (2, 10)
+
+
+def test_the_patch_drop_follows_the_steps_of_a_run() -> None:
+    from zoo.lit.patch_drop import PatchDropRamp
+
+    ramp, model = PatchDropRamp(0.9, 0.1), make().train()
+    module: Any = SimpleNamespace(net=zoo.wrap(model, None))
+    rates = []
+    for step in (0, 2, 4):
+        trainer: Any = SimpleNamespace(global_step=step, estimated_stepping_batches=5)
+        ramp.on_fit_start(trainer, module)
+        ramp.on_train_batch_start(trainer, module, None, 0)
+        rates.append(round(model.patch_drop.rate, 6))
+    assert rates == [0.9, 0.5, 0.1]
+    with pytest.raises(ZooError, match="callbacks=patch_drop works on a Jumbo"):
+        ramp.on_fit_start(trainer, SimpleNamespace(net=timm.create_model("test_vit")))
+    with pytest.raises(ZooError, match="start of the patch drop must be in"):
+        PatchDropRamp(1.0)

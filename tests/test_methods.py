@@ -14,12 +14,12 @@ from torch import nn
 import reduction
 import zoo
 from reduction.tokens import Tokens
-from tests.cases import ALL, CORE, METHODS, Row, backbone, images, model, refused
+from tests.cases import ALL, METHODS, Row, backbone, images, model, pairs, refused
 from zoo.errors import ZooError
 from zoo.reduced import Info, ReducedViT
 
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
-core = pytest.mark.parametrize("name", CORE)
+core = pytest.mark.parametrize(("row", "name"), pairs(), ids=lambda v: getattr(v, "id", v))
 
 
 def test_every_method_has_a_row() -> None:
@@ -76,7 +76,6 @@ def test_halves_of_every_block_are_exactly_timm(name: str, fused: bool) -> None:
             t = t._replace(x=ours)
 
 
-@rows
 @core
 def test_runs_and_counts(row: Row, name: str) -> None:
     if refused(row, name):
@@ -99,7 +98,6 @@ def test_runs_and_counts(row: Row, name: str) -> None:
     assert (info.size[:, : m.prefix] == 1).all()
 
 
-@rows
 @core
 def test_an_image_does_not_depend_on_its_batch(row: Row, name: str) -> None:
     if refused(row, name):

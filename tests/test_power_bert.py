@@ -180,6 +180,7 @@ def test_a_search_for_a_cost(tmp_path) -> None:
     target = ["schedule=target_gmacs", "schedule.fraction=0.6", "trainer.max_epochs=2"]
     row = train(config("train", *TINY, *target, "reducer=tome", f"output_dir={tmp_path}"))
     assert 0.5 < row["gmacs"]["total"] / row["gmacs_dense"] <= 0.6
-    assert json.loads((tmp_path / "schedule.json").read_text())["keep"] == row["recipe"][
-        "schedule"
-    ]["keep"]
+    assert (
+        json.loads((tmp_path / "schedule.json").read_text())["keep"]
+        == row["recipe"]["schedule"]["keep"]
+    )

@@ -14,7 +14,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
-from reduction import Budget, Geometric, Keep, Reducer, Signals, Step, Tokens, ZooError, apply, create
+from reduction import (
+    Budget,
+    Geometric,
+    Keep,
+    Reducer,
+    Signals,
+    Step,
+    Tokens,
+    ZooError,
+    apply,
+    create,
+)
 from reduction.functional import clustering
 from reduction.functional.attention import column_mean
 from reduction.functional.clustering import (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
+from functools import partial
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 import reduction
 import zoo
@@ -16,6 +18,7 @@ from reduction.tokens import Tokens
 from tests.parity.fixture import Fixture, Unsupported
 from zoo.adapters.attention import run_attention
 from zoo.plugins.base import Plugin, create_plugins
+from zoo.plugins.cla import LayerMixHead
 from zoo.plugins.clc import CLC
 from zoo.plugins.clca import CLCA
 from zoo.reduced import ReducedViT
@@ -120,9 +123,7 @@ def build(fx: Fixture, variant: dict[str, Any]) -> ReducedViT:
     if method in ("evit", "topk", "tome") and all(r == 1 for r in rates):
         method = None  # nothing is reduced
     weights = fx.group("model.")
-    backbone = VisionTransformer(**fx.info["timm_kwargs"])
-    own = ("clca.", "reducer.")
-    backbone.load_state_dict({k: v for k, v in weights.items() if not k.startswith(own)})
+    backbone = _backbone(fx, weights)
     plugins = create_plugins(plugin_specs(variant, blocks))
     reducer: Any = None
     schedule = None
@@ -143,6 +144,20 @@ def build(fx: Fixture, variant: dict[str, Any]) -> ReducedViT:
     return model
 
 
+def _backbone(fx: Fixture, weights: dict[str, Tensor]) -> nn.Module:
+    module, _, name = fx.info["timm_class"].rpartition(".")
+    if not module.startswith("timm.models."):
+        raise Unsupported(f"not a timm class: {fx.info['timm_class']!r}")
+    kwargs = dict(fx.info["timm_kwargs"])
+    found = re.search(r"eps ([\d.e-]+)", fx.info.get("norm_layer", ""))
+    if found:
+        kwargs["norm_layer"] = partial(nn.LayerNorm, eps=float(found[1]))
+    backbone = getattr(importlib.import_module(module), name)(**kwargs)
+    own = ("clca.", "reducer.")
+    backbone.load_state_dict({k: v for k, v in weights.items() if not k.startswith(own)})
+    return backbone
+
+
 def _load_parts(model: ReducedViT, weights: dict[str, Tensor], learned: str) -> None:
     """Put the fixture's weights of plugins and reducer under our names."""
     found: dict[str, Tensor] = {}
@@ -152,6 +167,9 @@ def _load_parts(model: ReducedViT, weights: dict[str, Tensor], learned: str) -> 
             for key, value in weights.items():
                 if key.startswith(official):
                     found[f"plugins.{i}.{ours}{key.removeprefix(official)}"] = value
+        net = getattr(getattr(plugin, "cla", plugin), "net", None)
+        if isinstance(net, LayerMixHead):
+            found |= _by_shape(f"plugins.{i}.{parts[1]}", net, weights)
     for key, value in weights.items():
         if learned and key.startswith(f"reducer.{learned}."):
             found[f"reducer.stages.{key.removeprefix(f'reducer.{learned}.')}"] = value
@@ -160,6 +178,18 @@ def _load_parts(model: ReducedViT, weights: dict[str, Tensor], learned: str) -> 
     if missing:
         raise Unsupported(f"the fixture holds no weights for {missing[:3]}")
     model.load_state_dict({k: v for k, v in found.items() if k in wanted}, strict=False)
+
+
+def _by_shape(prefix: str, net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the older head, whose parts all differ in shape, whatever they are called."""
+    mine = {k: v for k, v in weights.items() if k.startswith("clca.") and ".clr" not in k}
+    found = {}
+    for name, want in net.state_dict().items():
+        kind = name.rpartition(".")[2]
+        same = [v for k, v in mine.items() if k.endswith(kind) and v.shape == want.shape]
+        if len(same) == 1:
+            found[prefix + name] = same[0]
+    return found
 
 
 def padded_ats(plugins: list[Plugin]) -> reduction.Reducer:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from reduction.base import Reducer, Step
+from reduction.base import AttentionInput, AttentionOutput, Reducer, Step
 from reduction.errors import UnreachableBudget
 from reduction.schedule import KeepRate, PerBlock, Schedule, create_schedule
 from reduction.tokens import Signals, Tokens
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 class SoftExtract(Reducer):
     """Fade tokens out by their rank instead of removing them.
 
-    In every block, tokens are sorted by the attention they receive from all others, and the token
-    in place p counts as a key `retention[block, p]` times as much from then on. At ones nothing
-    happens; at ones followed by zeros this is removal.
+    In every block, tokens are sorted by the attention they receive from all others, and whatever
+    the token in place p contributes to a later attention is multiplied by `retention[block, p]`.
+    Only a token that has reached zero also leaves the normalisation of the softmax. So ones and
+    zeros are exactly removal, and lowering all factors together is not free.
 
     PoWER-BERT multiplies the token's vector instead. In a transformer that normalises in front of
     its layers that has no effect: the normalisation takes the factor out again.
@@ -51,6 +52,19 @@ class SoftExtract(Reducer):
     def start(self, t: Tokens) -> Tokens:
         """Every token counts fully."""
         return t._replace(policy=torch.ones_like(t.size))
+
+    def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput:
+        """Attention in which fading tokens contribute less and faded ones nothing."""
+        assert t.policy is not None
+        logits = (a.q * a.scale) @ a.k.transpose(-2, -1)
+        if a.bias is not None:
+            logits = logits + a.bias
+        gone = (t.policy == 0)[:, None, None, :]
+        # The lowest finite number: a row in which everything is gone stays finite.
+        logits = logits.masked_fill(gone, torch.finfo(logits.dtype).min)
+        map_ = logits.softmax(-1) * t.policy[:, None, None, :].to(logits.dtype)
+        out = nn.functional.dropout(map_, a.dropout) @ a.v
+        return AttentionOutput(out, Signals(attn=map_))
 
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
         """Lower the policy of tokens far down in the order."""
