@@ -83,14 +83,13 @@ def spread(distance: Tensor, k: int) -> Tensor:
     Returns:
         `(B, K)` int64, ascending.
     """
-    n = distance.shape[1]
     rank = distance.sum(2).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    higher = rank.unsqueeze(1) < rank.unsqueeze(2)
-    nearest = distance.masked_fill(~higher, torch.inf).amin(2)
+    not_higher = rank.unsqueeze(1) >= rank.unsqueeze(2)
+    gap = distance.masked_fill(not_higher, torch.inf).amin(2)
     # Among equals (blank images), the higher rank wins.
     order = rank.argsort(dim=1)
-    order = order.gather(1, nearest.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    return order[:, : min(k, n)].sort(dim=1).values
+    order = order.gather(1, gap.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    return order[:, :k].sort(dim=1).values
 
 
 @torch.no_grad()
@@ -118,8 +117,8 @@ def kmedoids(
     may_stop = eager_on_cpu(distance)
     for _ in range(iterations):
         slot = nearest(distance, leader)
-        same = slot.unsqueeze(2) == slot.unsqueeze(1)
-        own = cost.masked_fill(~same, 0).sum(2)
+        strangers = slot.unsqueeze(2) != slot.unsqueeze(1)
+        own = cost.masked_fill(strangers, 0).sum(2)
         new = least_of_cluster(own, slot, leader)
         if may_stop and torch.equal(new, leader):
             break
