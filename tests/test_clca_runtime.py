@@ -215,6 +215,22 @@ def test_training_leaves_the_unused_head_alone() -> None:
     assert frozen == m.unused_parameters()
 
 
+def test_the_page_lists_every_option() -> None:
+    from zoo.docs import _yaml
+
+    page = Path(zoo.__file__).parents[1] / "docs" / "plugins" / "clca.md"
+    if not page.is_file():
+        pytest.skip("needs a checkout: the documentation")
+    text = page.read_text(encoding="utf-8")
+    for name in PLUGINS:
+        [plugin] = create_plugins(name)
+        for argument, default in plugin.config().items():
+            if argument != "name":
+                assert f"| `{argument}`" in text and f"| `{_yaml(default)}` |" in text, argument
+    for word in ("https://arxiv.org/abs/2501.00243", "arkel23/CLCA", "```bibtex"):
+        assert word in text
+
+
 def test_every_option_file_has_the_defaults() -> None:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf

@@ -43,7 +43,9 @@ def test_merging_duplicates_changes_nothing(row: reduction.Reducer, name: str) -
     reduced = zoo.wrap(m, row.reducer(m.cls_token is not None), schedule).eval()
     with torch.no_grad():
         logits, info = reduced(x, return_info=True)
-        assert info.tokens[-1][1] == 64 - 4 * 12 + reduced.prefix
+        assert list(info.tokens) == reduced.token_counts()
+        # A method may leave the last block alone.
+        assert info.tokens[-1][1] <= 64 - 3 * 12 + reduced.prefix
         assert info.size.max() > 2
         assert (logits - m(x)).abs().max() < 1e-10
 

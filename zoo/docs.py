@@ -8,6 +8,7 @@ out of date.
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +81,33 @@ def index_page() -> str:
             f"| [`{name}`]({name}.md) | {arguments or 'none'} | `{reducer.site}` | "
             f"`{reducer.family}` | {needs} |"
         )
-    return "\n".join([*text, "", END, ""])
+    return "\n".join([*text, "", *_plugins(), "", END, ""])
+
+
+def _plugins() -> list[str]:
+    """Lines about the parts that go around a reducer."""
+    from zoo.plugins.base import list_plugins, plugin_class
+
+    lines = [
+        "## Around a method",
+        "",
+        "Plugins go with any reducer, or none; see [what works with what](../composition.md).",
+        "",
+        "| `plugin=` | what it is | paper | arguments and defaults |",
+        "|---|---|---|---|",
+    ]
+    for name in list_plugins():
+        cls = plugin_class(name)
+        facts = (inspect.getdoc(cls) or "").partition("\n")[0]
+        paper = f"{cls.card.authors}, {cls.card.venue} {cls.card.year}"
+        arguments = ", ".join(
+            f"`{p.name}={_yaml(p.default)}`" for p in inspect.signature(cls).parameters.values()
+        )
+        lines.append(
+            f"| [`{name}`](../plugins/{cls.page}.md) | {facts} | "
+            f"[{paper}](https://arxiv.org/abs/{cls.card.arxiv}) | {arguments} |"
+        )
+    return lines
 
 
 def _yaml(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Batched clustering with fixed shapes: weighted K-Medoids and K-Means, without loops over clusters.
+"""Batched clustering with fixed shapes: weighted K-Medoids and K-Means without cluster loops.
 
 Every function here works on a batch at once, keeps exactly K clusters, and never leaves one empty,
 also when all points are equal. Nothing is differentiable: an assignment is made of indices, and

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from reduction.base import constructor_arguments
+from reduction.base import Card, constructor_arguments
 from reduction.schedule import Schedule
 from reduction.tokens import Tokens
 from zoo.errors import UnknownName, ZooError
@@ -26,11 +26,15 @@ class Plugin(nn.Module):
 
     Attributes:
         name: Registry name, set by `register_plugin`.
+        card: Provenance of the method.
+        page: Its documentation page is docs/plugins/PAGE.md.
         replaces_head: Whether `head` always answers, so that the backbone's own is never run.
         protected: Keep the tokens that it adds out of every reduction.
     """
 
     name: ClassVar[str] = ""
+    card: ClassVar[Card]
+    page: ClassVar[str]
     replaces_head: ClassVar[bool] = False
     protected: bool = False
 
@@ -98,6 +102,17 @@ def register_plugin(name: str) -> Any:
     return wrap
 
 
+def plugin_class(name: str) -> type[Plugin]:
+    """Class of a plugin.
+
+    Raises:
+        UnknownName: With the nearest names.
+    """
+    if name not in list_plugins():
+        raise UnknownName("plugin", name, list_plugins())
+    return _PLUGINS[name]
+
+
 def list_plugins() -> list[str]:
     """Registry names of all plugins, sorted."""
     package = importlib.import_module("zoo.plugins")
@@ -122,10 +137,9 @@ def create_plugins(specs: Sequence[str | Mapping[str, Any] | Plugin]) -> list[Pl
             continue
         args = {"name": spec} if isinstance(spec, str) else {str(k): v for k, v in spec.items()}
         name = args.pop("name", None)
-        if name not in list_plugins():
-            raise UnknownName("plugin", name, list_plugins())
+        cls = plugin_class(str(name))
         try:
-            plugins.append(_PLUGINS[name](**args))
+            plugins.append(cls(**args))
         except TypeError as error:
             raise ZooError(f"plugin {name!r}: {str(error).split('__init__() ')[-1]}") from error
     return plugins

@@ -16,7 +16,7 @@ from reduction.tokens import Tokens
 from zoo.adapters.backbones import class_tokens
 from zoo.errors import ZooError
 from zoo.plugins.base import Plugin, register_plugin
-from zoo.plugins.stages import stage_blocks
+from zoo.plugins.stages import CLCA_CARD, stage_blocks
 
 #: Parts of a timm model that come after its blocks, which these heads do without.
 _AFTER_BLOCKS = ("norm.", "fc_norm.", "head.", "head_dist.", "attn_pool.")
@@ -107,6 +107,8 @@ class CLA(Plugin):
         Rios et al., ICASSP 2025, arXiv 2501.00243; official code github.com/arkel23/CLCA (MIT).
     """
 
+    card = CLCA_CARD
+    page = "clca"
     replaces_head: ClassVar[bool] = True
 
     def __init__(self, multiplier: int = 2, blocks: Sequence[int] | None = None) -> None:
@@ -178,7 +180,7 @@ class CLA(Plugin):
 
 @register_plugin("ifa")
 class IFA(CLA):
-    """The head that came before CLA: a learned mean of the class tokens, ReLU, norm, linear.
+    """The head that came before CLA: one weight per layer, ReLU, norm, linear.
 
     An ablation in the official code (its depth multiplier 0), not part of the method.
 

@@ -17,7 +17,7 @@ from reduction.tokens import Tokens
 from zoo.adapters.backbones import class_tokens
 from zoo.errors import ZooError
 from zoo.plugins.base import Plugin, register_plugin
-from zoo.plugins.stages import stage_blocks
+from zoo.plugins.stages import CLCA_CARD, stage_blocks
 
 
 @register_plugin("clc")
@@ -51,6 +51,9 @@ class CLC(Plugin):
     References:
         Rios et al., ICASSP 2025, arXiv 2501.00243; official code github.com/arkel23/CLCA (MIT).
     """
+
+    card = CLCA_CARD
+    page = "clca"
 
     def __init__(
         self,

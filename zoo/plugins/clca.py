@@ -12,6 +12,7 @@ from reduction.tokens import Tokens
 from zoo.plugins.base import Plugin, register_plugin
 from zoo.plugins.cla import CLA
 from zoo.plugins.clc import CLC
+from zoo.plugins.stages import CLCA_CARD
 
 
 @register_plugin("clca")
@@ -41,6 +42,8 @@ class CLCA(Plugin):
         Recognition", ICASSP 2025, arXiv 2501.00243; official code github.com/arkel23/CLCA (MIT).
     """
 
+    card = CLCA_CARD
+    page = "clca"
     replaces_head: ClassVar[bool] = True
 
     def __init__(

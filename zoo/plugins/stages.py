@@ -6,8 +6,22 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from reduction.base import Card
 from reduction.schedule import Schedule, TargetGmacs
 from zoo.errors import ZooError
+
+CLCA_CARD = Card(
+    title="Cross-Layer Cache Aggregation for Token Reduction in Ultra-Fine-Grained Image "
+    "Recognition",
+    authors="Rios et al.",
+    venue="ICASSP",
+    year=2025,
+    arxiv="2501.00243",
+    code="https://github.com/arkel23/CLCA",
+    licence="MIT",
+    kind="cache of summary tokens + head over layers",
+    training="with the backbone",
+)
 
 
 def stage_blocks(
