@@ -62,7 +62,7 @@ class PatchMerger(QueryReducer):
         licence=None,
         kind="soft pooling",
         training="queries, with the backbone",
-        note="Untrained queries give chance-level accuracy.",
+        note="The queries are learned: train before use.",
     )
     site = "pre"
 

@@ -86,7 +86,7 @@ class Sinkhorn(QueryReducer):
         licence="MIT",
         kind="soft pooling",
         training="centres, with the backbone",
-        note="Untrained centres give chance-level accuracy.",
+        note="The centres are learned: train before use.",
     )
     site = "pre"
 

@@ -111,7 +111,7 @@ class SiT(QueryReducer):
         licence="MIT",
         kind="soft pooling",
         training="slimming modules, with the backbone",
-        note="Untrained modules give chance-level accuracy.",
+        note="The slimming modules are learned: train before use.",
     )
     site = "pre"
 
