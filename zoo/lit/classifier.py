@@ -135,7 +135,7 @@ class Classifier(pl.LightningModule):
         if total == float("inf"):
             raise ZooError("the data does not say its length; type +trainer.max_steps=N")
         kwargs: dict[str, Any] = {}
-        if str(self.trainer.precision) == "16-mixed" and _takes(self.make_optimizer, "fused"):
+        if str(self.trainer.precision).endswith("-mixed") and _takes(self.make_optimizer, "fused"):
             kwargs["fused"] = False  # a fused step unscales gradients itself; clipping cannot then
         optimizer = self.make_optimizer(self.trainable(), **kwargs)
         epochs = self.trainer.max_epochs or 1
