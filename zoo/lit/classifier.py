@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,10 +34,13 @@ class Classifier(pl.LightningModule):
         loss: Takes logits (B, K) and labels (B,) or soft labels (B, K); None is cross-entropy.
         mixup: `{mixup_alpha, cutmix_alpha, prob, switch_prob}` of timm's Mixup, or None.
         aux_weight: Factor of the reducer's own losses.
+        train_only: Patterns of the parameter names that are trained, e.g. `["reducer.*"]`; None is
+            all. A backbone without any stays in evaluation mode, so that nothing is dropped in it.
         hyper_parameters: Plain containers to store in checkpoints beside the recipe.
 
     Raises:
-        ZooError: something in `hyper_parameters` is not a plain container or value.
+        ZooError: something in `hyper_parameters` is not a plain container or value, or nothing is
+            left to train.
     """
 
     #: Parts of the recipe that training itself changes: a resumed run may differ in them.
@@ -50,10 +54,13 @@ class Classifier(pl.LightningModule):
         loss: nn.Module | None = None,
         mixup: Mapping[str, Any] | None = None,
         aux_weight: float = 1.0,
+        train_only: Sequence[str] | None = None,
         hyper_parameters: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
+        if train_only is not None:
+            _freeze_others(net, train_only)
         # A plugin's head replaces the model's; with parameters that get no gradient DDP stops.
         for name in getattr(net, "unused_parameters", set)():
             net.get_parameter(name).requires_grad_(False)
@@ -86,6 +93,14 @@ class Classifier(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K) of images (B, C, H, W)."""
         return self.net(images)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Switch to training, except for a backbone that is not trained."""
+        super().train(mode)
+        backbone = getattr(self.net, "backbone", None)
+        if backbone is not None and not any(p.requires_grad for p in backbone.parameters()):
+            backbone.eval()
+        return self
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -212,6 +227,18 @@ class Classifier(pl.LightningModule):
             value = 100 * value if name.startswith("top") else value
             self.log(f"{part}/{name}", value, prog_bar=name == "top1")
             metric.reset()
+
+
+def _freeze_others(net: nn.Module, patterns: Sequence[str]) -> None:
+    named = dict(net.named_parameters())
+    kept = {name for name in named if any(fnmatchcase(name, p) for p in patterns)}
+    if not kept:
+        raise ZooError(
+            f"module.train_only={list(patterns)} leaves nothing to train; the parts of this model "
+            f"are {sorted({n.split('.')[0] + '.*' for n in named})}; type module=classifier"
+        )
+    for name, parameter in named.items():
+        parameter.requires_grad_(parameter.requires_grad and name in kept)
 
 
 def _dense_copy(net: nn.Module) -> nn.Module:
