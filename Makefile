@@ -36,7 +36,8 @@ $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.installed-demo
 	$(BIN)/python eval.py -m weights=vit_digits data=digits "reducer=glob(*)" \
 		schedule=target_gmacs schedule.fraction=0.75,0.5,0.35 task=[accuracy,flops,throughput] \
-		throughput.rounds=5 hydra.sweep.dir=$(DEMO)
+		throughput.rounds=5 hydra.sweep.dir=$(DEMO) \
+		hydra.callbacks.report.also=results/digits/trained.jsonl
 
 report: $(VENV)/.installed-demo
 	$(BIN)/zoo report results

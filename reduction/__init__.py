@@ -25,12 +25,11 @@ from reduction.schedule import (
     KeepRate,
     PerBlock,
     Schedule,
-    TargetGmacs,
     create_schedule,
     list_schedules,
     parse_r,
-    register_family,
 )
+from reduction.target import Target, TargetGmacs, register_family
 from reduction.tokens import Signals, Tokens
 
 __all__ = [
@@ -42,6 +41,7 @@ __all__ = [
     "ConstantR",
     "Dims",
     "Geometric",
+    "Fuse",
     "Keep",
     "KeepRate",
     "Merge",
@@ -54,6 +54,7 @@ __all__ = [
     "Signals",
     "Spec",
     "Step",
+    "Target",
     "TargetGmacs",
     "Tokens",
     "UnknownName",

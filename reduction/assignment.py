@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reduction.eager import arange, row_offsets
 from reduction.tokens import Tokens, take_rows
 
 
@@ -45,6 +46,9 @@ class Merge(NamedTuple):
         pairs: `(source, target)`, each `(B, r)`: token `source` joins group `target`. Then `coef`
             and `mass` are of the sources only, `(B, r)`: the share of a source in its group, of
             which the leader keeps the rest, and what it adds to the leader's size.
+        valid: `(B, M)` bool, False where a group is padding because this image has fewer. With
+            `slot` only, as are tokens with padding: padded tokens join no group, whatever `slot`
+            says of them.
     """
 
     slot: Tensor | None
@@ -52,6 +56,7 @@ class Merge(NamedTuple):
     coef: Tensor | None = None
     mass: Tensor | None = None
     pairs: tuple[Tensor, Tensor] | None = None
+    valid: Tensor | None = None
 
 
 class Mix(NamedTuple):
@@ -71,7 +76,20 @@ class Mix(NamedTuple):
     leader: Tensor | None = None
 
 
-Assignment = Keep | Merge | Mix
+class Fuse(NamedTuple):
+    """Keep some tokens, and add up all others into one more token behind them.
+
+    Attributes:
+        leader: Kept tokens and, last, the dropped one that gives the new token its position,
+            `(B, M)` int64; M counts the new token.
+        weights: Share of each token in the new one, `(B, N)`: zero for those that are kept.
+    """
+
+    leader: Tensor
+    weights: Tensor
+
+
+Assignment = Keep | Merge | Mix | Fuse
 
 
 def apply(t: Tokens, a: Assignment) -> Tokens:
@@ -89,16 +107,23 @@ def apply(t: Tokens, a: Assignment) -> Tokens:
     """
     if isinstance(a, Keep):
         return _keep(t, a)
-    if t.mask is not None or t.policy is not None:
+    grouped = isinstance(a, Merge) and a.pairs is None
+    if t.policy is not None or (t.mask is not None and not grouped):
         raise ValueError(
-            "expected tokens without padding or a policy, because groups and mixtures do not "
-            "follow them; prune with Keep, or override Reducer.reduce"
+            "expected tokens without padding or a policy, because pairs and mixtures do not "
+            "follow them, nor groups a policy; prune with Keep, or override Reducer.reduce"
         )
     if isinstance(a, Merge):
-        return _fold(t, a) if a.pairs is not None else _merge(t, a)
+        if a.pairs is None:
+            return _merge(t, a)
+        if a.valid is not None:
+            raise ValueError("expected either padding (valid) or pairs, got both")
+        return _fold(t, a)
     if isinstance(a, Mix):
         return _mix(t, a)
-    raise TypeError(f"expected Keep, Merge or Mix, got {type(a).__name__}")
+    if isinstance(a, Fuse):
+        return _fuse(t, a)
+    raise TypeError(f"expected Keep, Merge, Mix or Fuse, got {type(a).__name__}")
 
 
 def unmerge(t: Tokens, fill: float = 0.0) -> Tensor:
@@ -127,7 +152,7 @@ def _with_prefix(index: Tensor, prefix: int) -> Tensor:
     """Turn indices of reducible tokens into rows of the whole sequence, prefix in front."""
     if not prefix:
         return index
-    head = torch.arange(prefix, device=index.device)
+    head = arange(index, prefix)
     if index.dim() == 2:
         head = head.expand(index.shape[0], -1)
     return torch.cat([head, index + prefix], dim=-1)
@@ -137,9 +162,7 @@ def _slots_of(index: Tensor, batch: int, n: int) -> Tensor:
     """Invert a `(B, M)` list of kept tokens into `(B, N)` slots, -1 for the others."""
     index = index.expand(batch, -1)
     slot = index.new_full((batch, n), -1)
-    return slot.scatter(
-        1, index, torch.arange(index.shape[1], device=index.device).expand_as(index)
-    )
+    return slot.scatter(1, index, arange(index, index.shape[1]).expand_as(index))
 
 
 def _follow(source: Tensor | None, slot: Tensor) -> Tensor | None:
@@ -206,8 +229,9 @@ def _fold(t: Tokens, a: Merge) -> Tokens:
     delta = (take_rows(t.x, origin_rows) - take_rows(x, goal)).to(dtype) * share.unsqueeze(-1)
     delta = delta.to(x.dtype)
     batch, m, width = x.shape
-    flat = (goal + torch.arange(batch, device=x.device).unsqueeze(1) * m).reshape(-1)
-    merged = x.view(batch * m, width).index_add(0, flat, delta.view(-1, width))
+    flat = (goal + row_offsets(x, batch, m)).reshape(-1)
+    # The rows are fresh and were read above, so this may write into them.
+    merged = x.view(batch * m, width).index_add_(0, flat, delta.view(-1, width))
     map_ = t.source
     if map_ is not None:
         slot = _slots_of(a.leader, batch, t.n).scatter(1, source, target)
@@ -227,28 +251,39 @@ def _group_sum(values: Tensor, slot: Tensor, m: int) -> Tensor:
     bins = torch.where(slot < 0, m, slot)
     if values.dim() == 2:
         return values.new_zeros(batch, m + 1).scatter_add(1, bins, values)[:, :m]
-    flat = (bins + torch.arange(batch, device=slot.device).unsqueeze(1) * (m + 1)).reshape(-1)
+    flat = (bins + row_offsets(values, batch, m + 1)).reshape(-1)
     out = values.new_zeros(batch * (m + 1), values.shape[2])
-    out = out.index_add(0, flat, values.reshape(-1, values.shape[2]))
+    out = out.index_add_(0, flat, values.reshape(-1, values.shape[2]))
     return out.view(batch, m + 1, -1)[:, :m]
 
 
 def _merge(t: Tokens, a: Merge) -> Tokens:
     assert a.slot is not None
     m = a.leader.shape[-1]
-    patches, size = t.patches, t.patch_size
+    patches, size, slot = t.patches, t.patch_size, a.slot
+    valid = a.valid
+    if t.mask is not None:
+        slot = torch.where(t.mask[:, t.prefix :], slot, -1)
+        if valid is None:
+            valid = _group_sum(torch.ones_like(size), slot, m) > 0
     dtype = _accumulate_dtype(patches)
     mass = size if a.mass is None else a.mass
-    new_size = _group_sum(mass, a.slot, m)
+    new_size = _group_sum(mass, slot, m)
     if a.coef is None:
-        total = new_size if a.mass is None else _group_sum(size, a.slot, m)
-        x = _group_sum(patches.to(dtype) * size.unsqueeze(-1).to(dtype), a.slot, m)
+        total = new_size if a.mass is None else _group_sum(size, slot, m)
+        if valid is not None:
+            total = torch.where(valid, total, 1.0)
+        x = _group_sum(patches.to(dtype) * size.unsqueeze(-1).to(dtype), slot, m)
         x = x / total.unsqueeze(-1).to(dtype)
     else:
-        x = _group_sum(patches.to(dtype) * a.coef.unsqueeze(-1).to(dtype), a.slot, m)
-    return _replace_patches(
-        t, x.to(patches.dtype), new_size, _origin(t, a.leader), _follow(t.source, a.slot)
+        x = _group_sum(patches.to(dtype) * a.coef.unsqueeze(-1).to(dtype), slot, m)
+    out = _replace_patches(
+        t, x.to(patches.dtype), new_size, _origin(t, a.leader), _follow(t.source, slot)
     )
+    if valid is None:
+        return out
+    head = valid.new_ones(valid.shape[0], t.prefix)
+    return out._replace(mask=torch.cat([head, valid], dim=1))
 
 
 def _mix(t: Tokens, a: Mix) -> Tokens:
@@ -269,6 +304,24 @@ def _mix(t: Tokens, a: Mix) -> Tokens:
     if t.source is not None:
         source = _follow(t.source, weights.argmax(1))
     return _replace_patches(t, x, size, origin, source)
+
+
+def _fuse(t: Tokens, a: Fuse) -> Tokens:
+    batch, m = a.leader.shape
+    rows = _with_prefix(a.leader, t.prefix)
+    x, size = take_rows(t.x, rows), take_rows(t.size, rows)
+    dtype = _accumulate_dtype(x)
+    fused = torch.bmm(a.weights.unsqueeze(1).to(dtype), t.patches.to(dtype))
+    # All others are left to the new token, so its size needs no look at who they are.
+    others = t.patch_size.sum(1) - size[:, t.prefix : -1].sum(1)
+    # The rows are fresh: writing into the last one spares a copy of all.
+    x[:, -1:] = fused.to(x.dtype)
+    size[:, -1] = others
+    source = t.source
+    if source is not None:
+        slot = _slots_of(a.leader[:, :-1], batch, t.n)
+        source = _follow(source, torch.where(slot < 0, m - 1, slot))
+    return t._replace(x=x, size=size, unit=False, origin=_origin(t, a.leader), source=source)
 
 
 def _replace_patches(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from reduction.assignment import Assignment, Keep, apply
 from reduction.errors import ZooError
 from reduction.tokens import SIGNALS, Signals, Tokens
+
+if TYPE_CHECKING:
+    from reduction.schedule import Schedule
 
 Site = Literal["pre", "attn", "mid", "post"]
 
@@ -89,6 +93,7 @@ class Spec(NamedTuple):
         grid: Patch grid `(rows, columns)`.
         classes: Number of classes, 0 for a model without classifier.
         steps: The reduction of each block, None where nothing happens.
+        reads: What the classifier pools: "class" (the class token) or "patches".
     """
 
     width: int
@@ -99,6 +104,7 @@ class Spec(NamedTuple):
     grid: tuple[int, int]
     classes: int
     steps: tuple[Step | None, ...]
+    reads: str = "class"
 
     @property
     def stages(self) -> list[Step]:
@@ -119,6 +125,8 @@ class AttentionInput(NamedTuple):
         fused: Whether the model allows a fused kernel.
         need: Signals that are wanted.
         class_tokens: Leading tokens that together act as the class token.
+        again: What the attention would compute for other tokens of the residual stream; with True
+            only `v` of it is filled. Given where `Reducer.rereads` says so.
     """
 
     q: Tensor
@@ -130,6 +138,7 @@ class AttentionInput(NamedTuple):
     fused: bool
     need: frozenset[str]
     class_tokens: int = 1
+    again: Callable[[Tokens, bool], AttentionInput] | None = None
 
 
 class Outcome(NamedTuple):
@@ -140,7 +149,8 @@ class Outcome(NamedTuple):
         final: State after the last block and the final norm.
         logits: `(B, classes)`.
         targets: Labels `(B,)` or soft labels `(B, classes)`.
-        teacher: The same of the frozen dense model on the same images, if `needs_teacher`.
+        teacher: The same of the frozen dense model on the same images, if `needs_teacher`; or of
+            the same weights under another schedule, if there is a `Reducer.peer`.
     """
 
     trace: tuple[Tokens, ...]
@@ -157,11 +167,13 @@ class Dims(NamedTuple):
         width: C, features per token.
         heads: H, attention heads.
         head_dim: d, features per head.
+        class_tokens: Leading tokens that together act as the class token.
     """
 
     width: int
     heads: int
     head_dim: int
+    class_tokens: int = 1
 
 
 class AttentionOutput(NamedTuple):
@@ -200,6 +212,14 @@ class Reducer(nn.Module):
             running; `count` is then what the schedule asks for, an expectation.
         masks_in_training: `reduce` keeps all tokens while training and masks them instead.
         needs_teacher: `auxiliary_losses` compares with the frozen dense model.
+        parks: Tokens that a step takes out are not gone: `restore` puts them back before the next
+            step and behind the last block ("stage"), or behind every block, and then a step lasts
+            until the next one ("block"). Counts are planned so.
+        rereads: What `attend` computes again, with `AttentionInput.again`, from the tokens that it
+            has reduced: "values", which then are not computed before; "all"; or "no".
+        reads_last_block: Whether what happens in the last block to tokens other than the prefix
+            can reach the logits in evaluation mode. None: it can if the class overrides `attend`,
+            `guests`, `finish` or `logits`, or parks tokens.
         added_tokens: What happens to tokens that a plugin adds: "reduce" treats them like all
             others, "spare" keeps them out of every reduction, "refuse" allows no such plugin.
         convention: How the paper counts multiply-accumulates, if not as `zoo.profile` does by
@@ -218,14 +238,35 @@ class Reducer(nn.Module):
     adaptive: bool = False
     masks_in_training: bool = False
     needs_teacher: bool = False
+    parks: Literal["no", "stage", "block"] = "no"
+    rereads: Literal["no", "values", "all"] = "no"
+    reads_last_block: bool | None = None
     added_tokens: Literal["reduce", "spare", "refuse"] = "reduce"
     convention: ClassVar[str] = "zoo"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Counts are planned once and remembered; see `revision`.
+        super().__setattr__(name, value)
+        self.__dict__["_revision"] = self.revision + 1
+
+    @property
+    def revision(self) -> int:
+        """Grows with every attribute that is set: what was planned before may be out of date."""
+        count: int = self.__dict__.get("_revision", 0)
+        return count
 
     def setup(self, spec: Spec) -> None:
         """Create learned parts. Called once by the wrapper, after the schedule is solved.
 
         Must leave parameters alone that exist already and fit.
         """
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """After the model's classifier was replaced: replace heads that learn the same classes."""
+
+    def unused(self) -> set[str]:
+        """Names of own parameters that the classifier does not see; training freezes them."""
+        return set()
 
     def start(self, t: Tokens) -> Tokens:
         """Before the first block: prepare `Tokens.memory` or a policy."""
@@ -238,6 +279,33 @@ class Reducer(nn.Module):
         returned tokens are the residual stream that the (shorter) output is added to.
         """
         return None
+
+    def guests(self, t: Tokens, step: Step) -> Tensor | None:
+        """Rows `(B, G, C)` that take part in a reducing block's attention and then are gone.
+
+        They are keys and queries without a position, and the signals do not show them.
+        """
+        return None
+
+    def listens(self, block: int, steps: Sequence[Step | None]) -> bool:
+        """Whether a block computes the signals in `needs`.
+
+        As a rule where they are read: in blocks with a step, or, for "pre", in those before them.
+        """
+        block += self.site == "pre"
+        return block < len(steps) and steps[block] is not None
+
+    def observe(self, t: Tokens, s: Signals, block: int) -> Tokens:
+        """Behind a block that computed signals: note in `Tokens.memory` what they say."""
+        return t
+
+    def restores(self, block: int, depth: int) -> bool:
+        """Whether tokens that are parked behind this block, where it is their turn, come back."""
+        return True
+
+    def restore(self, t: Tokens) -> Tokens:
+        """Put parked tokens back, see `parks`."""
+        return t
 
     def extended(self, t: Tokens, added: int) -> Tokens:
         """After a plugin put `added` tokens behind the others: keep `Tokens.memory` in step."""
@@ -303,6 +371,16 @@ class Reducer(nn.Module):
     def auxiliary_losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """Losses to add to the classification loss while training, by name, weights included."""
         return {}
+
+    def peer(self, schedule: Schedule) -> Schedule | None:
+        """Another schedule under which training also runs the same weights on the same images.
+
+        The result is `Outcome.teacher`, with gradients. None: no second pass.
+        """
+        return None
+
+    def after_step(self) -> None:
+        """After each step of the optimiser: bring parameters back to where they have a meaning."""
 
     def config(self) -> dict[str, Any]:
         """Registry name and constructor arguments: enough to build the reducer again."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from reduction.errors import ZooError
-from reduction.schedule import KeepRate, Schedule, TargetGmacs, register_family
+from reduction.schedule import KeepRate, Schedule
+from reduction.target import Target, register_family
 
 
 class Geometric(KeepRate):
@@ -41,7 +42,7 @@ class Geometric(KeepRate):
         return list(range(depth)) if self.blocks is None else super().stages(depth)
 
 
-def _family(target: TargetGmacs, n0: int) -> Callable[[float], Schedule]:
+def _family(target: Target, n0: int) -> Callable[[float], Schedule]:
     def make(strength: float) -> Schedule:
         return Geometric(max(1.0 - strength, 1e-6), blocks=target.blocks, strict=False)
 

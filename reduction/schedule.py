@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from reduction.base import Budget, constructor_arguments
-from reduction.errors import UnknownName, UnreachableBudget, ZooError
+from reduction.errors import UnknownName, ZooError
 
 _SCHEDULES: dict[str, type[Schedule]] = {}
 _ROUNDING: dict[str, Callable[[float], int]] = {"int": int, "floor": math.floor, "ceil": math.ceil}
@@ -173,10 +173,13 @@ class KeepRate(Schedule):
     Args:
         rate: Keep rate in (0, 1]. A list gives each stage its own share: of the initial count
             (not compounded) or of the current one.
-        blocks: Blocks that reduce, from 0. None: the quarter points of the depth (3, 6, 9 of 12).
+        blocks: Blocks that reduce, from 0. None: the quarter points of the depth (3, 6, 9 of 12);
+            "all": every block.
         rounding: "int", "floor" or "ceil".
         of: "initial" or "current".
         strict: See `Schedule`.
+        prefix: How many prefix tokens the counts include (some papers take their share of the
+            whole sequence).
 
     Raises:
         ZooError: If a value is out of range.
@@ -187,10 +190,11 @@ class KeepRate(Schedule):
     def __init__(
         self,
         rate: float | Sequence[float] = 0.7,
-        blocks: Sequence[int] | None = None,
+        blocks: Sequence[int] | str | None = None,
         rounding: str = "int",
         of: str = "initial",
         strict: bool = True,
+        prefix: int = 0,
     ) -> None:
         rates = [rate] if isinstance(rate, int | float) else list(rate)
         for value in rates:
@@ -200,7 +204,14 @@ class KeepRate(Schedule):
             raise ZooError(f"rounding must be one of {sorted(_ROUNDING)}, got {rounding!r}")
         if of not in ("initial", "current"):
             raise ZooError(f"of must be 'initial' or 'current', got {of!r}")
-        if blocks is not None:
+        if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
+            raise ZooError(f"prefix must be 0 or more tokens, got {prefix!r}")
+        if isinstance(blocks, str):
+            if blocks != "all":
+                raise ZooError(f"blocks must be a list, null or 'all', got {blocks!r}")
+            if len(rates) > 1:
+                raise ZooError("a list of rates needs blocks=[...]")
+        elif blocks is not None:
             blocks = [int(b) for b in blocks]
             if sorted(set(blocks)) != blocks:
                 raise ZooError(f"blocks must be increasing and distinct, got {blocks}")
@@ -209,10 +220,11 @@ class KeepRate(Schedule):
         elif len(rates) > 1:
             raise ZooError("a list of rates needs blocks=[...]")
         self.rate: float | list[float] = rate if isinstance(rate, int | float) else rates
-        self.blocks = blocks
+        self.blocks: list[int] | str | None = blocks
         self.rounding = rounding
         self.of = of
         self.strict = strict
+        self.prefix = prefix
 
     def stages(self, depth: int) -> list[int]:
         """Blocks that reduce.
@@ -222,6 +234,8 @@ class KeepRate(Schedule):
         """
         if self.blocks is None:
             return sorted({depth * q // 4 for q in (1, 2, 3)} - {0}) or [0]
+        if isinstance(self.blocks, str):
+            return list(range(depth))
         if any(not 0 <= b < depth for b in self.blocks):
             raise ZooError(f"blocks must be in 0..{depth - 1}, got {self.blocks}")
         return list(self.blocks)
@@ -232,6 +246,7 @@ class KeepRate(Schedule):
             return None
         stage = stages.index(block)
         round_ = _ROUNDING[self.rounding]
+        n, n0 = n + self.prefix, n0 + self.prefix
         if isinstance(self.rate, list):
             rate = self.rate[stage]
             share = rate * (n if self.of == "current" else n0)
@@ -243,7 +258,7 @@ class KeepRate(Schedule):
             share = n0 * rate ** (stage + 1)
         if rate == 1:
             return None
-        return Budget(max(1, round_(share)))
+        return Budget(max(1, round_(share) - self.prefix))
 
 
 class PerBlock(Schedule):
@@ -294,121 +309,6 @@ class PerBlock(Schedule):
         if not counts or min(counts) >= n:
             return None
         return Budget(min(counts), None if prune is None else prune - self.prefix)
-
-
-class TargetGmacs(Schedule):
-    """The schedule of a family that costs at most so much, the reducer's own products included.
-
-    A model solves it when it is built (`solve`), so all methods can be compared at equal cost.
-
-    Args:
-        gmacs: Cost in 1e9 multiply-accumulates per image. Wins over `fraction`.
-        fraction: Cost as a share of the dense model's.
-        family: "constant_r" (r is solved), "keep_rate" or "geometric" (the rate is); None: the
-            method's own.
-        blocks: Blocks for the families that take them.
-
-    Raises:
-        ZooError: If the target is not positive.
-    """
-
-    name = "target_gmacs"
-
-    def __init__(
-        self,
-        gmacs: float | None = None,
-        fraction: float = 0.5,
-        family: str | None = None,
-        blocks: Sequence[int] | None = None,
-    ) -> None:
-        if gmacs is not None and not gmacs > 0:
-            raise ZooError(f"gmacs must be positive, got {gmacs!r}")
-        if not 0 < fraction <= 1:
-            raise ZooError(f"fraction must be in (0, 1], got {fraction!r}")
-        if family not in (None, *_FAMILIES):
-            raise ZooError(f"family must be one of {sorted(_FAMILIES)}, got {family!r}")
-        self.gmacs = gmacs
-        self.fraction = fraction
-        self.family = family
-        self.blocks = None if blocks is None else list(blocks)
-        if self.blocks is not None and family == "constant_r":
-            raise ZooError("blocks belong to family='keep_rate'")
-
-    def budget(self, block: int, depth: int, n: int, n0: int) -> Budget | None:
-        raise ZooError("target_gmacs is solved when a model is built; it has no budget by itself")
-
-    def solve(
-        self, cost: Callable[[Schedule], float], dense: float, n0: int, family: str
-    ) -> Schedule:
-        """Find the most expensive schedule of the family that stays within the target.
-
-        Args:
-            cost: GMACs of the model under a schedule; must not increase with more reduction.
-            dense: GMACs with nothing reduced.
-            n0: Reducible tokens at the start.
-            family: Family of the method, used when none was chosen.
-
-        Raises:
-            UnreachableBudget: With the nearest cost that can be reached.
-        """
-        target = self.gmacs if self.gmacs is not None else self.fraction * dense
-        # Asking for exactly the dense cost is reachable: with nothing reduced.
-        if target > dense * (1 + 1e-9):
-            raise UnreachableBudget(
-                f"target of {target:.4g} GMACs is above the dense model; the nearest that can be "
-                f"reached is {dense:.4f} with nothing reduced"
-            )
-        kind = self.family or family
-        if self.blocks is not None and kind == "constant_r":
-            kind = "keep_rate"
-        make = _FAMILIES[kind](self, n0)
-        floor = cost(make(1.0))
-        if floor > target:
-            raise UnreachableBudget(
-                f"target of {target:.4g} GMACs is below what family {kind!r} can reach; the "
-                f"nearest that can be reached is {floor:.4f}"
-            )
-        low, high = 0.0, 1.0
-        if cost(make(0.0)) <= target:
-            return make(0.0)
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (low, middle) if cost(make(middle)) <= target else (middle, high)
-        return make(high)
-
-
-def _keep_rate_family(target: TargetGmacs, n0: int) -> Callable[[float], Schedule]:
-    def make(strength: float) -> Schedule:
-        # A rate of zero is no keep rate; one millionth keeps one token of any image.
-        return KeepRate(max(1.0 - strength, 1e-6), blocks=target.blocks, strict=False)
-
-    return make
-
-
-def _constant_r_family(target: TargetGmacs, n0: int) -> Callable[[float], Schedule]:
-    def make(strength: float) -> Schedule:
-        return ConstantR(float(strength * n0), strict=False)
-
-    return make
-
-
-_FAMILIES: dict[str, Callable[[TargetGmacs, int], Callable[[float], Schedule]]] = {
-    "keep_rate": _keep_rate_family,
-    "constant_r": _constant_r_family,
-}
-
-
-def register_family(
-    name: str, make: Callable[[TargetGmacs, int], Callable[[float], Schedule]]
-) -> None:
-    """Add a schedule family for `target_gmacs`.
-
-    Args:
-        name: Name of the family, as in `Reducer.family`.
-        make: Called with the target and n0, returns a function from strength in [0, 1] (0 removes
-            nothing, 1 all it can) to a schedule.
-    """
-    _FAMILIES[name] = make
 
 
 def default_schedule(r: float | Sequence[int] | None = None) -> Schedule | None:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reduction.eager import row_offsets, traced
+
 NO_MEMORY: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -120,6 +122,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     if x.dim() == 2:
         return x.gather(1, index)
     batch, n, width = x.shape
-    offset = torch.arange(batch, device=x.device).unsqueeze(1) * n
-    flat = (index + offset).reshape(-1)
+    if not traced() and batch == 1:
+        return x[0].index_select(0, index.reshape(-1)).unsqueeze(0)
+    flat = (index + row_offsets(x, batch, n)).reshape(-1)
     return x.reshape(batch * n, width).index_select(0, flat).view(batch, index.shape[1], width)

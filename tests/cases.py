@@ -33,6 +33,11 @@ class Row:
         schedule: Mapping for `zoo.wrap`.
         without_class_token: Arguments that make it work on a model without one.
         prunes: Drops tokens besides merging, so that not even duplicates leave without a trace.
+        ranked: Merges only what matters less into what matters more, where a duplicate may miss.
+        restores: Parked tokens are back behind the last block.
+        own_losses: Learned parts get a gradient from the method's own losses alone.
+        stir: Learned parts start so that some get no gradient; tests give them random values.
+        floor: Share of the dense cost below which the method cannot go on these shallow models.
     """
 
     name: str
@@ -40,6 +45,11 @@ class Row:
     schedule: tuple[tuple[str, Any], ...] = (("name", "keep_rate"), ("rate", 0.6))
     without_class_token: tuple[tuple[str, Any], ...] = ()
     prunes: bool = False
+    ranked: bool = False
+    restores: bool = False
+    own_losses: bool = False
+    stir: bool = False
+    floor: float = 0.0
 
     @property
     def id(self) -> str:
@@ -57,12 +67,38 @@ GEOMETRIC = (("name", "geometric"), ("rate", 0.7))
 METHODS = [
     Row("tome", schedule=R8),
     Row("tome", (("metric", "feature"), ("prop_attn", False)), (*R8, ("inflection", -1.0))),
+    Row("pitome", schedule=GEOMETRIC),
+    Row("pitome", (("mode", "pitome"), ("prop_attn", True)), R8),
+    Row("pitome", (("mode", "pitome_first"), ("energy", "paper"), ("margin", 0.9)), R8),
+    Row("tofu", schedule=R8),
+    Row("tofu", (("switch", -1), ("mlerp", "port")), R8),
+    Row("tofu", (("switch", ("merge", "prune", "merge", "prune")), ("mlerp", "mean"))),
+    Row("dct", schedule=R8),
     Row("topk", without_class_token=COLUMN),
     Row("topk", COLUMN),
     Row("evit", without_class_token=COLUMN),
     Row("evit", (("fuse", False),), without_class_token=COLUMN),
+    Row("etps", without_class_token=COLUMN),
+    Row("etps", (("temperature", 0.5), *COLUMN)),
     Row("diffrate", schedule=R8, without_class_token=COLUMN),
     Row("diffrate", (("prune_share", 0.5), ("sort_always", True), *COLUMN), R8, prunes=True),
+    Row("gtp", schedule=R8),
+    Row(
+        "gtp",
+        (("selection", "cls_attn_mean"), ("graph", "spatial"), ("alpha", 0.4)),
+        R8,
+        (("selection", "img_attn_mean"),),
+    ),
+    Row("gtp", (("sparsity", 0.9), ("token_scale", True), ("neighbours", 5)), R8, prunes=True),
+    Row("gtp", (("propagation", "mean"), ("selection", "cos_sim_mean")), R8),
+    # At most half leaves in each of the three stages.
+    Row("ppt", without_class_token=COLUMN, prunes=True, floor=0.65),
+    Row("ppt", (("threshold", 1.0),), without_class_token=COLUMN, floor=0.65),
+    Row(
+        "ppt",
+        (("threshold", 1.45e-3), ("patches", None), ("prop_attn", False), *COLUMN),
+        floor=0.65,
+    ),
     Row("random"),
     Row("heuristic"),
     Row("heuristic", (("pattern", "linf"),)),
@@ -72,7 +108,18 @@ METHODS = [
     Row("dpcknn"),
     Row("dpcknn", (("equal_weight", True), ("neighbors", 100))),
     Row("dynamicvit"),
+    Row("ltmp", schedule=R8),
+    Row("ltm", (("variant", "release"),), R8),
+    Row("ltp"),
+    Row("dtps"),
+    Row("dtps", (("token_loss", "mse"), ("temperature", 0.5))),
     Row("ats"),
+    Row("avit"),
+    # Where the tokens themselves decide; the schedule is only an upper limit.
+    Row("avit", (("scale", 2.0), ("center", 1.0))),
+    Row("evovit", without_class_token=COLUMN, restores=True, own_losses=True),
+    Row("evovit", (("mode", "layer"), ("head_weight", 0.0)), restores=True),
+    Row("evovit", (("fast", "park"), ("drop_last", True), *COLUMN)),
     Row("token_pooling", schedule=GEOMETRIC),
     Row(
         "token_pooling",
@@ -86,6 +133,50 @@ METHODS = [
     ),
     Row("token_pooling", (("score_from", "key_norm"), ("iterations", 2)), GEOMETRIC),
     Row("kmedoids_haurum"),
+    # Two of the four blocks see all tokens when the last one has them back.
+    Row("cropr", schedule=R8, restores=True, own_losses=True, floor=0.5),
+    Row("cropr", (("llf", False), ("heads", 3), ("pre_norm", True)), R8, own_losses=True),
+    Row("tca", without_class_token=COLUMN),
+    Row("tca", (("anchors", 3), ("centers", 2))),
+    Row("tokenlearner"),
+    Row("tokenlearner", (("version", "1.0"), ("pooling", "mean"))),
+    Row(
+        "tokenlearner",
+        (("fuser", True), ("bottleneck", 16), ("fuser_bottleneck", 16)),
+        restores=True,
+        stir=True,
+    ),
+    Row("zero_tprune", without_class_token=(("start_from", "uniform"),)),
+    Row("ema_centres"),
+    Row("ema_centres", (("metric", "key"), ("prop_attn", False))),
+    Row(
+        "importance_then_similarity",
+        schedule=R8,
+        without_class_token=COLUMN,
+        prunes=True,
+        ranked=True,
+    ),
+    Row(
+        "importance_then_similarity",
+        (("prune_share", 0.0), ("metric", "key"), *COLUMN),
+        R8,
+        ranked=True,
+    ),
+    Row("bat_like", without_class_token=COLUMN),
+    Row("bat_like", (("attentive_share", 1.0), ("pair_share", 0.5), *COLUMN)),
+    Row("zero_tprune", (("start_from", "uniform"), ("similar_share", 0.0), ("iterations", 3))),
+    # The last block's merges do not reach the class token, so an embedding there learns nothing.
+    Row("dtem", schedule=(*R8, ("inflection", -1.0))),
+    Row(
+        "dtem",
+        (("train_split", "eval"), ("feat_dim", 5), ("tau1", 1.0), ("prop_attn", False)),
+        (("name", "keep_rate"), ("rate", 0.6), ("blocks", (1,))),
+    ),
+    Row("atc"),
+    Row("atc", (("linkage", "complete"), ("prop_attn", False), ("mean", "plain")), R8),
+    Row("mctf", schedule=R8),
+    Row("mctf", (("osa", 2), ("pooling", "max"), ("tau_size", 0.0)), R8),
+    Row("mctf", (("osa", 0), ("both", False), ("pooling", "size"))),
 ]
 
 _VIT: dict[str, Any] = dict(
@@ -174,4 +265,9 @@ def model(row: Row, name: str = "plain", **overrides: Any) -> ReducedViT:
     """A row's method on a tiny backbone, in evaluation mode."""
     m = backbone(name, **overrides)
     reducer = row.reducer(getattr(m, "cls_token", None) is not None)
-    return zoo.wrap(m, reducer, dict(row.schedule)).eval()
+    made = zoo.wrap(m, reducer, dict(row.schedule)).eval()
+    if row.stir:
+        with torch.no_grad():
+            for parameter in made.reducer.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return made

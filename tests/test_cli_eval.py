@@ -11,7 +11,7 @@ from torch import nn
 import zoo
 from zoo.cli import main
 from zoo.errors import ZooError
-from zoo.rows import FIELDS, read_rows
+from zoo.rows import FIELDS, append_row, new_row, read_rows
 from zoo.run.evaluate import top_k
 from zoo.throughput import measure
 
@@ -119,6 +119,21 @@ def test_sweep_runs_all_jobs_writes_the_report_and_fails_at_the_end(run, tmp_pat
     # A bad option ends a sweep before its first job.
     code, out, err = run("eval -m backbone=test_vit reducer=none,tomme task=flops")
     assert (code, out) == (2, "") and "did you mean tome" in err
+
+
+def test_report_of_a_sweep_shows_earlier_rows_of_the_same_data(run, tmp_path):
+    for data, name in (("digits", "earlier_model"), ("elsewhere", "foreign_model")):
+        row = new_row(backbone=name, method="tome", dataset=data, top1=50.0, trained=True)
+        row["gmacs"] = {"total": 0.02, "linear": 0.02, "attention": 0.0, "reducer": 0.0}
+        append_row(tmp_path / "earlier" / f"{name}.jsonl", row)
+    line = "eval -m weights=vit_digits limit=4 task=accuracy hydra.sweep.dir=sweep"
+    code, out, err = run(f"{line} hydra.callbacks.report.also=earlier")
+    assert code == 0, err
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert len(read_rows(tmp_path / "sweep" / "rows.jsonl")) == 1
+    assert "earlier_model" in page and "foreign_model" not in page
+    code, _, err = run(f"{line} hydra.callbacks.report.also=nowhere")
+    assert code == 1 and "nowhere" in err and "rows.jsonl" in err
 
 
 def test_interrupted_sweep_says_where_its_rows_are(run, tmp_path, monkeypatch):

@@ -15,7 +15,9 @@ import zoo
 from tests.cases import METHODS, backbone
 
 MERGING = [
-    r for r in METHODS if reduction.create(r.name, **dict(r.args)).prop_attn and not r.prunes
+    r
+    for r in METHODS
+    if reduction.create(r.name, **dict(r.args)).prop_attn and not (r.prunes or r.ranked)
 ]
 
 

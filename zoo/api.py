@@ -16,6 +16,7 @@ from reduction.schedule import Schedule, create_schedule
 from zoo.errors import UnknownName, ZooError
 from zoo.plugins.base import Plugin, create_plugins
 from zoo.reduced import ReducedViT
+from zoo.runtime import Runtime
 
 if TYPE_CHECKING:
     from zoo.flops import Profile
@@ -30,6 +31,8 @@ def wrap(
     reducer: ReducerLike,
     schedule: ScheduleLike = None,
     plugins: Sequence[PluginLike] = (),
+    last_block: str = "full",
+    fast_linear: str = "off",
 ) -> ReducedViT:
     """Attach a reducer to a timm model that you already have.
 
@@ -39,6 +42,10 @@ def wrap(
         schedule: Mapping such as `{"name": "constant_r", "r": 13}`, instance, or None for a keep
             rate of 0.7 at the quarter points of the depth.
         plugins: Names, mappings or instances.
+        last_block: "class_token" computes in the last block only what a class-token head reads;
+            exact. See `zoo.runtime.Runtime`; like all run-time options it is not saved.
+        fast_linear: "auto" or "on": linear layers by a faster matrix product of this CPU; equal to
+            rounding. See `zoo.runtime.Runtime`.
 
     Returns:
         The wrapped model.
@@ -51,7 +58,8 @@ def wrap(
         raise ZooError("the model is wrapped already; pass model.unwrap() to wrap it again")
     built = create_reducer(reducer)
     sched = create_schedule(schedule)
-    return ReducedViT(timm_model, built, sched, create_plugins(plugins))
+    parts = create_plugins(plugins)
+    return ReducedViT(timm_model, built, sched, parts, last_block, fast_linear)
 
 
 def create_model(
@@ -60,6 +68,8 @@ def create_model(
     schedule: ScheduleLike = None,
     plugins: Sequence[PluginLike] = (),
     pretrained: bool = False,
+    last_block: str = "full",
+    fast_linear: str = "off",
     **backbone_kwargs: Any,
 ) -> ReducedViT:
     """Build a timm backbone by name and attach a reducer.
@@ -70,6 +80,8 @@ def create_model(
         schedule: See `wrap`.
         plugins: See `wrap`.
         pretrained: Load timm's weights from the hub.
+        last_block: See `wrap`.
+        fast_linear: See `wrap`.
         **backbone_kwargs: Arguments of `timm.create_model`, e.g. `num_classes`, `img_size`.
 
     Returns:
@@ -91,7 +103,7 @@ def create_model(
         model = timm.create_model(backbone, pretrained=pretrained, **backbone_kwargs)
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ZooError(f"timm cannot build {backbone!r} with {backbone_kwargs}: {error}") from error
-    wrapped = ReducedViT(model, built, sched, parts)
+    wrapped = ReducedViT(model, built, sched, parts, last_block, fast_linear)
     wrapped.backbone_args = {k: v for k, v in backbone_kwargs.items() if k != "num_classes"}
     return wrapped
 
@@ -102,14 +114,16 @@ def load(path_or_hub_name: str, **overrides: Any) -> ReducedViT:
     Args:
         path_or_hub_name: Model folder, `.ckpt`, a shipped name such as "vit_digits", or
             `hf-hub:org/name`.
-        **overrides: `reducer`, `schedule` or `plugins` to use instead of the saved ones.
+        **overrides: `reducer`, `schedule` or `plugins` to use instead of the saved ones; arguments
+            of the backbone; `last_block` and `fast_linear`, which are never saved, see `wrap`.
 
     Raises:
         BadCheckpoint: If the file is missing, truncated, unsafe, or of another architecture.
     """
     from zoo.checkpoint import load as load_checkpoint
 
-    return load_checkpoint(path_or_hub_name, **overrides)
+    runtime = {k: overrides.pop(k) for k in Runtime._fields if k in overrides}
+    return load_checkpoint(path_or_hub_name, **overrides).set_runtime(**runtime)
 
 
 def profile(model: nn.Module, **options: Any) -> Profile:

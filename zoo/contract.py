@@ -106,8 +106,10 @@ class TimmContract(nn.Module):
         return self.backbone.get_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the backbone's classifier, and that of a plugin."""
+        """Replace the backbone's classifier, and those of reducer and plugins."""
         self.backbone.reset_classifier(num_classes, global_pool)
+        if self.reducer is not None:
+            self.reducer.reset_classifier(num_classes)
         for plugin in self.plugins:
             plugin.reset_classifier(num_classes)
 
@@ -123,8 +125,10 @@ class TimmContract(nn.Module):
         return names
 
     def unused_parameters(self) -> set[str]:
-        """Names of parameters that get no gradient because a plugin took their place."""
-        return {f"backbone.{name}" for p in self.plugins for name in p.unused(self.backbone)}
+        """Names of parameters that get no gradient, mostly because a plugin took their place."""
+        names = {f"backbone.{name}" for p in self.plugins for name in p.unused(self.backbone)}
+        own = set() if self.reducer is None else self.reducer.unused()
+        return names | {f"reducer.{name}" for name in own}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's layer groups, for layer-wise learning rates."""

@@ -41,6 +41,24 @@ class BlockCost(NamedTuple):
     reducer: int
 
 
+class Sample(NamedTuple):
+    """Cost of a model whose cost depends on the image, in GMACs, over a number of images.
+
+    Attributes:
+        mean: Mean over the images.
+        min: The cheapest image.
+        max: The most expensive one.
+        images: How many there were.
+        limit: The most that the schedule allows.
+    """
+
+    mean: float
+    min: float
+    max: float
+    images: int
+    limit: float
+
+
 @dataclass(frozen=True)
 class Profile:
     """Cost of a model for one image.
@@ -56,6 +74,9 @@ class Profile:
         blocks: Cost per block.
         convention: "zoo", or "diffrate" for that paper's own count.
         macs: Total as an exact integer.
+        sample: Spread of a cost that was measured on images; everything else is then the mean over
+            them (tokens rounded). None where the cost is the same for all images, and where it is
+            the upper limit because no images were given.
     """
 
     gmacs: float
@@ -68,6 +89,7 @@ class Profile:
     blocks: list[BlockCost]
     convention: str
     macs: int
+    sample: Sample | None = None
 
     def __str__(self) -> str:
         dense = self.dense
@@ -76,6 +98,11 @@ class Profile:
         parts = (
             f"linear {self.linear:.4f}, attention {self.attention:.4f}, reducer {self.reducer:.4f}"
         )
+        if (s := self.sample) is not None:
+            parts += (
+                f"\nmean of {s.images} images, {s.min:.4f} to {s.max:.4f} GMACs; "
+                f"upper limit {s.limit:.4f}"
+            )
         rows = [f"{'block':>5} {'in':>6} {'mlp':>6} {'out':>6} {'GMACs':>8} {'reducer':>8}"]
         for i, b in enumerate(self.blocks):
             total = (b.linear + b.attention + b.mlp + b.reducer) / 1e9

@@ -10,7 +10,7 @@ attention on a CPU unless told otherwise, which `fvcore_gmacs` and `torch_gmacs`
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
 
@@ -19,13 +19,16 @@ from torch import Tensor, nn
 
 from reduction.base import Dims
 from reduction.schedule import Schedule
+from zoo.adapters.attention import splits_queries
 from zoo.adapters.backbones import class_tokens
 from zoo.adapters.blocks import block_adapter
+from zoo.adapters.parts import part_weights
 from zoo.adapters.standalone import Standalone, as_standalone
 from zoo.cost import BlockCost, Gmacs, Profile
 from zoo.errors import ZooError
 from zoo.plan import Plan
 from zoo.reduced import ReducedViT
+from zoo.sampling import is_adaptive, measure
 
 CONVENTIONS = ("zoo", "diffrate")
 
@@ -44,7 +47,7 @@ def patch_embed_macs(backbone: nn.Module, patches: int) -> int:
     return sum(c.weight.numel() for c in convs) * patches + _weights(backbone.patch_embed) * patches
 
 
-def _head_macs(backbone: nn.Module, tokens: int) -> tuple[int, int]:
+def head_macs(backbone: nn.Module, tokens: int) -> tuple[int, int]:
     """Linear and attention multiply-accumulates of pooling and classifier."""
     linear = sum(
         _weights(getattr(backbone, name)) for name in ("head", "head_dist") if _has(backbone, name)
@@ -70,15 +73,19 @@ def _has(module: nn.Module, name: str) -> bool:
     return isinstance(getattr(module, name, None), nn.Module)
 
 
-def _dims(block: nn.Module) -> Dims:
+def _dims(block: nn.Module, class_rows: int) -> Dims:
     attn = block.attn
-    return Dims(attn.proj.out_features, attn.num_heads, attn.head_dim)
+    return Dims(attn.proj.out_features, attn.num_heads, attn.head_dim, class_rows)
 
 
-def _attn_linear(attn: nn.Module, tokens: int, rows: int) -> int:
+def _attn_linear(attn: nn.Module, tokens: int, rows: int, rereads: str = "no") -> int:
     """Linear layers of an attention that takes in `tokens` and puts out `rows`."""
     out = _weights(attn.proj)
-    return (_weights(attn) - out) * tokens + out * rows
+    if rereads == "no":
+        return (_weights(attn) - out) * tokens + out * rows
+    before, value = part_weights(attn)
+    after = value if rereads == "values" else _weights(attn) - out
+    return before * tokens + (after + out) * rows
 
 
 def _mlp_macs(block: nn.Module, tokens: int, prefix: int) -> int:
@@ -86,28 +93,35 @@ def _mlp_macs(block: nn.Module, tokens: int, prefix: int) -> int:
     return _weights(block.mlp) * tokens if own is None else own(block, tokens, prefix)
 
 
-def _signal_macs(need: frozenset[str], tokens: int, dims: Dims, class_rows: int) -> int:
+def _signal_macs(need: frozenset[str], tokens: int, dims: Dims) -> int:
     """Products spent on signals. The whole map comes with attention itself and costs nothing."""
     width = dims.heads * dims.head_dim
     cost = 0
     if "attn" not in need:
         if "cls_row" in need:
-            cost += class_rows * tokens * width
+            cost += dims.class_tokens * tokens * width
         if "column" in need:
             cost += tokens * tokens * width
     return cost
 
 
-def _block_cost(model: ReducedViT, i: int, p: Plan) -> BlockCost:
+def block_cost(model: ReducedViT, i: int, p: Plan) -> BlockCost:
+    """Cost of block i with the counts of a plan."""
     block = model.backbone.blocks[i]
-    dims = _dims(block)
+    dims = _dims(block, max(1, class_tokens(model.backbone)))
     width = dims.heads * dims.head_dim
-    own = _signal_macs(p.need, p.attention, dims, max(1, class_tokens(model.backbone)))
-    rows, products = p.attention, 2 * p.attention * p.attention * width
+    own = _signal_macs(p.need, p.attention, dims)
+    rows, rereads = p.attention, "no"
+    products = 2 * p.attention * p.attention * width
+    spared = 0
+    if p.rows is not None:
+        rows, products = p.rows, 2 * p.rows * p.attention * width
+        if splits_queries(block.attn):
+            spared = (p.attention - p.rows) * block.attn.qkv.weight.numel() // 3
     if p.step is not None and model.reducer is not None:
         site = model.reducer.site
         if site == "attn":
-            rows = p.mlp
+            rows, rereads = p.mlp, model.reducer.rereads
             products = model.reducer.attention_macs(p.attention, rows, width)
         before = {"pre": p.entering, "attn": p.attention, "mid": p.attention, "post": p.mlp}[site]
         own += model.reducer.macs(before - model.prefix - p.spared, model.prefix, p.step, dims)
@@ -115,7 +129,7 @@ def _block_cost(model: ReducedViT, i: int, p: Plan) -> BlockCost:
         p.entering,
         p.mlp,
         p.leaving,
-        _attn_linear(block.attn, p.attention, rows),
+        _attn_linear(block.attn, p.attention, rows, rereads) - spared,
         products,
         _mlp_macs(block, p.mlp, model.prefix),
         own,
@@ -134,16 +148,19 @@ def _count(
     patches: int,
     embedding: int | None = None,
     with_plugins: bool = True,
+    schedule: Schedule | None = None,
 ) -> tuple[int, int, int, list[BlockCost]]:
-    blocks = [_block_cost(model, i, p) for i, p in enumerate(plans)]
+    blocks = [block_cost(model, i, p) for i, p in enumerate(plans)]
     plugins = list(model.plugins) if with_plugins else []
     linear = attention = 0
     if not any(p.replaces_head for p in plugins):
-        linear, attention = _head_macs(model.backbone, plans[-1].leaving)
+        linear, attention = head_macs(model.backbone, plans[-1].leaving)
     linear += patch_embed_macs(model.backbone, patches) if embedding is None else embedding
     linear += sum(b.linear + b.mlp for b in blocks)
     attention += sum(b.attention for b in blocks)
     own = sum(b.reducer for b in blocks) + sum(p.macs(model.backbone) for p in plugins)
+    for i, plan in enumerate(plans):
+        own += sum(p.block_macs(i, plan.attention, schedule) for p in plugins)
     return linear, attention, own, blocks
 
 
@@ -167,8 +184,15 @@ def gmacs(
     """
     patches, embedding = fixed or patch_and_head_gmacs(model.backbone)
     plans = model.plan(schedule=schedule) if schedule is not None else _dense_plan(model)
-    linear, attention, own, _ = _count(model, plans, patches, embedding, schedule is not None)
+    with_plugins = schedule is not None
+    linear, attention, own, _ = _count(model, plans, patches, embedding, with_plugins, schedule)
     return Gmacs(linear / 1e9, attention / 1e9, own / 1e9)
+
+
+def block_costs(model: ReducedViT, schedule: Schedule | None) -> list[BlockCost]:
+    """Cost of every block under a schedule; None is the dense model."""
+    plans = model.plan(schedule=schedule) if schedule is not None else _dense_plan(model)
+    return [block_cost(model, i, p) for i, p in enumerate(plans)]
 
 
 def _dense_plan(model: ReducedViT, grid: tuple[int, int] | None = None) -> list[Plan]:
@@ -181,27 +205,39 @@ def profile(
     model: nn.Module,
     img_size: int | tuple[int, int] | None = None,
     convention: str = "zoo",
+    images: Tensor | Iterable[Tensor] | None = None,
 ) -> Profile:
-    """Count parameters, multiply-accumulates and tokens without running the model.
+    """Count parameters, multiply-accumulates and tokens, as a rule without running the model.
 
     Args:
         model: A `ReducedViT` or a supported timm model.
         img_size: Image size in pixels; None is the model's own.
         convention: "zoo" (see the module docstring) or "diffrate": that paper's formula, which
             counts the patch embedding once for every prefix token too and leaves matching out.
+        images: `(N, 3, H, W)`, or batches of them. A method that keeps a different number of tokens
+            in every image is run on them, and the counts are means over them; without images they
+            are upper limits. Costs of other methods do not depend on images.
 
     Raises:
         ZooError: If the convention is unknown or the image size does not fit.
     """
     if convention not in CONVENTIONS:
         raise ZooError(f"convention must be one of {CONVENTIONS}, got {convention!r}")
+    if images is not None and is_adaptive(model):
+        if convention != "zoo" or img_size is not None:
+            raise ZooError(
+                "a cost measured on images has their size and the convention 'zoo'; leave img_size "
+                "and convention away"
+            )
+        return measure(model, images)  # type: ignore[arg-type]
     wrapped = model if isinstance(model, ReducedViT) else ReducedViT(model)
     grid = wrapped.grid if img_size is None else _grid(wrapped.backbone, img_size)
     patches = grid[0] * grid[1]
     plans = wrapped.plan(grid)
     alone = as_standalone(wrapped.backbone)
     if alone is None:
-        linear, attention, own, blocks = _count(wrapped, plans, patches)
+        given = wrapped.schedule
+        linear, attention, own, blocks = _count(wrapped, plans, patches, schedule=given)
         dense: int | None = sum(
             _count(wrapped, _dense_plan(wrapped, grid), patches, None, False)[:2]
         )

@@ -23,6 +23,8 @@ class Plan(NamedTuple):
         step: The reduction, or None.
         need: Signals that the block's attention computes.
         spared: Trailing tokens that the reduction leaves alone.
+        restore: Whether parked tokens come back behind the block.
+        rows: Leading rows that the attention puts out and that go on; None is all.
     """
 
     entering: int
@@ -32,6 +34,27 @@ class Plan(NamedTuple):
     step: Step | None
     need: frozenset[str]
     spared: int = 0
+    restore: bool = False
+    rows: int | None = None
+
+
+def only_prefix_at_the_end(plans: list[Plan], prefix: int, site: str) -> list[Plan]:
+    """The same plan, with a last block that puts out the prefix tokens alone.
+
+    All tokens are still there as keys and values. A reduction in that block happens only where it
+    is before the block.
+
+    Args:
+        plans: Of all blocks.
+        prefix: Number of prefix tokens.
+        site: Where the reducer acts.
+    """
+    last = plans[-1]._replace(
+        mlp=prefix, leaving=prefix, need=frozenset(), spared=0, restore=False, rows=prefix
+    )
+    if site != "pre":
+        last = last._replace(step=None)
+    return [*plans[:-1], last]
 
 
 def check_plugins(reducer: Reducer | None, plugins: Sequence[Plugin], depth: int) -> None:
@@ -91,25 +114,46 @@ def make_plan(
     site = "mid" if reducer is None else reducer.site
     rows: list[tuple[int, int, int, int]] = []
     steps: list[Step | None] = []
+    restored = [False] * depth
+    parks = "no" if reducer is None else reducer.parks
+    parked, last = 0, None  # tokens that would come back, and the step that took them out
     for block in range(depth):
         step = None
         if reducer is not None and schedule is not None and reducer.acts(block, depth):
-            free = n - spared[block]
+            free = n + parked - spared[block]
             if strict:
                 _check(reducer, schedule, block, depth, free, n0)
             step = _step(reducer, schedule, block, depth, free, n0, grid)
+        if parks == "block" and step is None and last is not None:
+            step = last._replace(block=block)
+        if parked and step is not None:
+            restored[block - 1] = True
+            n = n + parked
+            rows[-1] = (*rows[-1][:3], n)
+            parked = 0
         after = n
         if step is not None and reducer is not None:
-            after = reducer.count(free, step) + spared[block]
+            after = reducer.count(n - spared[block], step) + spared[block]
+            if parks != "no":
+                parked, last = n - after, step
         at_attention = after if site == "pre" else n
         at_mlp = n if site == "post" else after
         leaving = after + sum(p.added(block, depth) for p in plugins)
         rows.append((n, at_attention, at_mlp, leaving))
         steps.append(step)
         n = leaving
+    if parked and reducer is not None and reducer.restores(depth - 1, depth):
+        restored[-1] = True
+        rows[-1] = (*rows[-1][:3], n + parked)
     return [
-        Plan(*(count + prefix for count in row), step, _need(reducer, block, steps), spared[block])
-        for block, (row, step) in enumerate(zip(rows, steps, strict=True))
+        Plan(
+            *(count + prefix for count in rows[block]),
+            steps[block],
+            _need(reducer, block, steps),
+            spared[block],
+            restored[block],
+        )
+        for block in range(depth)
     ]
 
 
@@ -146,13 +190,10 @@ def _step(
 
 
 def _need(reducer: Reducer | None, block: int, steps: Sequence[Step | None]) -> frozenset[str]:
-    """Signals of a block: for its own reduction, or at its end for the next block's "pre"."""
-    if reducer is None:
+    """Signals that the attention of a block computes."""
+    if reducer is None or not reducer.needs or not reducer.listens(block, steps):
         return frozenset()
-    if reducer.site == "pre":
-        block += 1
-    active = block < len(steps) and steps[block] is not None
-    return reducer.needs if active else frozenset()
+    return reducer.needs
 
 
 def _check(reducer: Reducer, schedule: Schedule, block: int, depth: int, n: int, n0: int) -> None:

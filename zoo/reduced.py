@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,12 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from reduction.assignment import unmerge
 from reduction.base import AttentionInput, AttentionOutput, Outcome, Reducer, Spec, Step
+from reduction.eager import traced, undisturbed
 from reduction.errors import UnreachableBudget
 from reduction.functional.attention import attention_bias
-from reduction.functional.carriers import reduce_sparing
-from reduction.schedule import KeepRate, Schedule, TargetGmacs
+from reduction.functional.carriers import append, reduce_sparing, trim
+from reduction.schedule import KeepRate, Schedule
+from reduction.target import Target, TargetGmacs
 from reduction.tokens import Signals, Tokens
-from zoo.adapters.attention import attend
+from zoo.adapters.attention import Shift, attend, projection, ready
 from zoo.adapters.backbones import (
     Embedded,
     check_backbone,
@@ -27,14 +29,19 @@ from zoo.adapters.backbones import (
     grid_size,
     has_class_token,
     head,
+    pools,
     rope_for,
 )
-from zoo.adapters.blocks import block_adapter
+from zoo.adapters.blocks import block_adapter, residual
+from zoo.adapters.parts import without_keys, without_values
 from zoo.adapters.standalone import as_standalone, check_alone
 from zoo.contract import TimmContract
 from zoo.errors import ZooError
-from zoo.plan import Plan, check_plugins, make_plan
+from zoo.fast_linear import Mode, install, using
+from zoo.latency import TargetTime
+from zoo.plan import Plan, check_plugins, make_plan, only_prefix_at_the_end
 from zoo.plugins.base import Plugin
+from zoo.runtime import Runtime, make_runtime
 
 
 class Info(NamedTuple):
@@ -74,8 +81,10 @@ class ReducedViT(TimmContract):
         backbone: A supported timm model.
         reducer: What to do with tokens, or None for the dense model.
         schedule: How many tokens each block keeps. None with a reducer is a keep rate of 0.7 at
-            the quarter points of the depth. A `TargetGmacs` is solved here.
+            the quarter points of the depth. A target is solved here.
         plugins: Parts that act around the blocks.
+        last_block: See `zoo.runtime.Runtime`.
+        fast_linear: See `zoo.runtime.Runtime`.
 
     Raises:
         UnsupportedModel: If the backbone, a block or an attention class has no adapter.
@@ -89,6 +98,8 @@ class ReducedViT(TimmContract):
         reducer: Reducer | None = None,
         schedule: Schedule | None = None,
         plugins: Sequence[Plugin] = (),
+        last_block: str = "full",
+        fast_linear: str = "off",
     ) -> None:
         super().__init__()
         check_backbone(backbone)
@@ -107,13 +118,33 @@ class ReducedViT(TimmContract):
                 f"reducer {reducer.name!r} scores tokens by the class token, which this model does "
                 f"not have{other if hasattr(reducer, 'score_from') else ''}"
             )
-        self.target = schedule if isinstance(schedule, TargetGmacs) else None
+        self._plans: dict[Any, Any] = {}
+        self.runtime = Runtime()
+        self.set_runtime(last_block=last_block, fast_linear=fast_linear)
+        self.target = schedule if isinstance(schedule, Target) else None
         self.schedule: Schedule | None = None
         if reducer is not None:
             self.schedule = self._resolve(schedule or KeepRate(0.7))
             plans = self.plan(strict=self.schedule.strict)
             reducer.setup(self._spec(plans))
         self.backbone_args: dict[str, Any] = {}
+
+    def set_runtime(self, **options: Any) -> ReducedViT:
+        """Change how the model runs; what is not named stays as it is.
+
+        Args:
+            **options: Fields of `zoo.runtime.Runtime`.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ZooError: If an option is unknown, or invalid for this model.
+        """
+        self.runtime = make_runtime(self, options)
+        if self.runtime.fast_linear != "off":
+            install(self.backbone)
+        return self
 
     # ------------------------------------------------------------------ counts and schedules
 
@@ -144,9 +175,12 @@ class ReducedViT(TimmContract):
             grid=self.grid,
             classes=int(self.backbone.num_classes),
             steps=tuple(p.step for p in plans),
+            reads=pools(self.backbone),
         )
 
     def _resolve(self, schedule: Schedule) -> Schedule:
+        if isinstance(schedule, TargetTime):
+            return schedule.solve(self)
         if not isinstance(schedule, TargetGmacs):
             return schedule
         from zoo.flops import gmacs, patch_and_head_gmacs
@@ -184,14 +218,41 @@ class ReducedViT(TimmContract):
         if own is not None:
             counts = own.token_counts(grid)
             return [Plan(n, n, n, after, None, frozenset()) for n, after in counts]
-        return self._plan(grid, grid[0] * grid[1], schedule or self.schedule, strict)
+        short = self.runtime.last_block == "class_token"
+        return self._plan(grid, grid[0] * grid[1], schedule or self.schedule, strict, short)
 
     def _plan(
-        self, grid: tuple[int, int], n: int, schedule: Schedule | None, strict: bool = False
+        self,
+        grid: tuple[int, int],
+        n: int,
+        schedule: Schedule | None,
+        strict: bool = False,
+        short: bool = False,
     ) -> list[Plan]:
-        return make_plan(
+        plans = make_plan(
             self.reducer, schedule, list(self.plugins), self.depth, self.prefix, grid, n, strict
         )
+        if short:
+            site = "mid" if self.reducer is None else self.reducer.site
+            plans = only_prefix_at_the_end(plans, self.prefix, site)
+        return plans
+
+    def _planned(
+        self, grid: tuple[int, int], n: int, schedule: Schedule | None, short: bool
+    ) -> list[Plan]:
+        """`_plan`, remembered until the schedule or the reducer changes."""
+        # A tracer makes tensors of sizes, and a plugin may change its mind at any time.
+        if traced() or len(self.plugins):
+            return self._plan(grid, n, schedule, short=short)
+        state = None if schedule is None else dict(vars(schedule))
+        stamp = (schedule, state, None if self.reducer is None else self.reducer.revision)
+        if self._plans.get("stamp") != stamp:
+            self._plans.clear()
+            self._plans["stamp"] = stamp
+        key = (grid, n, short)
+        if key not in self._plans:
+            self._plans[key] = self._plan(grid, n, schedule, short=short)
+        return self._plans[key]
 
     def token_counts(self) -> list[tuple[int, int]]:
         """`(entering, leaving)` of every block at the backbone's image size, prefix included."""
@@ -214,7 +275,16 @@ class ReducedViT(TimmContract):
         """
         if self._alone(images, {"return_info": bool(return_info)}):
             return self.backbone(images)
-        t, info, memories = self._run(images, track=bool(return_info), trace=return_info == "trace")
+        if self.runtime.fast_linear == "off" or traced():
+            return self._forward(images, return_info)
+        with using(self.runtime.fast_linear):
+            return self._forward(images, return_info)
+
+    def _forward(self, images: Tensor, return_info: bool | str) -> Any:
+        short = self.runtime.last_block == "class_token" and not (return_info or self.training)
+        t, info, memories = self._run(
+            images, track=bool(return_info), trace=return_info == "trace", short=short
+        )
         logits = self._head(t, memories)
         return (logits, info) if return_info else logits
 
@@ -269,7 +339,12 @@ class ReducedViT(TimmContract):
         return True
 
     def _run(
-        self, images: Tensor, track: bool = False, trace: bool = False
+        self,
+        images: Tensor,
+        track: bool = False,
+        trace: bool = False,
+        schedule: Schedule | None = None,
+        short: bool = False,
     ) -> tuple[Tokens, Info, list[Any]]:
         m, reducer = self.backbone, self.reducer
         if not torch.compiler.is_compiling():
@@ -298,11 +373,11 @@ class ReducedViT(TimmContract):
             t = reducer.start(t)
         run: Callable[..., tuple[Tokens, Signals]] = self._block
         if getattr(m, "grad_checkpointing", False) and torch.is_grad_enabled():
-            run = _checkpointed(self._block)
+            run = _checkpointed(self._block, self.runtime.fast_linear)
         counts, states = [], []
         signals = Signals()
         moved = t.n != n
-        for i, plan in enumerate(self._plan(grid, n, self.schedule)):
+        for i, plan in enumerate(self._planned(grid, n, schedule or self.schedule, short)):
             entering = t.x.shape[1]
             t, signals = run(i, t, signals, embedded, plan, moved)
             length = t.x.shape[1]
@@ -336,12 +411,18 @@ class ReducedViT(TimmContract):
         if site == "pre":
             t = reduce_sparing(reducer, t, signals, step, plan.spared)
             moved = True
-        own = _own_attention(reducer, t, step)
-        sizes = t.size if reducer is not None and reducer.prop_attn and not t.unit else None
-        bias = attention_bias(sizes, t.mask, t.x.dtype)
-        rope = rope_for(embedded, i, t, moved)
-        quiet = own is None and t.policy is None
-        if quiet and not plan.need and site not in ("mid", "attn"):
+        guests = None if reducer is None or step is None else reducer.guests(t, step)
+        all_ = t if guests is None else append(t, guests)
+        own = _own_attention(reducer, all_, step)
+        sizes = all_.size if reducer is not None and reducer.prop_attn and not t.unit else None
+        bias = attention_bias(sizes, all_.mask, t.x.dtype)
+        rope = rope_for(embedded, i, all_, moved or guests is not None)
+        shift = _shift(self.plugins, i, self.schedule)
+        quiet = own is None and t.policy is None and guests is None and shift is None
+        quiet = quiet and not plan.need and site not in ("mid", "attn") and plan.rows is None
+        # Once tokens have changed, nothing has to equal timm's kernels to the last bit.
+        ours = (moved or self.runtime.own_kernels) and undisturbed(t.x) and not _hooked(block)
+        if quiet and not ours:
             # Nobody listens: run the block as it is.
             extra: dict[str, Any] = {"rope": rope} if adapter.rope else {}
             if bias is not None:
@@ -354,19 +435,32 @@ class ReducedViT(TimmContract):
                 prefix=t.prefix,
                 rope=rope,
                 bias=bias,
-                policy=t.policy,
+                policy=all_.policy,
                 need=plan.need,
                 class_tokens=max(1, class_tokens(self.backbone)),
                 own=own,
+                rows=plan.rows,
+                shift=shift,
+                **_rereading(reducer, block, i, site, embedded, shift),
             )
-            branch, result = adapter.attn_branch(block, t.x, listen)
+            branch, result = adapter.attn_branch(block, all_.x, listen)
+            if guests is not None:
+                length = t.x.shape[1]
+                branch = branch[:, :length]
+                result = result._replace(signals=trim(result.signals, length))
             t = t if result.tokens is None else result.tokens
-            t, seen = t._replace(x=t.x + branch), result.signals
+            if plan.rows is not None:
+                t = _first(t, plan.rows)
+            t, seen = t._replace(x=residual(block, t.x, branch)), result.signals
             if site == "mid":
                 t = reduce_sparing(reducer, t, seen, step, plan.spared)
             t = t._replace(x=adapter.mlp_half(block, t.x))
         if site == "post":
             t = reduce_sparing(reducer, t, seen, step, plan.spared)
+        if reducer is not None and plan.need:
+            t = reducer.observe(t, seen, i)
+        if reducer is not None and plan.restore:
+            t = reducer.restore(t)
         return t, seen
 
     def _head(self, t: Tokens, memories: Sequence[Any]) -> Tensor:
@@ -379,6 +473,21 @@ class ReducedViT(TimmContract):
             if logits is not None:
                 return logits
         return head(self.backbone, t._replace(x=self.backbone.norm(t.x)))
+
+    def peer(self, images: Tensor, targets: Tensor) -> Outcome | None:
+        """A second pass of the same weights under the schedule that the reducer asks for, if any.
+
+        Args:
+            images: `(B, 3, H, W)`.
+            targets: Labels `(B,)` or soft labels `(B, classes)`.
+        """
+        if self.reducer is None or self.schedule is None:
+            return None
+        other = self.reducer.peer(self.schedule)
+        if other is None:
+            return None
+        t, info, memories = self._run(images, track=True, trace=True, schedule=other)
+        return self.outcome(info, self._head(t, memories), targets)
 
     def auxiliary_losses(
         self, info: Info, logits: Tensor, targets: Tensor, teacher: Outcome | None = None
@@ -406,6 +515,53 @@ class ReducedViT(TimmContract):
         return Outcome(info.trace, final, logits, targets, teacher)
 
 
+def _shift(plugins: Iterable[Any], block: int, schedule: Schedule | None) -> Shift | None:
+    """What all plugins together add to queries and values."""
+    # Neither := in a comprehension nor a closure: they keep a graph from being captured whole.
+    given = [p.shift(block, schedule) for p in plugins]
+    shifts = [s for s in given if s is not None]
+    if len(shifts) < 2:
+        return shifts[0] if shifts else None
+    return partial(_total, shifts)
+
+
+def _total(shifts: Sequence[Shift], x: Tensor) -> tuple[Tensor, Tensor]:
+    q, v = shifts[0](x)
+    for further in shifts[1:]:
+        more_q, more_v = further(x)
+        q, v = q + more_q, v + more_v
+    return q, v
+
+
+def _rereading(
+    reducer: Reducer | None,
+    block: nn.Module,
+    i: int,
+    site: str | None,
+    embedded: Embedded,
+    shift: Shift | None,
+) -> dict[str, Any]:
+    """Arguments of `attend` for a reducer that changes tokens between keys and values."""
+    if reducer is None or site != "attn" or reducer.rereads == "no":
+        return {}
+    adapter, attn = block_adapter(block), block.attn
+
+    def again(t: Tokens, values_only: bool) -> AttentionInput:
+        x = adapter.attn_input(block, t.x)
+        if shift is not None:
+            q, k, v = projection(attn)(attn, x, shift)
+        else:
+            q, k, v = (without_keys if values_only else projection(attn))(attn, x)
+        rope = None if values_only else rope_for(embedded, i, t, True)
+        q, k, v = ready(attn, q, k, v, t.prefix, rope)
+        sizes = t.size if reducer.prop_attn and not t.unit else None
+        bias = attention_bias(sizes, t.mask, t.x.dtype)
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        return AttentionInput(q, k, v, attn.scale, bias, dropout, attn.fused_attn, frozenset())
+
+    return {"project": without_values, "again": again}
+
+
 def _own_attention(
     reducer: Reducer | None, t: Tokens, step: Step | None
 ) -> Callable[[AttentionInput], AttentionOutput | None] | None:
@@ -415,13 +571,31 @@ def _own_attention(
     return lambda given: reducer.attend(given, t, step)
 
 
+def _first(t: Tokens, rows: int) -> Tokens:
+    """Prefix tokens alone, for a head that reads nothing else."""
+    mask = None if t.mask is None else t.mask[:, :rows]
+    origin = None if t.origin is None else t.origin[:, :0]
+    return t._replace(x=t.x[:, :rows], size=t.size[:, :rows], mask=mask, origin=origin)
+
+
+def _hooked(block: nn.Module) -> bool:
+    """Whether somebody waits for a block, or its attention, to be called."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in (block, block.attn))
+
+
 def _autocast(x: Tensor) -> bool:
     # The meta device, on which costs are counted, knows no autocast and says so by raising.
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
-def _checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpointed(function: Callable[..., Any], fast_linear: Mode) -> Callable[..., Any]:
+    def whole(*args: Any) -> Any:
+        # The backward pass runs it again, from wherever that is called.
+        with using(fast_linear):
+            return function(*args)
+
     def run(*args: Any) -> Any:
-        return checkpoint(function, *args, use_reentrant=False)
+        inner = function if fast_linear == "off" else whole
+        return checkpoint(inner, *args, use_reentrant=False)
 
     return run

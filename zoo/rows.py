@@ -48,7 +48,7 @@ FIELDS: dict[str, str] = {
     "error": "one line: why a failed run failed",
     "created": "when the row was made, ISO 8601 in UTC",
     "command": "the command line that made the row, ready to be pasted",
-    "task": "list of what was done: 'train', 'accuracy', 'flops', 'throughput'",
+    "task": "list of what was done: 'train', 'accuracy', 'flops', 'throughput', 'fidelity'",
     # what was run
     "method": "registry name of the reducer; 'none' is the dense model",
     "reducer": "mapping: name and arguments of the reducer",
@@ -62,6 +62,8 @@ FIELDS: dict[str, str] = {
     # cost
     "tokens": "[[entering, leaving], ...] per block, prefix tokens included",
     "gmacs": "mapping of 1e9 multiply-accumulates per image: total, linear, attention, reducer",
+    "gmacs_sample": "mapping, where the cost depends on the image and was measured (gmacs: mean) "
+    "with mean, min, max, images, limit (the most that the schedule allows)",
     "gmacs_dense": "GMACs of the same backbone with nothing reduced",
     "gmacs_paper": "mapping, where the method's paper counts otherwise: convention, total, dense",
     "gmacs_fvcore": "GMACs as fvcore counts them (adds LayerNorm)",
@@ -69,7 +71,9 @@ FIELDS: dict[str, str] = {
     # quality
     "top1": "top-1 accuracy, percent",
     "top5": "top-5 accuracy, percent",
+    "top1_start": "top-1 accuracy of a trained model before its training, percent",
     "ci95": "[low, high]: 95 % Wilson interval of top1, percent",
+    "fidelity": "mapping, against the dense model: agreement (percent of images), kl (nats), cosine",
     # speed
     "imgs_per_s": "throughput, images per second (median)",
     "imgs_per_s_dense": "throughput of the dense model, measured in the same run",
@@ -80,6 +84,8 @@ FIELDS: dict[str, str] = {
     "dtype": "computation type, e.g. 'float32', 'bfloat16'",
     "compile": "whether torch.compile was on",
     "peak_mem_mb": "peak device memory, MiB",
+    "peak_mem_mb_dense": "peak device memory of the dense model, MiB",
+    "by_batch": "where several batch sizes were measured: list of batch and what depends on it",
     # provenance
     "seed": "random seed",
     "recipe": "mapping that rebuilds the model: backbone, reducer, schedule, plugins",

@@ -31,6 +31,7 @@ class Throughput:
         threads: CPU threads used.
         imgs_per_s_dense: The same for the dense model; None where none was given.
         peak_mem_mb: Peak memory on the accelerator in MiB, of the model alone; None on a CPU.
+        peak_mem_mb_dense: The same for the dense model.
     """
 
     imgs_per_s: float
@@ -40,6 +41,7 @@ class Throughput:
     threads: int
     imgs_per_s_dense: float | None = None
     peak_mem_mb: float | None = None
+    peak_mem_mb_dense: float | None = None
 
 
 def measure(
@@ -82,7 +84,7 @@ def measure(
             images = torch.randn(batch, *input_size, device=device)
             steps = [_step(m, images, device, dtype) for m in models]
             try:
-                peak = _peak_memory(steps[0], device)
+                peaks = [_peak_memory(step, device) for step in steps]
                 times = _rounds(steps, rounds, min_time, device)
                 break
             except torch.OutOfMemoryError as error:
@@ -103,8 +105,29 @@ def measure(
         batch=batch,
         threads=used_threads,
         imgs_per_s_dense=batch / statistics.median(times[1]) if dense is not None else None,
-        peak_mem_mb=peak,
+        peak_mem_mb=peaks[0],
+        peak_mem_mb_dense=peaks[1] if dense is not None else None,
     )
+
+
+def interleaved(
+    models: Sequence[nn.Module], images: Tensor, rounds: int, threads: int | None = None
+) -> tuple[list[list[float]], int]:
+    """Time models in turns on the same images.
+
+    Args:
+        models: In evaluation mode, on the device of the images.
+        images: One batch.
+        rounds: Turns that each takes; their order alternates.
+        threads: CPU threads; None leaves torch's setting.
+
+    Returns:
+        Seconds per call, one list per model with one entry per round, and the threads used.
+    """
+    device = images.device
+    with _threads(threads), torch.inference_mode():
+        steps = [_step(m, images, device, torch.float32) for m in models]
+        return _rounds(steps, rounds, 0.0, device), torch.get_num_threads()
 
 
 def _step(

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from reduction.eager import eager_on_cpu, traced
+from reduction.functional.kernels import dot_product_attention
 from reduction.functional.masking import policy_softmax
 from reduction.tokens import Signals
 
@@ -29,7 +31,8 @@ def attention(
 ) -> tuple[Tensor, Signals]:
     """Attention output and the signals in `need`.
 
-    The fused kernel is used unless the whole map is wanted or training masks are in play.
+    A fused kernel, or on a CPU what was measured to be at least as fast (`functional.kernels`), is
+    used unless the whole map is wanted or training masks are in play.
 
     Args:
         q: Queries `(B, H, N, d)`, rotated where the model has rotary embedding.
@@ -38,7 +41,7 @@ def attention(
         scale: Factor on the logits.
         bias: Added to the logits, broadcastable to `(B, H, N, N)`.
         dropout: Dropout rate of the attention weights.
-        fused: Whether the model allows `scaled_dot_product_attention`.
+        fused: Whether the model allows other kernels than the plain products.
         need: Any of "cls_row", "column", "attn".
         policy: Keep mask `(B, N)` for the masked softmax.
         class_tokens: Leading tokens that together act as the class token; "cls_row" is the mean
@@ -56,28 +59,19 @@ def attention(
         map_ = logits.softmax(-1) if policy is None else policy_softmax(logits, policy)
         out = F.dropout(map_, dropout) @ v
         return out, Signals(
-            cls_row=_class_row(map_, class_tokens) if "cls_row" in need else None,
+            cls_row=class_row_of(map_, class_tokens) if "cls_row" in need else None,
             column=map_.mean((1, 2)) if "column" in need else None,
             attn=map_ if "attn" in need else None,
         )
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+    out = dot_product_attention(q, k, v, scale, bias, dropout)
     return out, Signals(
         cls_row=class_row(q, k, scale, bias, class_tokens) if "cls_row" in need else None,
         column=column_mean(q, k, scale, bias) if "column" in need else None,
     )
 
 
-def eager_on_cpu(x: Tensor) -> bool:
-    """Whether this runs op by op on a CPU, not compiled, exported or traced."""
-    return x.device.type == "cpu" and not _traced()
-
-
-def _traced() -> bool:
-    tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-    return bool(torch.compiler.is_compiling() or tracing)
-
-
-def _class_row(map_: Tensor, class_tokens: int) -> Tensor:
+def class_row_of(map_: Tensor, class_tokens: int) -> Tensor:
+    """What the class token pays, `(B, H, N)`, from the whole map; the mean row of several slots."""
     return map_[:, :, 0] if class_tokens == 1 else map_[:, :, :class_tokens].mean(2)
 
 
@@ -105,8 +99,16 @@ def class_row(
     return logits.softmax(-1)
 
 
-def column_mean(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+def column_mean(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    live: Tensor | None = None,
+) -> Tensor:
     """Attention that each token receives, mean over heads and queries, `(B, N)`.
+
+    With `live`, `(B, N)` bool, the mean is over the queries that are no padding.
 
     The map of the whole batch never exists at once, neither in the forward pass nor for the
     backward one: without gradient, eager code on a CPU goes image by image; otherwise a few queries
@@ -120,30 +122,48 @@ def column_mean(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) 
                 k[i : i + 1],
                 scale,
                 bias if bias is None or bias.shape[0] == 1 else bias[i : i + 1],
+                None if live is None else live[i : i + 1],
             )
             for i in range(q.shape[0])
         ]
-        return torch.cat(images) / (q.shape[1] * q.shape[2])
+        return torch.cat(images) / (q.shape[1] * _queries(q, live))
     n = q.shape[2]
     rows = min(64, -(-n // 4))
     total = q.new_zeros(())
     for start in range(0, n, rows):
         part = q[:, :, start : start + rows]
         own = bias if bias is None or bias.shape[2] == 1 else bias[:, :, start : start + rows]
-        if recording and not _traced():
+        real = None if live is None else live[:, start : start + rows]
+        if recording and not traced():
             total = total + checkpoint(
-                _column_sum, part, k, scale, own, use_reentrant=False, preserve_rng_state=False
+                _column_sum,
+                part,
+                k,
+                scale,
+                own,
+                real,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
         else:
-            total = total + _column_sum(part, k, scale, own)
-    return total / (q.shape[1] * n)
+            total = total + _column_sum(part, k, scale, own, real)
+    return total / (q.shape[1] * _queries(q, live))
 
 
-def _column_sum(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+def _queries(q: Tensor, live: Tensor | None) -> int | Tensor:
+    return int(q.shape[2]) if live is None else live.sum(1, keepdim=True)
+
+
+def _column_sum(
+    q: Tensor, k: Tensor, scale: float, bias: Tensor | None, live: Tensor | None = None
+) -> Tensor:
     logits = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
         logits = logits + bias
-    return logits.softmax(-1).sum((1, 2))
+    rows = logits.softmax(-1)
+    if live is not None:
+        rows = rows * live[:, None, :, None]
+    return rows.sum((1, 2))
 
 
 def attention_bias(

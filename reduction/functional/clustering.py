@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reduction.functional.attention import eager_on_cpu
+from reduction.eager import eager_on_cpu
 from reduction.tokens import take_rows
 
 
@@ -47,7 +47,7 @@ def squared_distances(x: Tensor) -> Tensor:
     x = _precise(x)
     x = x - x.mean(1, keepdim=True)
     square = x.square().sum(-1)
-    with _no_autocast(x):
+    with no_autocast(x):
         product = torch.bmm(x, x.transpose(1, 2))
     distance = square.unsqueeze(2) + square.unsqueeze(1) - 2 * product
     own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
@@ -170,10 +170,10 @@ def kmeans(
     slot = torch.full_like(square, -1, dtype=torch.int64)
     may_stop = eager_on_cpu(x)
     for _ in range(iterations):
-        with _no_autocast(x):
+        with no_autocast(x):
             product = torch.bmm(centre, x.transpose(1, 2))
         gap, new = (centre.square().sum(-1).unsqueeze(2) - 2 * product).min(dim=1)
-        new = _fill_empty(new, (gap + square).clamp_min(0), weight, k)
+        new = fill_empty(new, (gap + square).clamp_min(0), weight, k)
         if may_stop and torch.equal(new, slot):
             break
         slot = new
@@ -207,7 +207,7 @@ def mean_shares(weight: Tensor, slot: Tensor, k: int) -> Tensor:
     return weight / total.gather(1, slot)
 
 
-def _fill_empty(slot: Tensor, gap: Tensor, weight: Tensor, k: int) -> Tensor:
+def fill_empty(slot: Tensor, gap: Tensor, weight: Tensor, k: int) -> Tensor:
     """Give every empty cluster one point, the most expensive ones first.
 
     Args:
@@ -257,6 +257,7 @@ def _precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Run the products inside in the precision of their operands, whatever autocast says."""
     on = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if on else nullcontext()

@@ -102,7 +102,7 @@ class ATS(Reducer):
     def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
         if step is None:
             return None
-        row = class_row(a.q, a.k, a.scale, a.bias)[:, :, t.prefix :]
+        row = class_row(a.q, a.k, a.scale, a.bias, a.class_tokens)[:, :, t.prefix :]
         value = a.v[:, :, t.prefix :]
         index, valid = self._sample(row.detach(), value.detach(), t, step)
         longest = self._longest(valid)
@@ -173,5 +173,5 @@ class ATS(Reducer):
         return index[:, :keep], valid[:, :keep]
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
-        # The class token's row.
-        return (n + prefix) * dims.heads * dims.head_dim
+        # The rows of what acts as the class token.
+        return dims.class_tokens * (n + prefix) * dims.heads * dims.head_dim

@@ -13,6 +13,7 @@ from reduction.base import Card, Dims, Reducer, Spec, Step, attention_score, sco
 from reduction.errors import ZooError
 from reduction.functional.diffrate_search import RateProxies, straight_mask
 from reduction.functional.matching import most_similar
+from reduction.functional.pooling import masked_average_head
 from reduction.registry import register
 from reduction.schedule import PerBlock
 from reduction.tokens import Signals, Tokens, take_rows
@@ -65,6 +66,8 @@ class DiffRate(Reducer):
     prop_attn = True
     family = "constant_r"
     convention = "diffrate"
+    # `logits` is for the search only.
+    reads_last_block = False
 
     def __init__(
         self,
@@ -232,7 +235,7 @@ class DiffRate(Reducer):
             raise ZooError(
                 f"the search knows heads on the class token or on the average, not {pool!r}"
             )
-        return _average_head(backbone, t, t.policy)
+        return masked_average_head(backbone, t, t.policy)
 
 
 def _search_arguments(search: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,14 +277,3 @@ def _fold_copies(t: Tokens, keep: int, left: int) -> Tokens:
 
 def _with_prefix(mask: Tensor, prefix: int) -> Tensor:
     return torch.cat([mask.new_ones(prefix), mask])
-
-
-def _average_head(m: Any, t: Tokens, policy: Tensor) -> Tensor:
-    """Mean weighted by size and mask; the mask acts through the numerator only."""
-    first = 0 if getattr(m, "pool_include_prefix", False) else t.prefix
-    x = m.norm(t.x)[:, first:]
-    weight = (t.size * policy)[:, first:]
-    weight = (weight / weight.detach().sum(1, keepdim=True)).to(x.dtype)
-    pooled = (x * weight.unsqueeze(-1)).sum(1)
-    logits: Tensor = m.head(m.head_drop(m.fc_norm(pooled)))
-    return logits

@@ -177,10 +177,14 @@ class DynamicViT(StagedReducer):
         # What a plugin added stands behind the patches, and the teacher has none of it.
         n = outcome.teacher.final.n
         kept = kept[:, :n]
-        gap = (outcome.final.patches[:, :n] - outcome.teacher.final.patches).square().mean(-1)
+        gap = self.token_gap(outcome.final.patches[:, :n], outcome.teacher.final.patches)
         # The mean over kept tokens; zero where a batch has kept none.
         token = (gap * kept).sum() / kept.sum().clamp_min(1)
         return losses | {"logits": self.logit_weight * kl, "token": self.token_weight * token}
+
+    def token_gap(self, tokens: Tensor, dense: Tensor) -> Tensor:
+        """How far each token is from that of the dense model, `(B, N, C)` twice to `(B, N)`."""
+        return (tokens - dense).square().mean(-1)
 
     def setup(self, spec: Spec) -> None:
         super().setup(spec)

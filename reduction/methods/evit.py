@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
-
-from reduction.assignment import Assignment, Keep, Merge
-from reduction.base import Card, Reducer, Step, attention_score, score_signal
+from reduction.assignment import Assignment, Fuse, Keep
+from reduction.base import Card, Dims, Reducer, Step, attention_score, score_signal
 from reduction.errors import ZooError
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
@@ -86,13 +83,7 @@ class EViT(Reducer):
             return Keep(score.detach().topk(step.keep, dim=1, sorted=False).indices)
         # The first dropped token lends the fused one its position, being the most attended.
         leader = score.detach().topk(step.keep + 1, dim=1).indices
-        kept = leader[:, :-1]
-        slot = torch.full_like(score, step.keep, dtype=torch.int64)
-        slot = slot.scatter(1, kept, torch.arange(step.keep, device=kept.device).expand_as(kept))
-        coef = self._weights(score, kept)
-        return Merge(slot, leader, coef=coef)
+        return Fuse(leader, score.scatter(1, leader[:, :-1], 0.0))
 
-    @staticmethod
-    def _weights(score: Tensor, kept: Tensor) -> Tensor:
-        """One for kept tokens, their attention for fused ones; gradient reaches the attention."""
-        return score.scatter(1, kept, torch.ones_like(kept, dtype=score.dtype))
+    def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
+        return n * dims.width if self.fuse else 0

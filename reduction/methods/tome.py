@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from reduction.assignment import Merge
 from reduction.base import Card, Dims, Reducer, Step
 from reduction.errors import ZooError
-from reduction.functional.matching import bipartite_matching, split_sizes
+from reduction.functional.matching import bipartite_matching, head_sum, split_sizes
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
-
-
-def head_sum(k: Tensor) -> Tensor:
-    """Sum over heads, `(B, H, N, d)` to `(B, N, d)`.
-
-    Cosine similarity does not see the factor between sum and mean, and adding the strided slices
-    of a fused qkv projection is three times faster on a CPU than reducing over them.
-    """
-    total = k[:, 0]
-    for head in range(1, k.shape[1]):
-        total = total + k[:, head]
-    return total
 
 
 @register("tome")

@@ -17,15 +17,21 @@ from torch import Tensor, nn
 
 from reduction.base import AttentionInput, AttentionOutput
 from reduction.functional.attention import attention
-from reduction.tokens import Signals
+from reduction.tokens import Signals, Tokens
 from zoo.errors import UnsupportedModel, ZooError
+from zoo.fast_linear import FastLinear, linear
 
-Projection = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
+#: What to add to queries and values, `(B, N, H d)` each, given the normalised input `(B, N, C)`.
+Shift = Callable[[Tensor], tuple[Tensor, Tensor]]
+Projection = Callable[..., tuple[Tensor, Tensor, Tensor]]
 _PROJECTIONS: dict[object, Projection] = {}
 
 
 def register_attention(cls: type[nn.Module], project: Projection) -> None:
-    """Support an attention class: `project(attn, x)` returns normalised q, k and v."""
+    """Support an attention class: `project(attn, x, shift=None)` returns normalised q, k and v.
+
+    A `Shift` is added before the normalisation of queries.
+    """
     _PROJECTIONS[cls.forward] = project
 
 
@@ -44,7 +50,8 @@ def projection(attn: nn.Module) -> Projection:
     return project
 
 
-def _split_heads(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`(B, N, H d)` to `(B, H, N, d)`."""
     return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
 
@@ -54,34 +61,51 @@ def _unpack(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _attention(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = _unpack(attn.qkv(x), attn.num_heads)
+def _shifted(qkv: Tensor, x: Tensor, shift: Shift | None) -> Tensor:
+    if shift is None:
+        return qkv
+    q, v = shift(x)
+    return qkv + torch.cat((q, torch.zeros_like(q), v), dim=-1).to(qkv.dtype)
+
+
+def _attention(
+    attn: nn.Module, x: Tensor, shift: Shift | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _unpack(_shifted(attn.qkv(x), x, shift), attn.num_heads)
     return attn.q_norm(q), attn.k_norm(k), v
 
 
-def _separate(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _separate(
+    attn: nn.Module, x: Tensor, shift: Shift | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     kv_heads = getattr(attn, "num_kv_heads", attn.num_heads)
-    q = _split_heads(attn.q_proj(x), attn.num_heads)
-    k = _split_heads(attn.k_proj(x), kv_heads)
-    v = _split_heads(attn.v_proj(x), kv_heads)
+    q, k, v = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    if shift is not None:
+        more_q, more_v = shift(x)
+        q, v = q + more_q.to(q.dtype), v + more_v.to(v.dtype)
+    q, k, v = split_heads(q, attn.num_heads), split_heads(k, kv_heads), split_heads(v, kv_heads)
     return attn.q_norm(q), attn.k_norm(k), v
 
 
-def _attention_rope(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _separate(attn, x) if attn.qkv is None else _attention(attn, x)
+def _attention_rope(
+    attn: nn.Module, x: Tensor, shift: Shift | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _separate(attn, x, shift) if attn.qkv is None else _attention(attn, x, shift)
 
 
-def _eva_attention(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _eva_attention(
+    attn: nn.Module, x: Tensor, shift: Shift | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     if attn.qkv is None:
-        return _separate(attn, x)
+        return _separate(attn, x, shift)
     if attn.q_bias is None:
-        return _attention(attn, x)
+        return _attention(attn, x, shift)
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
     if attn.qkv_bias_separate:
         qkv = attn.qkv(x) + bias
     else:
         qkv = F.linear(x, weight=attn.qkv.weight, bias=bias)
-    q, k, v = _unpack(qkv, attn.num_heads)
+    q, k, v = _unpack(_shifted(qkv, x, shift), attn.num_heads)
     return attn.q_norm(q), attn.k_norm(k), v
 
 
@@ -90,9 +114,56 @@ register_attention(AttentionRope, _attention_rope)
 register_attention(EvaAttention, _eva_attention)
 
 
+def project_rows(attn: nn.Module, x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q of the first rows alone, and k and v of all; normalised.
+
+    Args:
+        attn: A supported attention module.
+        x: `(B, N, C)`.
+        rows: Queries wanted.
+    """
+    layer = getattr(attn, "qkv", None)
+    if not splits_queries(attn):
+        q, k, v = projection(attn)(attn, x)
+        return q[:, :, :rows], k, v
+    width = layer.out_features // 3
+    w, b = layer.weight, layer.bias
+    q = linear(x[:, :rows], w[:width], None if b is None else b[:width])
+    kv = linear(x, w[width:], None if b is None else b[width:])
+    k, v = kv.unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return attn.q_norm(split_heads(q, attn.num_heads)), attn.k_norm(k), v
+
+
+def splits_queries(attn: nn.Module) -> bool:
+    """Whether `project_rows` computes the fused projection in two parts: nobody listens to it."""
+    layer = getattr(attn, "qkv", None)
+    return (
+        type(attn).forward in (Attention.forward, AttentionRope.forward, EvaAttention.forward)
+        and type(layer) in (nn.Linear, FastLinear)
+        and getattr(attn, "q_bias", None) is None
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
+
+
 def _rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
+    if x.shape[2] == prefix:
+        return x
     rotated = apply_rot_embed_cat(x[:, :, prefix:], rope, **({"half": True} if half else {}))
     return torch.cat([x[:, :, :prefix], rotated], dim=2)
+
+
+def ready(
+    attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, prefix: int, rope: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate queries and keys and give every head its own key, where the model does so."""
+    if rope is not None:
+        half = getattr(attn, "rotate_half", False)
+        q = _rotate(q, rope, prefix, half).type_as(v)
+        k = _rotate(k, rope, prefix, half).type_as(v)
+    groups = getattr(attn, "num_kv_groups", 1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return q, k, v
 
 
 def attend(
@@ -106,6 +177,10 @@ def attend(
     need: frozenset[str] = frozenset(),
     class_tokens: int = 1,
     own: Callable[[AttentionInput], AttentionOutput | None] | None = None,
+    rows: int | None = None,
+    project: Projection | None = None,
+    again: Callable[[Tokens, bool], AttentionInput] | None = None,
+    shift: Shift | None = None,
 ) -> tuple[Tensor, AttentionOutput]:
     """Run an attention module and collect signals.
 
@@ -119,30 +194,38 @@ def attend(
         need: Names of the signals to fill.
         class_tokens: Leading tokens that together act as the class token.
         own: Computes the attention instead; None as its answer means the usual one.
+        rows: Compute the output of so many leading tokens only, which must not be more than
+            `prefix`; None is all.
+        project: Computes queries, keys and values instead of the module's adapter.
+        again: Handed on to `own`, see `AttentionInput`.
+        shift: What to add to queries and values; whatever else computes them then waits.
 
     Returns:
-        Output `(B, N, C)`, and the attention's own result with all signals.
+        Output `(B, N, C)`, or `(B, rows, C)`, and the attention's own result with all signals.
 
     Raises:
         ZooError: If tokens are removed inside an attention whose output is gated.
     """
     gate = getattr(attn, "gate", None)
     gate = None if gate is None else gate(x).sigmoid()
-    q, k, v = projection(attn)(attn, x)
+    if shift is not None:
+        q, k, v = projection(attn)(attn, x, shift)
+        q = q if rows is None else q[:, :, :rows]
+        gate = gate if gate is None or rows is None else gate[:, :rows]
+    elif rows is None:
+        q, k, v = (project or projection(attn))(attn, x)
+    else:
+        q, k, v = project_rows(attn, x, rows)
+        gate = None if gate is None else gate[:, :rows]
     signals = Signals(
         k=k if "k" in need else None,
         v=v if "v" in need else None,
         x_norm=x if "x_norm" in need else None,
     )
-    if rope is not None:
-        half = getattr(attn, "rotate_half", False)
-        q = _rotate(q, rope, prefix, half).type_as(v)
-        k = _rotate(k, rope, prefix, half).type_as(v)
-    groups = getattr(attn, "num_kv_groups", 1)
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    q, k, v = ready(attn, q, k, v, prefix, rope)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    given = AttentionInput(q, k, v, attn.scale, bias, dropout, attn.fused_attn, need, class_tokens)
+    fused = attn.fused_attn
+    given = AttentionInput(q, k, v, attn.scale, bias, dropout, fused, need, class_tokens, again)
     result = None if own is None else own(given)
     if result is None:
         result = AttentionOutput(*run_attention(given, policy))

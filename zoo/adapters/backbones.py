@@ -123,6 +123,12 @@ def has_class_token(m: nn.Module) -> bool:
     return class_tokens(m) > 0
 
 
+def pools(m: nn.Module) -> str:
+    """What the classifier reads: "class", or "patches" where it pools them."""
+    kind = getattr(m, "global_pool", "token")
+    return "class" if kind in ("token", "") else "patches"
+
+
 def rope_for(embedded: Embedded, block: int, t: Tokens, moved: bool) -> Tensor | None:
     """Rotary table of the tokens that are there now.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
+from reduction.eager import undisturbed
 from zoo.adapters.attention import projection
 from zoo.errors import UnsupportedModel
 
@@ -26,12 +28,14 @@ class BlockAdapter(NamedTuple):
         rope: Whether the block's own `forward` takes a rotary table.
         linear_macs: `(block, tokens, prefix) -> int`: multiply-accumulates of `mlp_half` for so
             many tokens, prefix included; None counts the linear layers of `block.mlp`.
+        attn_input: `(block, x) -> x`: what the attention gets of the residual stream.
     """
 
     attn_branch: Callable[[nn.Module, Tensor, Attend], tuple[Tensor, Any]]
     mlp_half: Callable[[nn.Module, Tensor], Tensor]
     rope: bool
     linear_macs: Callable[[nn.Module, int, int], int] | None = None
+    attn_input: Callable[[nn.Module, Tensor], Tensor] = lambda block, x: block.norm1(x)
 
 
 _BLOCKS: dict[object, BlockAdapter] = {}
@@ -58,13 +62,43 @@ def block_adapter(block: nn.Module) -> BlockAdapter:
     return adapter
 
 
+def _itself(b: nn.Module, x: Tensor) -> Tensor:
+    return x
+
+
+#: Numbers from which on sparing a temporary is worth looking for hooks.
+LARGE = 1 << 19
+
+
+def residual(block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """`x + y`, written into `y` where nobody can tell: no gradient, no hook in the block.
+
+    Args:
+        block: Whose own modules made `y`.
+        x: Residual stream; stays as it is.
+        y: A new tensor that nobody else holds.
+    """
+    if (
+        y.numel() < LARGE
+        or torch.is_grad_enabled()
+        or y.dtype != x.dtype
+        or y.shape != x.shape
+        or not undisturbed(y)
+        or y.data_ptr() == x.data_ptr()
+        or any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
+        or torch.nn.modules.module._global_forward_hooks
+    ):
+        return x + y
+    return y.add_(x)
+
+
 def _block_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
     out, signals = attend(b.attn, b.norm1(x))
     return b.drop_path1(b.ls1(out)), signals
 
 
 def _block_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    return x + b.drop_path2(b.ls2(b.mlp(b.norm2(x))))
+    return residual(b, x, b.drop_path2(b.ls2(b.mlp(b.norm2(x)))))
 
 
 def _post_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
@@ -73,7 +107,7 @@ def _post_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
 
 
 def _post_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    return x + b.drop_path2(b.norm2(b.mlp(x)))
+    return residual(b, x, b.drop_path2(b.norm2(b.mlp(x))))
 
 
 def _eva_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
@@ -87,10 +121,10 @@ def _eva_mlp(b: nn.Module, x: Tensor) -> Tensor:
     out = b.mlp(b.norm2(x))
     if b.gamma_2 is not None:
         out = b.gamma_2 * out
-    return x + b.drop_path2(out)
+    return residual(b, x, b.drop_path2(out))
 
 
 register_block(Block, BlockAdapter(_block_attn, _block_mlp, rope=False))
-register_block(ResPostBlock, BlockAdapter(_post_attn, _post_mlp, rope=False))
+register_block(ResPostBlock, BlockAdapter(_post_attn, _post_mlp, rope=False, attn_input=_itself))
 register_block(EvaBlock, BlockAdapter(_eva_attn, _eva_mlp, rope=True))
-register_block(EvaBlockPostNorm, BlockAdapter(_post_attn, _post_mlp, rope=True))
+register_block(EvaBlockPostNorm, BlockAdapter(_post_attn, _post_mlp, rope=True, attn_input=_itself))

@@ -130,6 +130,11 @@ class Classifier(pl.LightningModule):
             images, labels = self.mix(images, labels)
         return images, labels
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let the reducer put its parameters right."""
+        if isinstance(reducer := getattr(self.net, "reducer", None), Reducer):
+            reducer.after_step()
+
     def trainable(self) -> nn.Module:
         """What the optimiser gets."""
         return self.net
@@ -171,9 +176,9 @@ class Classifier(pl.LightningModule):
             self._teacher[0].to(self.device)
 
     def _teach(self, images: Tensor, labels: Tensor) -> Any:
-        """What the frozen dense model makes of the same images, or None."""
+        """What the frozen dense model, or a second pass, makes of the same images, or None."""
         if not self._teacher:
-            return None
+            return self.net.peer(images, labels)
         teacher = self._teacher[0]
         with torch.no_grad():
             logits, info = teacher(images, return_info="trace")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from reduction.functional.diffrate_search import Cost, search_macs
 from reduction.methods.diffrate import DiffRate
 from reduction.schedule import PerBlock
+from reduction.target import TargetGmacs
 from zoo.errors import ZooError
 from zoo.flops import profile
 from zoo.lit.classifier import Classifier
@@ -71,7 +72,7 @@ class DiffRateSearch(Classifier):
         if not isinstance(reducer, DiffRate):
             name = "none" if reducer is None else reducer.name
             raise ZooError(f"this search is DiffRate's; expected reducer=diffrate, got {name}")
-        if net.target is None:
+        if not isinstance(net.target, TargetGmacs):
             raise ZooError(
                 "the search needs a cost to aim at; type schedule=target_gmacs and "
                 "schedule.gmacs=... or schedule.fraction=..."

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from reduction.base import AttentionInput, AttentionOutput, Reducer, Step
 from reduction.errors import UnreachableBudget
 from reduction.schedule import KeepRate, PerBlock, Schedule, create_schedule
+from reduction.target import TargetGmacs
 from reduction.tokens import Signals, Tokens
 from zoo.errors import ZooError
 from zoo.flops import gmacs, profile
@@ -259,6 +260,7 @@ def at_target(net: ReducedViT, keep: Sequence[int], patches: int) -> Schedule:
     """
     if net.target is None:
         return PerBlock(keep, strict=False)
+    assert isinstance(net.target, TargetGmacs)
     dense = gmacs(net, None).total
     target = net.target.gmacs if net.target.gmacs is not None else net.target.fraction * dense
 
@@ -290,6 +292,10 @@ def _check(net: ReducedViT, share: float, rate: float, penalty: float) -> None:
             f"reducer {reducer.name!r} cannot change its counts while it trains; search with "
             "another, e.g. reducer=topk, then type schedule=per_block schedule.file=.../"
             "schedule.json"
+        )
+    if net.target is not None and not isinstance(net.target, TargetGmacs):
+        raise ZooError(
+            f"the search aims at a cost, not at {net.target.name}; type schedule=target_gmacs"
         )
     if len(net.plugins):
         raise ZooError("the search runs without plugins; type plugin=none")

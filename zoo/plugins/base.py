@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class Plugin(nn.Module):
 
         Args:
             backbone: The timm model.
-            schedule: Of the model, or None without a reducer; a `TargetGmacs` not solved yet.
+            schedule: Of the model, or None without a reducer; a `Target` not solved yet.
         """
 
     def warm_start(self, backbone: nn.Module) -> None:
@@ -57,6 +57,21 @@ class Plugin(nn.Module):
     def start(self, t: Tokens) -> tuple[Tokens, Any]:
         """Before the pre-norm, after the position embedding; may add tokens."""
         return t, ()
+
+    def shift(
+        self, block: int, schedule: Schedule | None
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        """What to add to the queries and values of a block's attention, or None.
+
+        Args:
+            block: Index of the block.
+            schedule: The model's, solved; None without a reducer.
+
+        Returns:
+            A function of the attention's normalised input `(B, N, C)` that returns what to add to
+            queries and values, `(B, N, H d)` each, before they are split into heads.
+        """
+        return None
 
     def after(self, block: int, t: Tokens, memory: Any) -> tuple[Tokens, Any]:
         """After each block; may append tokens with origin -1."""
@@ -76,6 +91,10 @@ class Plugin(nn.Module):
 
     def macs(self, backbone: nn.Module) -> int:
         """Multiply-accumulates of the plugin's own products for one image."""
+        return 0
+
+    def block_macs(self, block: int, tokens: int, schedule: Schedule | None) -> int:
+        """Multiply-accumulates of `shift` in a block whose attention has so many tokens."""
         return 0
 
     def unused(self, backbone: nn.Module) -> set[str]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from reduction.base import Card
-from reduction.schedule import Schedule, TargetGmacs
+from reduction.schedule import Schedule
+from reduction.target import Target
 from zoo.errors import ZooError
 
 CLCA_CARD = Card(
@@ -36,7 +37,7 @@ def stage_blocks(
     Args:
         plugin: Name for messages.
         blocks: What the user chose, or None.
-        schedule: Of the model, a `TargetGmacs` not solved yet.
+        schedule: Of the model, a `Target` not solved yet.
         backbone: The timm model.
 
     Raises:
@@ -65,7 +66,7 @@ def stage_blocks(
 
 def _singled_out(schedule: Schedule | None, depth: int, patches: int) -> list[int] | None:
     """Blocks in which a schedule acts, or None where it acts nearly everywhere or nowhere."""
-    if schedule is None or isinstance(schedule, TargetGmacs):
+    if schedule is None or isinstance(schedule, Target):
         return None
     acts = [b for b in range(depth) if schedule.budget(b, depth, patches, patches) is not None]
     return acts if 0 < 2 * len(acts) <= depth else None

@@ -15,7 +15,15 @@ from typing import Any
 from zoo.report.names import name_entries, plugins
 from zoo.report.notes import notes_on, setting
 from zoo.report.pareto import pareto_front
-from zoo.report.words import DENSE, describe_budget, interval, is_dense, number, total_gmacs
+from zoo.report.words import (
+    DENSE,
+    describe_budget,
+    interval,
+    is_dense,
+    most_gmacs,
+    number,
+    total_gmacs,
+)
 
 Row = dict[str, Any]
 
@@ -47,6 +55,7 @@ class Entry:
     name: str
     budget: str
     gmacs: float | None
+    cost: Row  # the row that the cost is from
     tokens: Any
     top1: float | None
     interval: tuple[float, float] | None
@@ -219,16 +228,17 @@ def _weights(row: Mapping[str, Any]) -> str:
 
 def _entry(own: list[Row], extra: list[Row], numbers: Mapping[int, int]) -> Entry:
     row = next((r for r in reversed(own) if number(r.get("top1")) is not None), own[-1])
-    gmacs = total_gmacs(row)
     candidates = sorted([*extra, *own], key=lambda r: numbers[id(r)])
-    if gmacs is None:
-        gmacs = next((g for r in reversed(candidates) if (g := total_gmacs(r)) is not None), None)
+    counted = [r for r in candidates if total_gmacs(r) is not None]
+    # A mean over images belongs to its weights and data; what the accuracy's row says comes first.
+    cost = row if total_gmacs(row) is not None or not counted else counted[-1]
+    gmacs, limit = total_gmacs(cost), most_gmacs(cost)
     tokens = next((r["tokens"] for r in [row, *reversed(candidates)] if r.get("tokens")), None)
     speeds = {}
     for candidate in candidates:  # oldest first: the latest of each setting stays
-        rate, cost = number(candidate.get("imgs_per_s")), total_gmacs(candidate)
+        rate, other = number(candidate.get("imgs_per_s")), most_gmacs(candidate)
         # Another cost is another model (say, with another head): not a measurement of this one.
-        if rate and (cost is None or gmacs is None or abs(cost - gmacs) <= 0.01 * gmacs):
+        if rate and (other is None or limit is None or abs(other - limit) <= 0.01 * limit):
             speeds[setting(candidate)] = Speed(
                 rate, number(candidate.get("imgs_per_s_dense")), candidate
             )
@@ -243,6 +253,7 @@ def _entry(own: list[Row], extra: list[Row], numbers: Mapping[int, int]) -> Entr
         name="dense" if dense else str(row["method"]),
         budget="" if dense else describe_budget(row.get("schedule")),
         gmacs=gmacs,
+        cost=cost,
         tokens=tokens,
         top1=number(row.get("top1")),
         interval=interval(row),

@@ -24,6 +24,7 @@ from zoo.report.words import (
     describe_budget,
     describe_tokens,
     format_gmacs,
+    format_range,
     format_rate,
     number,
 )
@@ -170,7 +171,7 @@ def _old_cells(row: Row) -> list[str]:
         "dense" if method == DENSE else str(method),
         describe_budget(row.get("schedule")),
         describe_tokens(row.get("tokens")).replace("->", "→"),
-        "" if gmacs is None else format_gmacs(gmacs),
+        "" if gmacs is None else format_gmacs(gmacs) + format_range(row),
         "",
         "" if top1 is None else f"{top1:.2f}",
         "",
@@ -264,7 +265,8 @@ def _hover(entry: Entry) -> list[str]:
         lines.append(f"top-1 {entry.top1:.2f} %{ends}{delta}")
     if entry.gmacs is not None:
         saved = f" (saves {entry.saved:.1f} %)" if entry.saved is not None else ""
-        lines.append(f"{format_gmacs(entry.gmacs)} GMACs{saved}")
+        mean = f"{format_gmacs(entry.gmacs)}{format_range(entry.cost)}"
+        lines.append(f"{mean} GMACs{saved}")
     for name, speed in entry.speeds.items():
         times = f" (×{speed.speedup:.2f})" if speed.speedup and not entry.dense else ""
         lines.append(f"{format_rate(speed.rate)} img/s{times} on {_clip(name, 24)}")

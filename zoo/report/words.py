@@ -26,6 +26,28 @@ def total_gmacs(row: Mapping[str, Any]) -> float | None:
     return number(gmacs.get("total") if isinstance(gmacs, Mapping) else gmacs)
 
 
+def most_gmacs(row: Mapping[str, Any]) -> float | None:
+    """Total GMACs; the schedule's limit where they depend on the image and were measured."""
+    sample = row.get("gmacs_sample")
+    limit = number(sample.get("limit")) if isinstance(sample, Mapping) else None
+    return total_gmacs(row) if limit is None else limit
+
+
+def cost_range(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Cheapest and most expensive image in GMACs, where the cost depends on the image."""
+    sample = row.get("gmacs_sample")
+    if not isinstance(sample, Mapping):
+        return None
+    low, high = number(sample.get("min")), number(sample.get("max"))
+    return None if low is None or high is None else (low, high)
+
+
+def format_range(row: Mapping[str, Any]) -> str:
+    """`cost_range` in brackets, behind the mean; empty where the cost is always the same."""
+    ends = cost_range(row)
+    return "" if ends is None else f" [{format_gmacs(ends[0])}, {format_gmacs(ends[1])}]"
+
+
 def interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
     """The 95 % interval of top-1 in percent, None where there is none."""
     ends = row.get("ci95")
@@ -64,6 +86,8 @@ def describe_budget(schedule: Mapping[str, Any] | None) -> str:
     'keep 0.7 @3,6,9'
     >>> describe_budget({"name": "target_gmacs", "fraction": 0.5})
     '50 % of dense'
+    >>> describe_budget({"name": "target_speedup", "speedup": 1.5, "batch": 1})
+    '1.5x as fast'
     >>> describe_budget({"name": "grid", "grid": "5x5"})
     'grid 5x5'
     """
@@ -86,6 +110,10 @@ def describe_budget(schedule: Mapping[str, Any] | None) -> str:
         return f"{_short(known['gmacs'])} GMACs"
     if name == "target_gmacs" and number(known.get("fraction")) is not None:
         return f"{100 * known['fraction']:.4g} % of dense"
+    if name == "target_ms" and "ms" in known:
+        return f"{_short(known['ms'])} ms"
+    if name == "target_speedup" and "speedup" in known:
+        return f"{_short(known['speedup'])}x as fast"
     arguments = [f"{key}={_short(value)}" for key, value in known.items()]
     return " ".join([name, *arguments[:3]]).strip()
 
@@ -144,7 +172,8 @@ def summary_line(row: Mapping[str, Any]) -> str:
     gmacs, dense = total_gmacs(row), number(row.get("gmacs_dense"))
     if gmacs is not None:
         saved = f" ({100 * (gmacs / dense - 1):+.1f} %)" if dense and not is_dense(row) else ""
-        parts.append(f"{format_gmacs(gmacs)} GMACs{saved}{_as_published(row)}")
+        mean = f"{format_gmacs(gmacs)}{format_range(row)} GMACs"
+        parts.append(f"{mean}{saved}{_as_published(row)}")
     if tokens := describe_tokens(row.get("tokens")):
         parts.append(f"tokens {tokens}")
     if (top1 := number(row.get("top1"))) is not None:

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from zoo.adapters.standalone import as_standalone
 from zoo.errors import ZooError
 from zoo.rows import new_row, wilson_interval
 from zoo.run.build import build_model
+from zoo.sampling import IMAGES, CostSampler, is_adaptive, measure, spread_images
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from zoo.reduced import ReducedViT
+    from zoo.cost import Profile
+    from zoo.reduced import Info, ReducedViT
 
-TASKS = ("accuracy", "flops", "throughput")
+TASKS = ("accuracy", "flops", "throughput", "fidelity")
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_BY_BATCH = ("batch", "imgs_per_s", "imgs_per_s_dense", "ms", "peak_mem_mb", "peak_mem_mb_dense")
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -48,11 +52,19 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     row.update(task=tasks, seed=seed, weights=_text(cfg.weights), **_provenance(cfg, model))
     # Costs first: they are exact and take no time, and the rest may be interrupted.
     row.update(count_costs(model, trace="flops" in tasks))
+    if "flops" in tasks and "accuracy" not in tasks:
+        row.update(sample_costs(cfg, model))
     if "accuracy" in tasks:
         row.update(measure_accuracy(cfg, model, device, dtype))
     if "throughput" in tasks:
-        row.update(measure_throughput(cfg, model, device, dtype))
-    if {"accuracy", "throughput"} & set(tasks):
+        measured = measure_throughput(cfg, model, device, dtype)
+        notes = [text for text in (row.get("notes"), measured.pop("notes")) if text]
+        row.update(measured, notes="; ".join(notes) or None)
+    if "fidelity" in tasks:
+        from zoo.run.fidelity import measure_fidelity
+
+        row.update(measure_fidelity(cfg, model, device, dtype, _limit(cfg.limit)))
+    if set(tasks) - {"flops"}:
         row.update(device=_device_name(device), dtype=str(cfg.dtype), compile=bool(cfg.compile))
     return new_row(**row)
 
@@ -92,6 +104,8 @@ def describe(model: ReducedViT) -> dict[str, Any]:
         "schedule": schedule if method_name(model) != "none" else None,
         "img_size": size[0] if size[0] == size[1] else list(size),
         "recipe": recipe,
+        # What a budget in time was solved with: the time itself holds on this machine only.
+        "notes": str(measured) if (measured := getattr(model.target, "measured", None)) else None,
     }
 
 
@@ -114,18 +128,59 @@ def count_costs(model: ReducedViT, trace: bool = True) -> dict[str, Any]:
 
     found = flops.profile(model)
     return {
-        "tokens": [list(pair) for pair in found.tokens],
+        **_costs(found),
         "params_m": found.params / 1e6,
+        "gmacs_dense": found.dense,
+        "gmacs_paper": _as_published(model),
+        "gmacs_fvcore": _fvcore(model) if trace else None,
+    }
+
+
+def _costs(found: Profile) -> dict[str, Any]:
+    """The fields that differ between an upper limit and a mean over images."""
+    return {
+        "tokens": [list(pair) for pair in found.tokens],
         "gmacs": {
             "total": found.gmacs,
             "linear": found.linear,
             "attention": found.attention,
             "reducer": found.reducer,
         },
-        "gmacs_dense": found.dense,
-        "gmacs_paper": _as_published(model),
-        "gmacs_fvcore": _fvcore(model) if trace else None,
+        "gmacs_sample": None if found.sample is None else found.sample._asdict(),
     }
+
+
+def sampled_costs(found: Profile) -> dict[str, Any]:
+    """Returns the fields of a row that a cost measured on images replaces.
+
+    fvcore follows one graph for all images, so its count is none of these.
+    """
+    return {**_costs(found), "gmacs_fvcore": None}
+
+
+def sample_costs(cfg: DictConfig, model: ReducedViT) -> dict[str, Any]:
+    """Measures the cost on evaluation images, where it depends on the image and there are any.
+
+    Returns:
+        Fields of the row; none of them for other methods, for untrained weights, and under
+        torch.compile, whose graph keeps the upper limit.
+    """
+    if not is_adaptive(model) or cfg.compile or not _has_weights(cfg):
+        return {}
+    from zoo.data import build_data
+
+    try:
+        data = build_data(cfg, model)
+        data.setup("test")
+        batches = spread_images(data, _limit(cfg.limit) or IMAGES)
+        return sampled_costs(measure(model, batches))
+    except ZooError as error:
+        print(f"warning: the cost is the schedule's upper limit: {error}", file=sys.stderr)
+        return {}
+
+
+def _has_weights(cfg: DictConfig) -> bool:
+    return cfg.weights is not None or bool(cfg.backbone and cfg.backbone.pretrained)
 
 
 def _as_published(model: ReducedViT) -> dict[str, Any] | None:
@@ -162,15 +217,22 @@ def measure_accuracy(
 
     data = build_data(cfg, model)
     data.setup("test")
-    if cfg.weights is None and not (cfg.backbone and cfg.backbone.pretrained):
+    if not _has_weights(cfg):
         print(
             "warning: accuracy of untrained weights; give weights=... or backbone.pretrained=true",
             file=sys.stderr,
         )
     model.to(device)
     runner: Any = torch.compile(model) if cfg.compile else model
+    # A compiled graph keeps the upper limit, and does not say what it does.
+    sampler = CostSampler(model) if is_adaptive(model) and not cfg.compile else None
     top1, top5, images = top_k(
-        runner, data.test_dataloader(), device, dtype, limit=_limit(cfg.limit)
+        runner,
+        data.test_dataloader(),
+        device,
+        dtype,
+        limit=_limit(cfg.limit),
+        watch=None if sampler is None else sampler.add,
     )
     if not images:
         raise ZooError(f"{data.label}: no images in the split {data.splits['test']!r}")
@@ -182,6 +244,7 @@ def measure_accuracy(
         # Among five classes or fewer everything is in the first five.
         "top5": 100 * top5 / images if model.num_classes > 5 else None,
         "ci95": list(wilson_interval(top1, images)),
+        **({} if sampler is None else sampled_costs(sampler.profile())),
     }
 
 
@@ -192,6 +255,7 @@ def top_k(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     limit: int | None = None,
+    watch: Callable[[Info], None] | None = None,
 ) -> tuple[int, int, int]:
     """Counts correct answers.
 
@@ -201,6 +265,7 @@ def top_k(
         device: Where to run.
         dtype: Precision of autocast.
         limit: Stop after so many images.
+        watch: Is told of every batch what happened to its tokens, by a model that can say.
 
     Returns:
         Images whose class came first, those whose class was among the first five, and all images.
@@ -212,7 +277,11 @@ def top_k(
             images, labels = images[: limit - total], labels[: limit - total]
         images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            logits = model(images)
+            if watch is None:
+                logits = model(images)
+            else:
+                logits, info = model(images, return_info="trace")
+                watch(info)
         best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
         top1 += int(hits[:, 0].sum())
@@ -226,35 +295,43 @@ def top_k(
 def measure_throughput(
     cfg: DictConfig, model: ReducedViT, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Returns images per second, of the model and of its dense counterpart in turns."""
+    """Returns images per second, of the model and of its dense counterpart in turns.
+
+    The fields of the row are those of the first batch size; `by_batch` holds all where there are
+    several.
+    """
     from zoo.throughput import measure
 
     options = cfg.throughput
+    sizes = list(options.batch) if OmegaConf.is_list(options.batch) else [options.batch]
+    if not sizes:
+        raise ZooError("throughput.batch is empty; type throughput.batch=32 or [1,16]")
     runner: Any = model
     # A standalone backbone is its own reduction: there is no dense model to take turns with.
     dense: Any = model.unwrap() if as_standalone(model.backbone) is None else None
     if cfg.compile:
         runner, dense = torch.compile(model), dense and torch.compile(dense)
-    found = measure(
-        runner,
-        dense,
-        input_size=input_size(model),
-        batch=options.batch,
-        rounds=options.rounds,
-        min_time=options.min_time,
-        threads=options.threads,
-        device=device,
-        dtype=dtype,
-    )
-    busy = f"spread of the throughput rounds {100 * found.spread:.0f} %"
+    found = [
+        measure(
+            runner,
+            dense,
+            input_size=input_size(model),
+            batch=size,
+            rounds=options.rounds,
+            min_time=options.min_time,
+            threads=options.threads,
+            device=device,
+            dtype=dtype,
+        )
+        for size in sizes
+    ]
+    spread = max(one.spread for one in found)
+    by_batch = [{name: getattr(one, name) for name in _BY_BATCH} for one in found]
     return {
-        "imgs_per_s": found.imgs_per_s,
-        "imgs_per_s_dense": found.imgs_per_s_dense,
-        "ms": found.ms,
-        "batch": found.batch,
-        "threads": found.threads,
-        "peak_mem_mb": found.peak_mem_mb,
-        "notes": busy if found.spread > 0.1 else None,
+        **by_batch[0],
+        "by_batch": by_batch if len(found) > 1 else None,
+        "threads": found[0].threads,
+        "notes": f"spread of the throughput rounds {100 * spread:.0f} %" if spread > 0.1 else None,
     }
 
 

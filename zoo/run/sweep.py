@@ -60,7 +60,15 @@ def _devices(cfg: DictConfig) -> int:
 
 
 class ReportCallback(Callback):
-    """Writes the report when the last job of a sweep has ended."""
+    """Writes the report when the last job of a sweep has ended.
+
+    Args:
+        also: Files or folders of rows that the report shows beside those of the sweep, e.g. of
+            models trained earlier. Only rows of the sweep's data sets are taken.
+    """
+
+    def __init__(self, also: str | list[str] | None = None) -> None:
+        self.also = [also] if isinstance(also, str) else list(also or ())
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints the table and the path of the report; the rows stay whatever happens here."""
@@ -71,8 +79,14 @@ class ReportCallback(Callback):
         path = sweep_rows_path(config.hydra)
         if not path.exists():
             return
+        from zoo.run.controls import add_controls
+
+        add_controls(config, path)
         try:
             rows = read_rows(path)
+            data = {row["dataset"] for row in rows}
+            for more in self.also:
+                rows += [row for row in read_rows(Path(more)) if row["dataset"] in data]
             from zoo.report import table, write_report
 
             print(table(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,8 @@ from zoo.errors import BadCheckpoint, ZooError
 from zoo.lit.classifier import Classifier
 from zoo.rows import new_row, wilson_interval
 from zoo.run.build import build_model, instantiate
-from zoo.run.evaluate import count_costs, describe
+from zoo.run.evaluate import count_costs, describe, sampled_costs
+from zoo.sampling import is_adaptive, measure, spread_images
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -71,10 +73,15 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.ckpt is not None:
         _check_resume(Path(cfg.ckpt), model, module.volatile)
     trainer: pl.Trainer = instantiate_trainer(cfg)
-    _fit(trainer, module, data, cfg.ckpt)
+    start = None
+    if cfg.test_start and cfg.ckpt is None:
+        [first] = trainer.test(module, datamodule=data, verbose=False)
+        start = float(first["test/top1"])
+    seconds = _fit(trainer, module, data, cfg.ckpt)
     _pick_weights(trainer, module, str(cfg.test))
     [scores] = trainer.test(module, datamodule=data, verbose=False)
-    return _finish(cfg, trainer, module, data, scores)
+    run = {"top1_start": start, "notes": _notes(cfg, trainer, seconds)}
+    return _finish(cfg, trainer, module, data, scores, run)
 
 
 # -- before ---------------------------------------------------------------------------------------
@@ -179,7 +186,9 @@ def _check_resume(path: Path, model: ReducedViT, volatile: frozenset[str]) -> No
 # -- training -------------------------------------------------------------------------------------
 
 
-def _fit(trainer: pl.Trainer, module: Classifier, data: ImageData, ckpt: str | None) -> None:
+def _fit(trainer: pl.Trainer, module: Classifier, data: ImageData, ckpt: str | None) -> float:
+    """Train, and return the seconds that it took."""
+    started = time.monotonic()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
     except SystemExit:
@@ -190,6 +199,7 @@ def _fit(trainer: pl.Trainer, module: Classifier, data: ImageData, ckpt: str | N
         where = f"go on with the same command and ckpt={last}" if last else "no epoch was complete"
         _say(f"\nstopped in epoch {trainer.current_epoch}; {where}")
         raise KeyboardInterrupt from None
+    return time.monotonic() - started
 
 
 def _checkpoint(trainer: pl.Trainer, which: str) -> str | None:
@@ -228,6 +238,7 @@ def _finish(
     module: Classifier,
     data: ImageData,
     scores: Mapping[str, float],
+    run: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Makes the row and saves the model folder."""
     model: ReducedViT = module.net.cpu().eval()  # type: ignore[assignment]
@@ -236,6 +247,8 @@ def _finish(
     known = module.finish(Path(str(cfg.output_dir)), write=trainer.is_global_zero)
     row = describe(model)
     row.update(count_costs(model, trace=False))
+    if is_adaptive(model):
+        row.update(sampled_costs(measure(model, spread_images(data))))
     folder = Path(str(cfg.output_dir)) / "model"
     row.update(
         task=["train", "accuracy"],
@@ -253,7 +266,7 @@ def _finish(
         seed=int(cfg.seed),
         weights=os.path.relpath(folder),
         trained=True,
-        notes=_notes(cfg, trainer),
+        **run,
     )
     if "notes" in known:
         known["notes"] = f"{row['notes']}, {known['notes']}"
@@ -270,10 +283,13 @@ def _finish(
     return row
 
 
-def _notes(cfg: DictConfig, trainer: pl.Trainer) -> str:
+def _notes(cfg: DictConfig, trainer: pl.Trainer, seconds: float) -> str:
     start = cfg.weights or ("pretrained" if cfg.backbone and cfg.backbone.pretrained else "scratch")
     val = trainer.callback_metrics
-    parts = [f"{trainer.current_epoch} epochs from {start}", f"weights of the {cfg.test} epoch"]
+    parts = [
+        f"{trainer.current_epoch} epochs from {start} in {seconds:.0f} s",
+        f"weights of the {cfg.test} epoch",
+    ]
     limits = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "fast_dev_run")
     if any(cfg.trainer.get(name) for name in limits):
         parts.append("on part of the data")
@@ -327,6 +343,7 @@ def _quiet() -> None:
         ".*exists and is not empty.*",
         ".*saving a checkpoint outside the 'fit' stage.*",
         ".*weights_only=True.*",
+        ".*configure_optimizers` returned `None`.*",  # a search that trains nothing
         ".*sync_dist=True.*",  # torchmetrics has summed over the processes already
     ):
         warnings.filterwarnings("ignore", message=text)

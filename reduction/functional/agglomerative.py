@@ -1,0 +1,86 @@
+"""Agglomerative clustering of whole batches.
+
+Shapes: B batch, N points, K clusters.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reduction.functional.matching import unit
+
+LINKAGES = ("average", "complete", "single")
+
+
+class Partition(NamedTuple):
+    """Clusters in the order of their first members.
+
+    Attributes:
+        slot: Cluster of each point, `(B, N)` int64 in `[0, K)`.
+        leader: First member of each cluster, `(B, K)` int64, ascending.
+    """
+
+    slot: Tensor
+    leader: Tensor
+
+
+@torch.no_grad()
+def cosine_distances(x: Tensor) -> Tensor:
+    """One minus the cosine of all pairs, `(B, N, d)` to `(B, N, N)`, in float64 where there is one.
+
+    Which pair is the closest hangs on differences far below what half precision resolves.
+    """
+    x = unit(x.to(torch.float32 if x.device.type == "mps" else torch.float64))
+    return 1 - x @ x.transpose(1, 2)
+
+
+@torch.no_grad()
+def agglomerate(distance: Tensor, k: int, linkage: str = "average") -> Partition:
+    """Join the two closest clusters until `k` are left.
+
+    The distances of the new cluster follow from those of the two (Lance and Williams), so each of
+    the N - k steps is one search for the smallest entry and one update of a row and a column, for
+    all images at once. Of equal distances the first in row-major order is taken.
+
+    Args:
+        distance: `(B, N, N)`, symmetric; the diagonal does not matter.
+        k: Clusters to leave, 1 to N.
+        linkage: "average" (of all pairs of points), "complete" (the farthest pair) or "single" (the
+            nearest).
+
+    Returns:
+        The clusters.
+    """
+    batch, n, _ = distance.shape
+    place = torch.arange(n, device=distance.device)
+    distance = distance.masked_fill(place.unsqueeze(1) == place, torch.inf)
+    slot = place.expand(batch, n)
+    members = distance.new_ones(batch, n)
+    for _ in range(n - k):
+        flat = distance.flatten(1).argmin(1, keepdim=True)
+        # A product need not be symmetric to the last bit, so the entry may be below the diagonal.
+        pair = torch.cat([flat // n, flat % n], 1).sort(1).values
+        i, j = pair[:, :1], pair[:, 1:]
+        rows = pair.unsqueeze(2).expand(batch, 2, n)
+        near, far = distance.gather(1, rows).unbind(1)
+        if linkage == "single":
+            joint = torch.minimum(near, far)
+        elif linkage == "complete":
+            joint = torch.maximum(near, far)
+        else:
+            # Clusters that are gone are infinitely far from both, and stay so.
+            count = members.gather(1, pair)
+            joint = (near * count[:, :1] + far * count[:, 1:]) / count.sum(1, keepdim=True)
+        # None joins itself, and j is gone: its row and column are infinite from now on.
+        joint = joint.scatter(1, pair, torch.inf)
+        new = torch.stack([joint, torch.full_like(joint, torch.inf)], 1)
+        distance = distance.scatter_(1, rows, new)
+        distance = distance.scatter_(2, rows.transpose(1, 2), new.transpose(1, 2))
+        members = members.scatter_add(1, i, members.gather(1, j))
+        slot = torch.where(slot == j, i, slot)
+    first = slot == place
+    leader = (~first).to(torch.int8).argsort(dim=1, stable=True)[:, :k]
+    return Partition((first.long().cumsum(1) - 1).gather(1, slot), leader)

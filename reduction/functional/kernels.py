@@ -1,0 +1,174 @@
+"""Attention kernels for CPUs, and the choice between them by measuring once.
+
+On a CPU the fused kernel of torch is not always the fastest one: with few tokens, in float32, the
+two products and a softmax in a small reused buffer take up to a fifth less time. Which wins
+depends on the machine, so it is measured: once per process, kind of call and number of tokens
+(in steps of 32). All kernels agree to rounding. `ZOO_ATTN=sdpa` switches the choice off, for runs
+that must repeat bit by bit in another process; `ZOO_ATTN=explicit` never asks the fused one.
+
+Shapes: B batch, H heads, N queries, M keys, d head width.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reduction.eager import autocasting, recording, undisturbed
+from reduction.errors import ZooError
+
+Kernel = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+
+MODES = ("auto", "sdpa", "explicit")
+#: Products in the two halves of an attention below which no choice is worth its bookkeeping.
+SMALL = 1 << 21
+#: A kernel must be so much faster than the fused one to be taken instead.
+MARGIN = 1.03
+#: Images that a measurement looks at, at most.
+SAMPLE = 16
+
+_CHOSEN: dict[tuple[object, ...], Kernel] = {}
+
+
+def dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dropout: float = 0.0
+) -> Tensor:
+    """`softmax(scale * q k^T + bias) v`, `(B, H, N, d)`, by the kernel that is fastest here.
+
+    Args:
+        q: `(B, H, N, d)`.
+        k: `(B, H, M, d)`.
+        v: `(B, H, M, d)`.
+        scale: Factor on the logits.
+        bias: `(B, 1, 1, M)` or whatever the fused kernel takes, or None.
+        dropout: Dropout rate of the weights.
+    """
+    if not dropout and _free_to_choose(q, bias):
+        return _kernel(q, k, v, scale, bias)(q, k, v, scale, bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+
+
+def mode() -> str:
+    """What `ZOO_ATTN` says; "auto" where it says nothing.
+
+    Raises:
+        ZooError: If it is none of `MODES`.
+    """
+    value = os.environ.get("ZOO_ATTN") or "auto"
+    if value not in MODES:
+        raise ZooError(f"ZOO_ATTN must be one of {', '.join(MODES)}, got {value!r}")
+    return value
+
+
+def forget() -> None:
+    """Forget all choices, so that they are measured again."""
+    _CHOSEN.clear()
+
+
+def choices() -> dict[tuple[object, ...], str]:
+    """What was chosen so far: `(training, many images, H, d, N / 32, threads, bias)` to a name."""
+    return {key: kernel.__name__.strip("_") for key, kernel in _CHOSEN.items()}
+
+
+def _free_to_choose(q: Tensor, bias: Tensor | None) -> bool:
+    if q.dtype != torch.float32 or not undisturbed(q) or autocasting(q):
+        return False
+    if q.shape[0] * q.shape[1] * q.shape[2] ** 2 * q.shape[3] < SMALL:
+        return False
+    return (bias is None or bias.shape[1:3] == (1, 1)) and mode() != "sdpa"
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Kernel:
+    batch, heads, n, width = q.shape
+    train = recording(q, k, v, bias)
+    if torch.is_grad_enabled() and (not train or _saved_tensors_hooks()):
+        # Gradient checkpointing counts what is saved, so nothing may be measured under it.
+        return fused
+    threads = torch.get_num_threads()
+    key = (train, batch > 1, heads, width, -(-n // 32), threads, bias is not None)
+    if key not in _CHOSEN:
+        rivals: tuple[Kernel, ...] = (plain,) if train else (by_image,)
+        if not train and batch > 1 and n <= 64:
+            rivals = (by_image, at_once)
+        if mode() == "auto":
+            rivals = (fused, *rivals)
+        _CHOSEN[key] = rivals[0] if len(rivals) == 1 else _fastest(rivals, q, k, v, scale, bias)
+    return _CHOSEN[key]
+
+
+def _saved_tensors_hooks() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """torch's own."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Two products and a softmax, all recorded: its backward pass is often the faster one."""
+    logits = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        logits = logits + bias
+    return logits.softmax(-1) @ v
+
+
+def by_image(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Image after image in one buffer `(H, N, M)` that stays in the cache. Records nothing."""
+    batch, heads, n, width = q.shape
+    # The layout that the next layer reads without a copy.
+    out = q.new_empty(batch, n, heads, width).transpose(1, 2)
+    map_ = q.new_empty(heads, n, k.shape[2])
+    for i in range(batch):
+        if bias is None:
+            torch.baddbmm(map_, q[i], k[i].transpose(1, 2), beta=0, alpha=scale, out=map_)
+        else:
+            own = bias[i if bias.shape[0] > 1 else 0]
+            torch.baddbmm(own, q[i], k[i].transpose(1, 2), alpha=scale, out=map_)
+        torch.softmax(map_, -1, out=map_)
+        out[i] = torch.bmm(map_, v[i])
+    return out
+
+
+def at_once(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """All images in one product of `(B * H, N, d)`. Records nothing."""
+    batch, heads, n, width = q.shape
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    if bias is None:
+        map_ = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    else:
+        bias = bias.expand(batch, heads, 1, -1).reshape(batch * heads, 1, -1)
+        map_ = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+    torch.softmax(map_, -1, out=map_)
+    return torch.bmm(map_, v).view(batch, heads, n, width)
+
+
+def _fastest(
+    kernels: tuple[Kernel, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    rounds: int = 4,
+) -> Kernel:
+    """The first of the kernels, unless another one is clearly faster on these tensors."""
+    train = recording(q, k, v, bias)
+    some = slice(0, SAMPLE)
+    q, k, v = (x[some].detach().requires_grad_(train) for x in (q, k, v))
+    bias = None if bias is None else bias[some].detach()
+    best = dict.fromkeys(kernels, float("inf"))
+    for _ in range(rounds):
+        for kernel in kernels:
+            start = time.perf_counter()
+            out = kernel(q, k, v, scale, bias).transpose(1, 2).flatten(2)
+            if train:
+                torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+            best[kernel] = min(best[kernel], time.perf_counter() - start)
+    winner = min(kernels, key=best.__getitem__)
+    return winner if best[winner] * MARGIN < best[kernels[0]] else kernels[0]

@@ -1,0 +1,79 @@
+"""Squeezing: kept tokens absorb the dropped ones that resemble them most.
+
+Shapes: B batch, N tokens, D dropped and M kept ones, C width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from reduction.assignment import Merge
+from reduction.tokens import Tokens, take_rows
+
+#: Weight of a kept token in its own group, whatever the temperature.
+_OWN = math.e
+
+
+def _unit(x: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / (length + 1e-6)
+
+
+def squeeze(t: Tokens, score: Tensor, keep: int, temperature: float = 1.0) -> Merge:
+    """Keep the best tokens; each other one joins the kept token it resembles most.
+
+    With `c` the cosine over the temperature, a group is `(e x_j + sum exp(c_i) x_i) / (e + sum
+    exp(c_i))`. Gradient flows through the cosines, not through the choices.
+
+    Args:
+        t: Tokens with N reducible tokens.
+        score: `(B, N)`, higher is kept.
+        keep: M.
+        temperature: Divides the cosines.
+
+    Returns:
+        The groups; kept tokens lead them, in descending order of score.
+    """
+    order = score.detach().argsort(dim=1, descending=True)
+    kept, dropped = order[:, :keep], order[:, keep:]
+    direction = _unit(t.patches)
+    cosine = take_rows(direction, dropped) @ take_rows(direction, kept).transpose(1, 2)
+    best, host = cosine.max(-1)
+    weight = (best.float() / temperature).exp()
+    total = weight.new_full(kept.shape, _OWN).scatter_add(1, host, weight)
+    return Merge(None, kept, coef=weight / total.gather(1, host), pairs=(dropped, host))
+
+
+def squeeze_masked(x: Tensor, kept: Tensor, gone: Tensor, temperature: float = 1.0) -> Tensor:
+    """The same while training with masks: every token stays, and kept ones absorb.
+
+    Gradient reaches the decisions through the weights `exp(c g) g`, g being `gone`.
+
+    Args:
+        x: Features `(B, N, C)`.
+        kept: One where a token is kept, `(B, N)`.
+        gone: One where a token leaves in this step, `(B, N)`.
+        temperature: Divides the cosines.
+
+    Returns:
+        `(B, N, C)`.
+    """
+    direction = _unit(x)
+    with torch.no_grad():
+        cosine = direction @ direction.transpose(1, 2)
+        alone = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        taboo = alone | (kept < 0.5).unsqueeze(1)
+        best, host = cosine.masked_fill(taboo, -torch.inf).max(-1)
+    near = (direction * take_rows(direction, host)).sum(-1).float() / temperature
+    # Where nothing is kept there is no host; the weight is then as good as zero.
+    near = torch.where(best.isfinite(), near, -100.0)
+    weight = (near * gone).exp() * gone
+    total = weight.new_full(weight.shape, _OWN).scatter_add(1, host, weight)
+    batch, n, width = x.shape
+    flat = (host + torch.arange(batch, device=x.device).unsqueeze(1) * n).reshape(-1)
+    moved = (x.to(weight.dtype) * weight.unsqueeze(-1)).reshape(-1, width)
+    mixed = (x.to(weight.dtype) * _OWN).reshape(-1, width).index_add(0, flat, moved)
+    return (mixed.view(batch, n, width) / total.unsqueeze(-1)).to(x.dtype)

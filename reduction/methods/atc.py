@@ -1,0 +1,82 @@
+"""ATC: agglomerative clustering of the tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reduction.assignment import Merge
+from reduction.base import Card, Dims, Reducer, Step
+from reduction.errors import ZooError
+from reduction.functional.agglomerative import LINKAGES, agglomerate, cosine_distances
+from reduction.functional.clustering import mean_shares
+from reduction.functional.matching import head_sum
+from reduction.registry import register
+from reduction.tokens import Signals, Tokens
+
+MEANS = ("size", "plain")
+
+
+@register("atc")
+class ATC(Reducer):
+    """Agglomerative Token Clustering.
+
+    Between attention and MLP, every token starts as a cluster, and the two closest clusters are
+    joined until `keep` are left. Closeness is one minus the cosine of the keys, averaged over
+    heads; between clusters it is the mean ("average"), the largest ("complete") or the smallest
+    ("single") over all pairs of members. A cluster becomes its size-weighted mean. Unlike matching
+    in pairs this has no cap of one half, and the order of tokens cannot matter.
+
+    Args:
+        linkage: "average" (default of the official code), "complete" (what its README trains) or
+            "single".
+        prop_attn: Proportional attention.
+        mean: "size" weighs tokens by their sizes. "plain" weighs all alike, as the official
+            stage-wise code does where proportional attention is off.
+
+    Raises:
+        ZooError: If the linkage or the mean is unknown.
+
+    References:
+        Haurum et al., ECCV 2024, arXiv 2409.11923; official code github.com/JoakimHaurum/ATC (MIT,
+        parts under other terms; this implementation is written from a specification).
+    """
+
+    card = Card(
+        title="Agglomerative Token Clustering",
+        authors="Haurum et al.",
+        venue="ECCV",
+        year=2024,
+        arxiv="2409.11923",
+        code="https://github.com/JoakimHaurum/ATC",
+        licence="MIT",
+        kind="cluster",
+        training="none (fine-tuning recommended)",
+        note="One sequential step per removed token: cheap in products, not in time.",
+    )
+    site = "mid"
+    needs = frozenset({"k"})
+
+    def __init__(
+        self, linkage: str = "average", prop_attn: bool = True, mean: str = "size"
+    ) -> None:
+        super().__init__()
+        if linkage not in LINKAGES:
+            raise ZooError(f"linkage must be one of {LINKAGES}, got {linkage!r}")
+        if mean not in MEANS:
+            raise ZooError(f"mean must be one of {MEANS}, got {mean!r}")
+        self.linkage = linkage
+        self.prop_attn = prop_attn
+        self.mean = mean
+
+    def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
+        assert s.k is not None
+        distance = cosine_distances(head_sum(s.k[:, :, t.prefix :].detach()))
+        slot, leader = agglomerate(distance, step.keep, self.linkage)
+        coef: Tensor | None = None
+        if self.mean == "plain":
+            coef = mean_shares(torch.ones_like(t.patch_size), slot, step.keep)
+        return Merge(slot, leader, coef=coef)
+
+    def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
+        return n * n * dims.head_dim

@@ -1,0 +1,118 @@
+"""Prune by importance first, then merge by similarity: a hybrid of ours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reduction.assignment import Assignment, Keep, Merge
+from reduction.base import Card, Dims, Reducer, Step, attention_score, score_signal
+from reduction.errors import ZooError
+from reduction.functional.matching import head_sum, most_similar
+from reduction.registry import register
+from reduction.tokens import Signals, Tokens, take_rows
+
+
+@register("importance_then_similarity")
+class ImportanceThenSimilarity(Reducer):
+    """Drop the least attended tokens, then merge less important ones into their likes. Ours.
+
+    Between attention and MLP, tokens are sorted by the class token's attention. Of those that have
+    to leave, `prune_share` are dropped from the tail. The survivors are split in the middle: each
+    of the less important half looks for the most similar one of the more important half, and the
+    closest pairs merge into their size-weighted mean. Sizes enter later attentions as log(size).
+
+    The split follows importance, not position, so no important token is merged away; and of the
+    less important ones only those leave that have a close match. All counts are fixed.
+
+    Args:
+        prune_share: Share of the leaving tokens that is dropped, where the schedule gives no count
+            for pruning. More are dropped where less than half of the survivors would be kept.
+        score_from: "class" or "column_mean" (attention received from all tokens, for models
+            without a class token).
+        metric: What is compared by cosine: "feature" (the residual stream) or "key" (sum over
+            heads; cheaper, and worse on digits).
+        prop_attn: Proportional attention.
+
+    Raises:
+        ZooError: If an argument is out of range.
+
+    References:
+        Ours. The order (importance, then similarity among the less important) is that of Zhan et
+        al., "Rethinking Token Reduction for State Space Models", EMNLP 2024, for Mamba language
+        models; nothing else is from there.
+    """
+
+    card = Card(
+        title="Importance, then similarity (ours)",
+        authors="TokenZoo",
+        venue="ours",
+        year=2026,
+        arxiv=None,
+        code=None,
+        licence=None,
+        kind="prune + merge",
+        training="none",
+        note="Ours, not a published method.",
+    )
+    site = "mid"
+    family = "constant_r"
+
+    def __init__(
+        self,
+        prune_share: float = 0.3,
+        score_from: str = "class",
+        metric: str = "feature",
+        prop_attn: bool = True,
+    ) -> None:
+        super().__init__()
+        if isinstance(prune_share, bool) or not 0 <= prune_share <= 1:
+            raise ZooError(f"prune_share must be in [0, 1], got {prune_share!r}")
+        if metric not in ("key", "feature"):
+            raise ZooError(f"metric must be 'key' or 'feature', got {metric!r}")
+        self.prune_share = prune_share
+        self.score_from = score_from
+        self.metric = metric
+        self.prop_attn = prop_attn
+        self.needs = score_signal(score_from) | ({"k"} if metric == "key" else frozenset())
+        self.needs_class_token = score_from == "class"
+
+    def survivors(self, n: int, step: Step) -> int:
+        """Tokens left by pruning: at most twice those left in the end, or pairs would run out."""
+        # A tracer would make tensors of the counts.
+        n, keep, left = int(n), int(step.keep), step.budget.prune
+        if left is None:
+            left = n - round(self.prune_share * (n - keep))
+        return max(keep, min(n, int(left), 2 * keep))
+
+    def assign(self, t: Tokens, s: Signals, step: Step) -> Assignment:
+        score = attention_score(s, self.score_from, t.prefix).detach()
+        keep, left = int(step.keep), self.survivors(t.n, step)
+        if left == keep:
+            return Keep(score.topk(keep, dim=1, sorted=False).indices)
+        order = score.topk(left, dim=1).indices
+        upper = left - left // 2
+        with torch.no_grad():
+            x = take_rows(self._metric(t, s), order)
+            target, similarity = most_similar(x[:, upper:], x[:, :upper])
+            rank = similarity.argsort(dim=1, descending=True)
+        lower = order[:, upper:]
+        gone, stay = rank[:, : left - keep], rank[:, left - keep :]
+        return Merge(
+            None,
+            torch.cat([order[:, :upper], lower.gather(1, stay)], 1),
+            pairs=(lower.gather(1, gone), target.gather(1, gone)),
+        )
+
+    def _metric(self, t: Tokens, s: Signals) -> Tensor:
+        if self.metric == "feature":
+            return t.patches.detach()
+        assert s.k is not None
+        return head_sum(s.k[:, :, t.prefix :].detach())
+
+    def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
+        left = self.survivors(n, step)
+        if left == step.keep:
+            return 0
+        width = dims.head_dim if self.metric == "key" else dims.width
+        return (left - left // 2) * (left // 2) * width

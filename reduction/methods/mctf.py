@@ -1,0 +1,311 @@
+"""MCTF: fuse tokens by similarity, informativeness and size, with attention one step ahead."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reduction.assignment import Merge, apply
+from reduction.base import (
+    AttentionInput,
+    AttentionOutput,
+    Budget,
+    Card,
+    Dims,
+    Outcome,
+    Reducer,
+    Site,
+    Step,
+)
+from reduction.errors import ZooError
+from reduction.functional.attention import attention, column_mean
+from reduction.functional.clustering import mean_shares
+from reduction.functional.fusion import fuse_map, two_way_matching
+from reduction.functional.matching import split_sizes, unit
+from reduction.registry import register
+from reduction.schedule import Schedule
+from reduction.tokens import Signals, Tokens
+
+POOLING = ("attention", "size", "max", "mean")
+
+
+class Share(Schedule):
+    """A share of what another schedule removes, in the same blocks.
+
+    Args:
+        other: That schedule.
+        share: In [0, 1].
+    """
+
+    def __init__(self, other: Schedule, share: float) -> None:
+        self.other = other
+        self.share = share
+        self.strict = False
+
+    def budget(self, block: int, depth: int, n: int, n0: int) -> Budget | None:
+        budget = self.other.budget(block, depth, n, n0)
+        if budget is None:
+            return None
+        drop = int(self.share * max(0, n - budget.keep))
+        return Budget(n - drop) if drop else None
+
+
+@register("mctf")
+class MCTF(Reducer):
+    """Multi-criteria Token Fusion with one-step-ahead attention.
+
+    Tokens alternate between two sets; the attraction of a pair is the product of
+
+        ((cos(x_a, x_b) + 1) / 2)^(1/tau_sim)     similar features of the residual stream
+        (c_a c_b)^(1/tau_info)                    little attention received: c = (1/g) / max(1/g)
+        (e_a e_b)^(1/tau_size)                    few patches: e = (1/s) / max(1/s)
+
+    where g is the mean attention that a token receives in this block. Half of the r tokens leave
+    the first set for the second, the rest the other way round. A group is the mean weighted by
+    `g s`. The map that gave g serves once more: its keys are summed and its queries averaged by
+    group, and it weighs the values of the fused tokens.
+
+    Args:
+        osa: One-step-ahead attention: 1 fuses the map and uses it again; 2 computes it anew from
+            the fused tokens, with their sizes; 0 is none, and fuses the block's output.
+        tau_sim: Temperature of similarity; 0 switches the criterion off.
+        tau_info: Temperature of informativeness; likewise.
+        tau_size: Temperature of size; likewise.
+        both: Two-way matching; False is one way, from the first set to the second.
+        pooling: Weights in a group: "attention" (`g s`), "size", "mean" (all alike), or "max", the
+            largest entry of features and of query rows.
+        prop_attn: Proportional attention.
+        floor: Tokens below which nothing is fused; the official code has 9, and the class token.
+        teacher_share: In training, a second pass removes up to this share of the tokens that the
+            schedule removes; the share is drawn anew in every step. None: no second pass.
+        teacher_weight: Factor of that pass's cross-entropy.
+        consistency: Factor of the squared difference of the two class tokens.
+        confidence: Images enter the difference whose label gets a probability above this.
+
+    Raises:
+        ZooError: If an argument is out of range.
+
+    References:
+        Lee et al., CVPR 2024, arXiv 2403.10030; official code github.com/mlvlab/MCTF (MIT, with
+        parts derived from ToMe; this implementation is written from a specification).
+    """
+
+    card = Card(
+        title="Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision "
+        "Transformers",
+        authors="Lee et al.",
+        venue="CVPR",
+        year=2024,
+        arxiv="2403.10030",
+        code="https://github.com/mlvlab/MCTF",
+        licence="MIT (parts CC-BY-NC 4.0)",
+        kind="merge",
+        training="fine-tuning recommended, with a second pass that removes less",
+        note="Needs the whole attention map in reducing blocks, so no fused kernel there.",
+    )
+    site: Site = "attn"
+    family = "constant_r"
+
+    def __init__(
+        self,
+        osa: int = 1,
+        tau_sim: float = 1.0,
+        tau_info: float = 20.0,
+        tau_size: float = 40.0,
+        both: bool = True,
+        pooling: str = "attention",
+        prop_attn: bool = True,
+        floor: int = 1,
+        teacher_share: float | None = 0.5,
+        teacher_weight: float = 1.0,
+        consistency: float = 3.0,
+        confidence: float = 0.4,
+    ) -> None:
+        super().__init__()
+        if osa not in (0, 1, 2):
+            raise ZooError(f"osa must be 0, 1 or 2, got {osa!r}")
+        for name, tau in (("tau_sim", tau_sim), ("tau_info", tau_info), ("tau_size", tau_size)):
+            if not tau >= 0:
+                raise ZooError(f"{name} must be 0 or more, got {tau!r}")
+        if pooling not in POOLING:
+            raise ZooError(f"pooling must be one of {POOLING}, got {pooling!r}")
+        if floor < 1:
+            raise ZooError(f"floor must be 1 or more, got {floor!r}")
+        if teacher_share is not None and not 0 <= teacher_share <= 1:
+            raise ZooError(f"teacher_share must be null or in [0, 1], got {teacher_share!r}")
+        self.osa = osa
+        self.tau_sim, self.tau_info, self.tau_size = tau_sim, tau_info, tau_size
+        self.both = both
+        self.pooling = pooling
+        self.prop_attn = prop_attn
+        self.floor = floor
+        self.teacher_share = teacher_share
+        self.teacher_weight = teacher_weight
+        self.consistency = consistency
+        self.confidence = confidence
+        if osa == 0:
+            self.site = "post"
+            self.needs = frozenset({"column"})
+        else:
+            self.rereads = "values" if osa == 1 else "all"
+
+    def max_drop(self, n: int) -> int:
+        return max(0, min(n // 2, n - self.floor))
+
+    # -- which tokens ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def attraction(self, t: Tokens, column: Tensor) -> Tensor:
+        """Attraction of the reducible tokens of the two sets, `(B, A, B')`.
+
+        Args:
+            t: Tokens.
+            column: Attention that each token receives, `(B, P+N)`.
+        """
+        first = t.prefix & 1
+        senders, receivers = split_sizes(t.n, t.prefix)
+        out = t.size.new_ones(t.x.shape[0], senders, receivers)
+
+        def pairs(score: Tensor, tau: float) -> Tensor:
+            # The largest is over all tokens, prefix included.
+            score = (score / score.amax(1, keepdim=True))[:, t.prefix :] ** (1 / tau)
+            return score[:, first::2].unsqueeze(2) * score[:, 1 - first :: 2].unsqueeze(1)
+
+        if self.tau_sim:
+            x = unit(t.patches.to(torch.promote_types(t.x.dtype, torch.float32)))
+            cosine = x[:, first::2] @ x[:, 1 - first :: 2].transpose(1, 2)
+            out = ((cosine.to(out.dtype) + 1) / 2).clamp(0, 1) ** (1 / self.tau_sim)
+        if self.tau_info:
+            received = column.to(out.dtype).clamp_min(torch.finfo(out.dtype).tiny)
+            out = out * pairs(1 / received, self.tau_info)
+        if self.tau_size:
+            out = out * pairs(1 / t.size, self.tau_size)
+        return out
+
+    @torch.no_grad()
+    def _grouped(self, t: Tokens, column: Tensor, step: Step) -> Merge:
+        weight = self.attraction(t, column)
+        groups = two_way_matching(weight, t.n - step.keep, t.prefix & 1, self.both)
+        if self.pooling == "size":
+            return Merge(*groups)
+        share = t.patch_size
+        if self.pooling == "attention":
+            received = column[:, t.prefix :].to(share.dtype)
+            # A token that nobody looks at has a share in its group all the same.
+            share = share * received.clamp_min(torch.finfo(share.dtype).tiny ** 0.5)
+        else:
+            share = torch.ones_like(share)
+        return Merge(*groups, coef=mean_shares(share, groups.slot, step.keep))
+
+    def _fused(self, t: Tokens, merge: Merge) -> Tokens:
+        out = apply(t, merge)
+        if self.pooling != "max":
+            return out
+        assert merge.slot is not None
+        index = merge.slot.unsqueeze(2).expand_as(t.patches)
+        x = t.x.new_zeros(out.patches.shape)
+        x = x.scatter_reduce(1, index, t.patches, "amax", include_self=False)
+        return out._replace(x=torch.cat([t.x[:, : t.prefix], x], 1))
+
+    # -- where -------------------------------------------------------------------------------------
+
+    def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
+        if step is None or self.osa == 0:
+            return None
+        assert a.again is not None
+        if self.osa == 2:
+            with torch.no_grad():
+                column = column_mean(a.q, a.k, a.scale, a.bias)
+            new = self._fused(t, self._grouped(t, column, step))
+            b = a.again(new, False)
+            out, _ = attention(
+                b.q, b.k, b.v, scale=b.scale, bias=b.bias, dropout=b.dropout, fused=b.fused
+            )
+            return AttentionOutput(out, Signals(), new)
+        logits = (a.q * a.scale) @ a.k.transpose(-2, -1)
+        if a.bias is not None:
+            logits = logits + a.bias
+        map_ = logits.softmax(-1)
+        merge = self._grouped(t, map_.detach().mean((1, 2)), step)
+        new = self._fused(t, merge)
+        map_ = self._fused_map(t, map_, merge, step.keep).to(a.q.dtype)
+        out = F.dropout(map_, a.dropout) @ a.again(new, True).v
+        return AttentionOutput(out, Signals(), new)
+
+    def _fused_map(self, t: Tokens, map_: Tensor, merge: Merge, keep: int) -> Tensor:
+        assert merge.slot is not None
+        batch, p = map_.shape[0], t.prefix
+        slot = torch.cat([torch.arange(p, device=t.x.device).expand(batch, p), merge.slot + p], 1)
+        share = None
+        if self.pooling != "max":
+            own = merge.coef
+            if own is None:
+                own = mean_shares(t.patch_size, merge.slot, keep)
+            share = torch.cat([own.new_ones(batch, p), own], 1)
+        return fuse_map(map_, slot, share, p + keep)
+
+    def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
+        """Fuse the output of a block (osa 0)."""
+        assert s.column is not None
+        return self._fused(t, self._grouped(t, s.column.detach(), step))
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def peer(self, schedule: Schedule) -> Schedule | None:
+        if self.teacher_share is None:
+            return None
+        return Share(schedule, self.teacher_share * torch.rand(()).item())
+
+    def auxiliary_losses(self, outcome: Outcome) -> dict[str, Tensor]:
+        if outcome.teacher is None:
+            return {}
+        ce = F.cross_entropy(outcome.teacher.logits, outcome.targets)
+        sure = confident(outcome.logits, outcome.targets, self.confidence)
+        gap = (class_gap(outcome) * sure).sum() / sure.sum().clamp_min(1)
+        return {"teacher": self.teacher_weight * ce, "consistency": self.consistency * gap}
+
+    # -- cost --------------------------------------------------------------------------------------
+
+    def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
+        senders, receivers = split_sizes(n, prefix)
+        return senders * receivers * dims.width if self.tau_sim else 0
+
+    def attention_macs(self, n: int, kept: int, width: int) -> int:
+        # The map of all tokens, then either its use for the fused ones or their own attention.
+        return (n * n + kept * kept * (1 if self.osa == 1 else 2)) * width
+
+
+def class_gap(outcome: Outcome) -> Tensor:
+    """Mean squared difference to the teacher's class token, per image, `(B,)`.
+
+    Where there is no prefix token, of the size-weighted means instead. The teacher gets no
+    gradient from it.
+    """
+    assert outcome.teacher is not None
+    return (_summary(outcome.teacher.final).detach() - _summary(outcome.final)).square().mean(1)
+
+
+def _summary(t: Tokens) -> Tensor:
+    if t.prefix:
+        return t.x[:, 0]
+    share = t.size / t.size.sum(1, keepdim=True)
+    return (t.x * share.unsqueeze(2).to(t.x.dtype)).sum(1)
+
+
+@torch.no_grad()
+def confident(logits: Tensor, targets: Tensor, above: float) -> Tensor:
+    """1 for images whose label, or labels together where they are mixed, are that probable.
+
+    Args:
+        logits: `(B, classes)`.
+        targets: Labels `(B,)` or soft labels `(B, classes)`.
+        above: Probability.
+    """
+    probability = logits.softmax(-1)
+    if targets.dim() == 1:
+        own = probability.gather(1, targets.unsqueeze(1)).squeeze(1)
+    else:
+        # Smoothing gives every class the same little; what has more is a label.
+        own = (probability * (targets > targets.amin(1, keepdim=True))).sum(1)
+    return (own > above).to(logits.dtype)

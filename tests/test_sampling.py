@@ -1,0 +1,147 @@
+"""The cost of methods that keep a different number of tokens in every image."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+import torch
+
+import reduction
+import zoo
+from tests.cases import METHODS, Row, backbone, images, model
+from zoo.cli import main
+from zoo.errors import ZooError
+from zoo.report.compare import compare
+from zoo.report.tables import csv_table, table
+from zoo.rows import new_row, read_rows, summary_line
+
+ADAPTIVE = [r for r in METHODS if reduction.create(**r.reducer()).adaptive]
+rows = pytest.mark.parametrize("row", ADAPTIVE, ids=lambda r: r.id)
+
+
+@rows
+@pytest.mark.parametrize("name", ["plain", "map"])
+def test_a_sample_is_the_mean_of_images_alone(row: Row, name: str) -> None:
+    """Padding is not counted: each image costs what it costs when it runs by itself."""
+    try:
+        m = model(row, name)
+    except ZooError:
+        return
+    x = images(4)
+    found = zoo.profile(m, images=x)
+    alone = [zoo.profile(m, images=x[i : i + 1]) for i in range(4)]
+    for one, image in zip(alone, x, strict=True):
+        with torch.no_grad():
+            _, info = m(image[None], return_info=True)
+        assert one.tokens == list(info.tokens)
+        assert one.sample.min == one.sample.max == one.gmacs
+    costs = [one.gmacs for one in alone]
+    assert found.sample.images == 4
+    assert found.gmacs == found.sample.mean == pytest.approx(sum(costs) / 4)
+    assert (found.sample.min, found.sample.max) == (min(costs), max(costs))
+    assert found.gmacs == pytest.approx(found.linear + found.attention + found.reducer)
+    limit = zoo.profile(m)
+    assert found.sample.limit == limit.gmacs >= max(costs) and limit.sample is None
+    assert found.dense == limit.dense and found.params == limit.params
+
+
+@rows
+def test_the_sample_stays_within_a_target(row: Row) -> None:
+    m = backbone("plain")
+    target = 0.6 * zoo.profile(m).gmacs
+    reduced = zoo.wrap(m, row.reducer(), {"name": "target_gmacs", "gmacs": target}).eval()
+    sample = zoo.profile(reduced, images=images(3)).sample
+    assert sample.min <= sample.mean <= sample.max <= sample.limit <= target
+
+
+def test_a_measured_cost_is_what_fvcore_counts_where_tokens_are_gone() -> None:
+    """Removing the same tokens for good, by another method, must cost the same."""
+    m, x = (
+        zoo.wrap(backbone("plain"), {"name": "avit", "scale": 2.0, "center": 1.0}).eval(),
+        images(1),
+    )
+    found = zoo.profile(m, images=x)
+    keep = [n - 1 for _, n in found.tokens]
+    schedule = {"name": "per_block", "keep": [k if k < 64 else None for k in keep]}
+    fixed = zoo.wrap(backbone("plain"), {"name": "avit", "center": 1e4}, schedule)
+    assert found.gmacs == pytest.approx(zoo.profile(fixed).gmacs)
+    assert found.gmacs < zoo.profile(m).gmacs
+
+
+def test_other_methods_cost_the_same_with_and_without_images() -> None:
+    m = zoo.wrap(backbone("plain"), "topk")
+    assert zoo.profile(m, images=images()) == zoo.profile(m)
+
+
+def test_what_cannot_be_measured_is_said() -> None:
+    m = zoo.wrap(backbone("plain"), "ats")
+    with pytest.raises(ZooError, match="at least one image"):
+        zoo.profile(m, images=images(2)[:0])
+    with pytest.raises(ZooError, match="leave img_size"):
+        zoo.profile(m, images=images(2), img_size=32)
+    assert m.training  # as before
+
+
+def test_the_printed_profile_names_the_spread() -> None:
+    text = str(zoo.profile(zoo.wrap(backbone("plain"), "ats"), images=images(3)))
+    assert "mean of 3 images" in text and "upper limit" in text
+
+
+@pytest.mark.parametrize("task", ["flops", "[accuracy,flops]", "accuracy"])
+def test_eval_measures_on_the_evaluation_images(task, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = f"eval weights=vit_digits reducer=ats limit=24 task={task}"
+    assert main(shlex.split(line)) == 0
+    [row] = read_rows(tmp_path / "results" / "local" / "rows.jsonl")
+    sample = row["gmacs_sample"]
+    assert sample["images"] == 24 and row["gmacs"]["total"] == sample["mean"]
+    assert sample["min"] < sample["mean"] < sample["max"] <= sample["limit"]
+    assert row["gmacs_fvcore"] is None
+    assert "[0.0" in capsys.readouterr().out
+
+
+def test_untrained_weights_and_other_methods_keep_the_exact_count(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split("eval backbone=test_vit reducer=ats task=flops")) == 0
+    assert main(shlex.split("eval weights=vit_digits reducer=tome limit=8")) == 0
+    found = read_rows(tmp_path / "results" / "local" / "rows.jsonl")
+    assert [row["gmacs_sample"] for row in found] == [None, None]
+    assert all(row["gmacs_fvcore"] for row in found)
+
+
+def _row(**known: object) -> dict[str, object]:
+    sample = {"mean": 0.5, "min": 0.4, "max": 0.6, "images": 10, "limit": 0.8}
+    gmacs = {"total": 0.5, "linear": 0.4, "attention": 0.1, "reducer": 0.0}
+    return new_row(
+        **{
+            "method": "ats",
+            "backbone": "b",
+            "gmacs": gmacs,
+            "gmacs_sample": sample,
+            "gmacs_dense": 1.0,
+            **known,
+        }
+    )
+
+
+def test_the_spread_is_in_summary_and_report() -> None:
+    assert "0.500 [0.400, 0.600] GMACs (-50.0 %)" in summary_line(_row())
+    comparison = compare([_row(top1=50.0)])
+    header, line = csv_table(comparison).splitlines()
+    cells = dict(zip(header.split(","), line.split(","), strict=False))
+    assert (cells["gmacs_min"], cells["gmacs_max"], cells["gmacs_limit"]) == ("0.4", "0.6", "0.8")
+    assert "0.500 [0.400, 0.600]" in table([_row(top1=50.0)])
+    old = _row()
+    del old["gmacs_sample"]  # rows written before the field was there
+    assert "0.500 GMACs (-50.0 %)" in summary_line(old)
+
+
+def test_a_throughput_belongs_to_a_measured_cost_of_the_same_limit() -> None:
+    limit = {"total": 0.8, "linear": 0.7, "attention": 0.1, "reducer": 0.0}
+    speed = {"gmacs": limit, "gmacs_sample": None, "imgs_per_s": 100.0, "device": "cpu"}
+    [entry] = compare([_row(top1=50.0), _row(**speed)]).entries
+    assert entry.gmacs == 0.5 and len(entry.speeds) == 1
+    other = {**speed, "gmacs": {**limit, "total": 0.5}}
+    [entry] = compare([_row(top1=50.0), _row(**other)]).entries
+    assert not entry.speeds

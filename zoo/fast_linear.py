@@ -1,0 +1,176 @@
+"""Linear layers by the fastest matrix product of this CPU, as a run-time option.
+
+torch sends `F.linear` in float32 to its default library. On some CPUs (AMD, as far as was measured)
+oneDNN computes the same product in up to half the time. Two spellings reach it:
+
+* without gradients, the operator `mkldnn._linear_pointwise` on the weights as they are;
+* with gradients, a 1x1 convolution, which is differentiable and public.
+
+Nothing is stored: no packed copies that a changed weight could outlive, no new parameters, the
+same `state_dict`. The layers of a backbone become `FastLinear`, which does exactly what `nn.Linear`
+does unless a `ReducedViT` with the option is running in this thread; and even then wherever a
+compiler, exporter, tracer, autocast, another device or type, or a transform is at work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reduction.eager import autocasting, recording, traced, undisturbed
+
+Mode = Literal["off", "auto", "on"]
+MODES = ("off", "auto", "on")
+
+#: "auto" takes another product than torch's default only if it is so many times as fast.
+MARGIN = 1.15
+#: And only if it agrees so closely on numbers of size one.
+TOLERANCE = 1e-4
+
+_here = threading.local()
+
+
+@contextlib.contextmanager
+def using(mode: Mode) -> Iterator[None]:
+    """Let `FastLinear` layers that run in this thread meanwhile choose their product."""
+    before = getattr(_here, "mode", "off")
+    _here.mode = mode
+    try:
+        yield
+    finally:
+        _here.mode = before
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, by the product that the surrounding `using` asks for.
+
+    Args:
+        x: `(..., C)`.
+        weight: `(D, C)`.
+        bias: `(D,)` or None.
+    """
+    if traced():
+        return F.linear(x, weight, bias)
+    mode = getattr(_here, "mode", "off")
+    if mode == "off" or not _applies(x, weight):
+        return F.linear(x, weight, bias)
+    train = recording(x, weight, bias)
+    product = _by_convolution if train else _by_operator
+    if mode == "auto":
+        key = (*weight.shape, bias is not None, train, weight.requires_grad)
+        product = _chosen(*key, torch.get_num_threads())
+    return product(x, weight, bias)
+
+
+class FastLinear(nn.Linear):
+    """`nn.Linear` that minds `using`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `nn.Linear`."""
+        return linear(x, self.weight, self.bias)
+
+
+def install(model: nn.Module) -> None:
+    """Make every plain `nn.Linear` of a model a `FastLinear`. Weights and names stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FastLinear
+
+
+def remove(model: nn.Module) -> None:
+    """Undo `install`."""
+    for module in model.modules():
+        if type(module) is FastLinear:
+            module.__class__ = nn.Linear
+
+
+def available() -> bool:
+    """Whether this build of torch has another product to offer."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _applies(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.dim() >= 2
+        and x.numel() > 0
+        and undisturbed(x)
+        and undisturbed(weight)
+        and not autocasting(x)
+        and torch.backends.mkldnn.enabled
+        and available()
+    )
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _by_operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _by_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(1, 1, -1, x.shape[-1])
+    # Rows seen as pixels in channels-last order: no copy on either side.
+    out = F.conv2d(rows.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+_FOUND: dict[str, Product] = {}
+
+
+@functools.lru_cache(maxsize=256)
+def _chosen(
+    outputs: int, inputs: int, biased: bool, train: bool, trains_weight: bool, threads: int
+) -> Product:
+    """The product for a layer, measured on random numbers the first time it is asked for."""
+    products: list[Product] = [_plain, _by_convolution]
+    if not train:
+        products.append(_by_operator)
+    generator = torch.Generator().manual_seed(0)
+    # Not an inference tensor, and recorded exactly as asked, whatever surrounds the call.
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with torch.inference_mode(False), torch.set_grad_enabled(train), hooks:
+        x = torch.randn(256, inputs, generator=generator).requires_grad_(train)
+        weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+        weight.requires_grad_(train and trains_weight)
+        bias = torch.randn(outputs, generator=generator) if biased else None
+        expected = _plain(x, weight, bias).detach()
+        best = dict.fromkeys(products, float("inf"))
+        for _ in range(5):
+            for product in products:
+                start = time.perf_counter()
+                out = product(x, weight, bias)
+                if train:
+                    wanted = (x, weight) if trains_weight else (x,)
+                    torch.autograd.grad(out, wanted, torch.ones_like(out))
+                best[product] = min(best[product], time.perf_counter() - start)
+                if (out.detach() - expected).abs().max() > TOLERANCE:
+                    best[product] = float("inf")
+    winner = min(products, key=best.__getitem__)
+    winner = winner if best[winner] * MARGIN <= best[_plain] else _plain
+    use = ("training" if trains_weight else "frozen") if train else "inference"
+    _FOUND[f"{inputs}->{outputs} {use}, {threads} threads"] = winner
+    return winner
+
+
+def chosen() -> dict[str, str]:
+    """What "auto" found in this process: shape of the layer and use to name of the product."""
+    names = {_plain: "default", _by_convolution: "convolution", _by_operator: "oneDNN"}
+    return {key: names[product] for key, product in _FOUND.items()}
+
+
+def forget() -> None:
+    """Forget all measurements."""
+    _chosen.cache_clear()
+    _FOUND.clear()
