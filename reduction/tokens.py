@@ -73,7 +73,8 @@ class Tokens(NamedTuple):
             track: Also keep `origin` and `source`.
         """
         batch, length = x.shape[:2]
-        size = torch.ones(batch, length, dtype=torch.float32, device=x.device)
+        # One number for all: sizes are never written into, and most never change.
+        size = torch.ones(1, 1, dtype=torch.float32, device=x.device).expand(batch, length)
         origin = source = None
         if track:
             origin = torch.arange(length - prefix, device=x.device).expand(batch, -1)

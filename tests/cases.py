@@ -165,8 +165,7 @@ METHODS = [
     Row("bat_like", without_class_token=COLUMN),
     Row("bat_like", (("attentive_share", 1.0), ("pair_share", 0.5), *COLUMN)),
     Row("zero_tprune", (("start_from", "uniform"), ("similar_share", 0.0), ("iterations", 3))),
-    # The last block's merges do not reach the class token, so an embedding there learns nothing.
-    Row("dtem", schedule=(*R8, ("inflection", -1.0))),
+    Row("dtem", schedule=R8),
     Row(
         "dtem",
         (("train_split", "eval"), ("feat_dim", 5), ("tau1", 1.0), ("prop_attn", False)),

@@ -311,6 +311,13 @@ def with_plugin(row: Row, plugin: Any = "clca", name: str = "plain", **args: Any
 @rows
 def test_every_method_takes_it(row: Row) -> None:
     """Counts as planned, an image alone as in a batch, and a gradient for every weight."""
+    if (
+        zoo.wrap(backbone("plain"), row.reducer(), dict(row.schedule)).reducer.added_tokens
+        == "refuse"
+    ):
+        with pytest.raises(ZooError, match="takes none that a plugin adds"):
+            with_plugin(row)
+        return
     m, x = with_plugin(row), images(3)
     with torch.no_grad():
         logits, info = m(x, return_info=True)

@@ -84,6 +84,12 @@ def test_neighbours_take_their_share() -> None:
     assert torch.allclose(again.patches[0, 0], out.patches[0, where[i]] + gain, atol=1e-6)
 
 
+def test_a_mixed_graph_without_semantic_neighbours_is_the_spatial_one() -> None:
+    mixed, spatial = example(neighbours=0)[3], example(graph="spatial")[3]
+    assert torch.equal(mixed.x, spatial.x)
+    assert (mixed.x - example()[3].x).abs().max() > 1e-3
+
+
 def test_without_a_share_it_is_pruning() -> None:
     t, _, _, out = example(alpha=0.0)
     pruned = example(propagation="none")[3]

@@ -148,7 +148,7 @@ def test_notes_warn_about_what_cannot_be_compared():
     [view] = compare([*rows, row("topk", dirty=True)]).views
     notes = " ".join(view.notes)
     assert "different numbers of images (100 and 360)" in notes
-    assert "several batch sizes (8 and 16)" in notes
+    assert view.settings == ["cpu, float32, batch 16", "cpu, float32, batch 8"]
     assert "No accuracy of the dense vit_digits" in notes
     assert "1 row comes from a checkout with uncommitted changes" in notes
     assert "95 % interval of up to ±" in " ".join(compare([dense()]).views[0].notes)
@@ -159,7 +159,7 @@ def test_methods_have_their_own_colours():
     colors = method_colors([*names, "none"])
     assert colors["none"] == INK
     for ground in (0, 1):
-        assert len({pair[ground] for pair in colors.values()}) == 31
+        assert len({pair[ground] for pair in colors.values()}) == 32  # and the controls'
     assert all(re.fullmatch("#[0-9a-f]{6}", c) for pair in colors.values() for c in pair)
 
 
@@ -226,7 +226,7 @@ def test_csv_keeps_unknown_fields(tmp_path):
 def test_markdown_has_dense_first_and_pareto_bold(paths):
     text = paths.markdown.read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert lines[0].startswith("| Method | Budget | Tokens | GMACs | −GMACs | Top-1 % |")
+    assert lines[0].startswith("| Method | Budget | Tokens | GMACs | Reducer | −GMACs | Top-1 % |")
     assert lines[2].startswith("| **dense** |")
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines[:7]}) == 1
     bold = [line.split("|")[2].strip() for line in lines if line.startswith("| **tome**")]
@@ -271,7 +271,7 @@ def test_page_shows_every_row(paths, rows):
     assert details["run_id"] == rows[2]["run_id"] and details["device"] == "cpu"
     assert [v["empty"]["gmacs"] for v in data["views"]][0] is None
     hover = data["entries"]["2"]["hover"]
-    assert hover[0] == "tome r=16" and "1.500 GMACs (saves 62.5 %)" in hover
+    assert hover[0] == "tome r=16" and "1.500 GMACs (saves 62.5 %), reducer 0.0 %" in hover
 
 
 def test_page_knows_fronts_reference_and_findings(paths):

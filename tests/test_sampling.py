@@ -55,18 +55,29 @@ def test_the_sample_stays_within_a_target(row: Row) -> None:
     assert sample.min <= sample.mean <= sample.max <= sample.limit <= target
 
 
-def test_a_measured_cost_is_what_fvcore_counts_where_tokens_are_gone() -> None:
-    """Removing the same tokens for good, by another method, must cost the same."""
-    m, x = (
-        zoo.wrap(backbone("plain"), {"name": "avit", "scale": 2.0, "center": 1.0}).eval(),
-        images(1),
-    )
-    found = zoo.profile(m, images=x)
+def test_a_measured_cost_is_that_of_a_schedule_with_the_same_counts() -> None:
+    """Whatever made the tokens leave."""
+    free = {"name": "avit", "scale": 3.0, "center": 2.0}
+    m = zoo.wrap(backbone("plain"), free, {"name": "keep_rate", "rate": 1.0}).train()
+    with torch.no_grad():
+        m.backbone.cls_token[..., 0] -= 20.0  # the class token stays, or nothing else does
+    found = zoo.profile(m, images=images(1))
     keep = [n - 1 for _, n in found.tokens]
     schedule = {"name": "per_block", "keep": [k if k < 64 else None for k in keep]}
     fixed = zoo.wrap(backbone("plain"), {"name": "avit", "center": 1e4}, schedule)
     assert found.gmacs == pytest.approx(zoo.profile(fixed).gmacs)
-    assert found.gmacs < zoo.profile(m).gmacs
+    assert found.gmacs < 0.9 * zoo.profile(m).gmacs
+
+
+def test_a_short_last_block_is_cheaper_by_what_it_leaves_out() -> None:
+    x = images(3)
+    ltp = {"name": "ltp"}
+    whole = zoo.profile(zoo.wrap(backbone("plain"), ltp).eval(), images=x)
+    m = zoo.wrap(backbone("plain"), ltp, last_block="class_token").eval()
+    short = zoo.profile(m, images=x)
+    assert short.sample.max < whole.sample.min
+    assert short.sample.limit == zoo.profile(m).gmacs
+    assert short.tokens[:-1] == whole.tokens[:-1] and short.tokens[-1][1] == 1
 
 
 def test_other_methods_cost_the_same_with_and_without_images() -> None:
@@ -126,15 +137,15 @@ def _row(**known: object) -> dict[str, object]:
 
 
 def test_the_spread_is_in_summary_and_report() -> None:
-    assert "0.500 [0.400, 0.600] GMACs (-50.0 %)" in summary_line(_row())
+    assert "0.5000 [0.4000, 0.6000] GMACs (-50.0 %)" in summary_line(_row())
     comparison = compare([_row(top1=50.0)])
     header, line = csv_table(comparison).splitlines()
     cells = dict(zip(header.split(","), line.split(","), strict=False))
     assert (cells["gmacs_min"], cells["gmacs_max"], cells["gmacs_limit"]) == ("0.4", "0.6", "0.8")
-    assert "0.500 [0.400, 0.600]" in table([_row(top1=50.0)])
+    assert "0.5000 [0.4000, 0.6000]" in table([_row(top1=50.0)])
     old = _row()
     del old["gmacs_sample"]  # rows written before the field was there
-    assert "0.500 GMACs (-50.0 %)" in summary_line(old)
+    assert "0.5000 GMACs (-50.0 %)" in summary_line(old)
 
 
 def test_a_throughput_belongs_to_a_measured_cost_of_the_same_limit() -> None:

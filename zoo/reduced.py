@@ -361,6 +361,7 @@ class ReducedViT(TimmContract):
         follow = changes and embedded.rope is not None
         follow = follow or (reducer is not None and reducer.needs_origin)
         t = Tokens.start(embedded.x, self.prefix, track=track or follow)
+        embedded = embedded._replace(x=None)  # so that no later block holds on to it
         if not track:
             t = t._replace(source=None)
         memories = []
@@ -452,8 +453,12 @@ class ReducedViT(TimmContract):
             if plan.rows is not None:
                 t = _first(t, plan.rows)
             t, seen = t._replace(x=residual(block, t.x, branch)), result.signals
+            # The MLP is where memory peaks: hold nothing that it does not need.
+            del branch, result, listen, own, all_
             if site == "mid":
                 t = reduce_sparing(reducer, t, seen, step, plan.spared)
+                if type(reducer).observe is Reducer.observe:
+                    seen = Signals()
             t = t._replace(x=adapter.mlp_half(block, t.x))
         if site == "post":
             t = reduce_sparing(reducer, t, seen, step, plan.spared)

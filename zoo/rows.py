@@ -73,7 +73,7 @@ FIELDS: dict[str, str] = {
     "top5": "top-5 accuracy, percent",
     "top1_start": "top-1 accuracy of a trained model before its training, percent",
     "ci95": "[low, high]: 95 % Wilson interval of top1, percent",
-    "fidelity": "mapping, against the dense model: agreement (percent of images), kl (nats), cosine",
+    "fidelity": "mapping, against the dense model: agreement (percent), kl (nats), cosine, n_images",
     # speed
     "imgs_per_s": "throughput, images per second (median)",
     "imgs_per_s_dense": "throughput of the dense model, measured in the same run",
@@ -83,6 +83,8 @@ FIELDS: dict[str, str] = {
     "device": "device that ran it: 'cpu' or the accelerator's name",
     "dtype": "computation type, e.g. 'float32', 'bfloat16'",
     "compile": "whether torch.compile was on",
+    "runtime": "mapping of run-time options other than the defaults, which the dense model shared",
+    "bench": "mapping, of rows of benchmarks.speed: mode, rounds, spread, efficiency, ratios, ...",
     "peak_mem_mb": "peak device memory, MiB",
     "peak_mem_mb_dense": "peak device memory of the dense model, MiB",
     "by_batch": "where several batch sizes were measured: list of batch and what depends on it",

@@ -107,6 +107,10 @@ class CostSampler:
         if self.model.plugins:
             added = sum(plugin.added(i, self.model.depth) for plugin in self.model.plugins)
         after = leaving - added
+        if p.rows is not None:
+            # The last block puts out its first rows alone, whatever has happened before them.
+            early = p.step is not None and reducer is not None and reducer.site == "pre"
+            return p._replace(entering=entering, attention=after if early else entering)
         if p.step is None or reducer is None:
             return p._replace(entering=entering, attention=entering, mlp=entering, leaving=leaving)
         keep = min(p.step.keep, max(1, entering - self.model.prefix - p.spared))

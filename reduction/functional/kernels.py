@@ -4,16 +4,19 @@ On a CPU the fused kernel of torch is not always the fastest one: with few token
 two products and a softmax in a small reused buffer take up to a fifth less time. Which wins
 depends on the machine, so it is measured: once per process, kind of call and number of tokens
 (in steps of 32). All kernels agree to rounding. `ZOO_ATTN=sdpa` switches the choice off, for runs
-that must repeat bit by bit in another process; `ZOO_ATTN=explicit` never asks the fused one.
+that must repeat bit by bit in another process; `ZOO_ATTN=explicit` never asks the fused one;
+`ZOO_ATTN=fold` gives the fused one the bias as one more feature instead of a mask, which on some
+GPUs admits a faster kernel.
 
 Shapes: B batch, H heads, N queries, M keys, d head width.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +27,7 @@ from reduction.errors import ZooError
 
 Kernel = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 
-MODES = ("auto", "sdpa", "explicit")
+MODES = ("auto", "sdpa", "explicit", "fold")
 #: Products in the two halves of an attention below which no choice is worth its bookkeeping.
 SMALL = 1 << 21
 #: A kernel must be so much faster than the fused one to be taken instead.
@@ -33,6 +36,7 @@ MARGIN = 1.03
 SAMPLE = 16
 
 _CHOSEN: dict[tuple[object, ...], Kernel] = {}
+_forced: list[str] = []
 
 
 def dot_product_attention(
@@ -48,6 +52,8 @@ def dot_product_attention(
         bias: `(B, 1, 1, M)` or whatever the fused kernel takes, or None.
         dropout: Dropout rate of the weights.
     """
+    if bias is not None and mode() == "fold" and bias.shape[1:3] == (1, 1):
+        return folded(q, k, v, scale, bias, dropout)
     if not dropout and _free_to_choose(q, bias):
         return _kernel(q, k, v, scale, bias)(q, k, v, scale, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
@@ -59,10 +65,23 @@ def mode() -> str:
     Raises:
         ZooError: If it is none of `MODES`.
     """
-    value = os.environ.get("ZOO_ATTN") or "auto"
+    value = _forced[-1] if _forced else os.environ.get("ZOO_ATTN") or "auto"
     if value not in MODES:
         raise ZooError(f"ZOO_ATTN must be one of {', '.join(MODES)}, got {value!r}")
     return value
+
+
+@contextlib.contextmanager
+def forced(name: str | None) -> Iterator[None]:
+    """Within, the mode is this one, whatever the environment says; None changes nothing."""
+    if name is None:
+        yield
+        return
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
 
 
 def forget() -> None:
@@ -80,7 +99,7 @@ def _free_to_choose(q: Tensor, bias: Tensor | None) -> bool:
         return False
     if q.shape[0] * q.shape[1] * q.shape[2] ** 2 * q.shape[3] < SMALL:
         return False
-    return (bias is None or bias.shape[1:3] == (1, 1)) and mode() != "sdpa"
+    return (bias is None or bias.shape[1:3] == (1, 1)) and mode() in ("auto", "explicit")
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Kernel:
@@ -108,6 +127,21 @@ def _saved_tensors_hooks() -> bool:
 def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """torch's own."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def folded(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """torch's own, with the bias on the keys as one more feature; exact.
+
+    The width grows by eight, because fused kernels want multiples of it.
+    """
+    batch, heads, m, _ = k.shape
+    extra = bias.transpose(-1, -2).expand(batch, heads, m, 1).to(k.dtype) / scale
+    k = torch.cat([k, F.pad(extra, (0, 7))], -1)
+    q = F.pad(torch.cat([q, torch.ones_like(q[..., :1])], -1), (0, 7))
+    out = F.scaled_dot_product_attention(q, k, F.pad(v, (0, 8)), dropout_p=dropout, scale=scale)
+    return out[..., : v.shape[-1]]
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:

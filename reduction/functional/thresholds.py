@@ -200,7 +200,7 @@ class ThresholdReducer(Reducer):
             live = torch.cat([live[:, : merged.shape[1]] & ~merged, live[:, merged.shape[1] :]], 1)
             if score is not None:
                 score = _highest(_halves(score, first), merged.to(score.dtype), host)
-        kept = live if score is None else self._survivors(score, live, step)
+        kept = live if score is None else self._survivors(score, live, step, self.limit)
         return self._pack(t, rows, kept, merged, host, step)
 
     def _joining(self, best: Tensor, live: Tensor, step: Step, limit: bool) -> Tensor:
@@ -214,7 +214,7 @@ class ThresholdReducer(Reducer):
         rank = best.argsort(dim=1, descending=True).argsort(dim=1)
         return (rank < wanted.unsqueeze(1)) & (best > _NOBODY)
 
-    def _survivors(self, score: Tensor, live: Tensor, step: Step) -> Tensor:
+    def _survivors(self, score: Tensor, live: Tensor, step: Step, limit: bool) -> Tensor:
         """Tokens above the threshold; at least one, and no more than the limit."""
         assert self.prune_threshold is not None
         n, keep = score.shape[1], int(step.keep)
@@ -222,7 +222,7 @@ class ThresholdReducer(Reducer):
         best = score.masked_fill(~live, -torch.inf).argmax(1, keepdim=True)
         lonely = ~kept.any(1, keepdim=True)
         kept = torch.where(lonely, _marked(best, n), kept)
-        if self.limit and keep < n:
+        if limit and keep < n:
             top = score.masked_fill(~kept, -torch.inf).topk(keep, dim=1).indices
             kept = kept & _marked(top, n)
         return kept
@@ -275,8 +275,11 @@ class ThresholdReducer(Reducer):
         live = policy.detach() > 0.5
         with torch.no_grad():
             release = self.variant == "release"
-            kept = score > threshold if release else self._survivors(score, live, step)
+            kept = score > threshold if release else self._survivors(score, live, step, limit=False)
         chosen = straight_through(kept, score, threshold, self.tau).to(policy.dtype)
+        if not release:
+            # So that a merging threshold learns from those that it has left alone, too.
+            chosen = chosen * policy
         policy = torch.where(live, chosen, policy)
         return t._replace(policy=torch.cat([t.policy[:, : t.prefix], policy], dim=1))
 
@@ -298,7 +301,7 @@ class ThresholdReducer(Reducer):
             best, host = _best(metric, torch.ones_like(live), first)
         senders = best.shape[1]
         with torch.no_grad():
-            decision = self._joining(best, live, step, self.limit and live_only)
+            decision = self._joining(best, live, step, limit=False)
         threshold = self.merge_threshold[step.block]
         joins = straight_through(decision, best, threshold, self.tau)
         t = apply(t, Keep(_halves(torch.arange(t.n, device=live.device).unsqueeze(0), first)[0]))

@@ -167,6 +167,7 @@ class DTEM(Reducer):
         self.tau2 = tau2
         self.train_split = train_split
         self.blocks = nn.ModuleDict()
+        self._unread: str | None = None
 
     def _features(self, width: int, head_dim: int) -> int:
         return self.feat_dim or (head_dim if width < 1024 else 2 * head_dim)
@@ -181,6 +182,14 @@ class DTEM(Reducer):
             if layer is None or cast(nn.Linear, layer).weight.shape != (features, spec.width):
                 layer = nn.Linear(spec.width, features)
             self.blocks[name] = layer
+        last = spec.steps[-1] if spec.steps else None
+        self._unread = str(last.block) if last is not None and spec.reads == "class" else None
+
+    def unused(self) -> set[str]:
+        """The last block's embedding, where the classifier reads the class token only."""
+        if self._unread is None:
+            return set()
+        return {f"blocks.{self._unread}.{name}" for name in ("weight", "bias")}
 
     def embed(self, t: Tokens, s: Signals, step: Step) -> Tensor:
         """Embeddings of the reducible tokens, `(B, N, F)`.

@@ -116,6 +116,7 @@ class EmaCentres(StagedReducer):
         note="Ours, not a published method. Fit the centres before use.",
     )
     site = "mid"
+    family = "geometric"
 
     def __init__(
         self, metric: str = "feature", momentum: float = 0.95, prop_attn: bool = True

@@ -160,9 +160,9 @@ class GTP(Reducer):
         return self.propagation == "graph" and self.alpha != 0
 
     @property
-    def _compares(self) -> bool:
-        """Whether the graph takes a product of all patches with all."""
-        return self._propagates and self.graph != "spatial" and self.neighbours > 0
+    def _semantic(self) -> bool:
+        """Whether every image has a graph of its own, from a product of all patches with all."""
+        return self.graph != "spatial" and self.neighbours > 0
 
     def start(self, t: Tokens) -> Tokens:
         if not self._propagates:
@@ -220,7 +220,10 @@ class GTP(Reducer):
             t = t._replace(memory={"graph": graph})
         assert t.origin is not None
         rows, columns = t.origin.gather(1, kept), t.origin.gather(1, left)
-        share = take_rows(graph.expand(t.x.shape[0], -1, -1), rows)
+        if self._semantic:
+            share = take_rows(graph, rows)
+        else:
+            share = graph[0].index_select(0, rows.flatten()).view(*rows.shape, -1)
         share = share.gather(2, columns.unsqueeze(1).expand(-1, step.keep, -1)) * self.alpha
         gain = torch.bmm(share.to(t.x.dtype), take_rows(t.patches, left))
         out = apply(t, Keep(kept))
@@ -233,7 +236,7 @@ class GTP(Reducer):
     def _graph(self, t: Tokens, grid: tuple[int, int]) -> Tensor:
         # A reducer that meets its first tokens in the middle of a model has only those.
         x = t.memory.get("embedded", t.patches)[:, : grid[0] * grid[1]]
-        count = self.neighbours if self.graph != "spatial" else 0
+        count = self.neighbours if self._semantic else 0
         return neighbour_graph(x, grid, count, spatial=self.graph != "semantic")
 
     @staticmethod
@@ -250,7 +253,7 @@ class GTP(Reducer):
         handed_on = step.keep * (n - step.keep) * dims.width
         patches = step.grid[0] * step.grid[1]
         # The first reduction, the only one that sees all patches, makes the graph.
-        return handed_on + (patches**2 * dims.width if self._compares and n == patches else 0)
+        return handed_on + (patches**2 * dims.width if self._semantic and n == patches else 0)
 
 
 def _add_behind(x: Tensor, gain: Tensor, prefix: int) -> Tensor:

@@ -25,7 +25,7 @@ class LTP(ThresholdReducer):
             formula; None is that of the schedule's counts.
         limit: Let no image keep more tokens in a block than the schedule says: the least
             important leave. Without it the thresholds alone decide, as in the paper, and counts of
-            the schedule are expectations.
+            the schedule are expectations. Training does not know the limit.
         variant: How the training form treats tokens that are masked. "live": as removal does, so
             that both forms agree. "release": as the official code does; there masked
             tokens vote on importance.

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import reduction
+from reduction.base import Reducer
 from tests.parity.fixture import Case, Fixture, Unsupported
+from zoo.plugins.base import list_plugins
 
 Handler = Callable[[Fixture], Iterator[Case]]
 HANDLERS: dict[str, Handler] = {}
@@ -65,6 +71,42 @@ def run_fixture(path: Path) -> list[Case]:
     return cases or [Case(fx.name, "-", failures=["the handler found no case"])]
 
 
+def methods_of(name: str, built: Collection[str]) -> list[str]:
+    """Registry names that a fixture is evidence for.
+
+    The plugin that its name begins with; otherwise the method that it begins with, and the
+    reducers that were built to run it.
+    """
+    plugin = _longest(name, list_plugins())
+    if plugin:
+        return [plugin]
+    method = _longest(name, reduction.list_methods())
+    return sorted({*built, *([method] if method else [])})
+
+
+def _longest(name: str, heads: Collection[str]) -> str:
+    """The longest of `heads` that is the first words of `name`, or nothing."""
+    return max((h for h in heads if name == h or name.startswith(f"{h}_")), key=len, default="")
+
+
+@contextmanager
+def recorded() -> Iterator[set[str]]:
+    """Collect the registry names of all reducers that are built meanwhile."""
+    names: set[str] = set()
+    original = Reducer.__init__
+
+    def init(self: Reducer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.name:
+            names.add(self.name)
+
+    Reducer.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield names
+    finally:
+        Reducer.__init__ = original  # type: ignore[method-assign]
+
+
 def find(folder: Path) -> list[Path]:
     """Fixture files of a folder.
 
@@ -77,13 +119,32 @@ def find(folder: Path) -> list[Path]:
     return files
 
 
-def main(folder: Path) -> int:
-    """Print one line per case and return the exit status."""
+def main(folder: Path, write: Path | None = None) -> int:
+    """Print one line per case and return the exit status.
+
+    Args:
+        folder: Fixtures.
+        write: File for the result by fixture, which the catalogue reads; None writes none.
+    """
     torch.set_num_threads(1)
     counts = {"PASS": 0, "FAIL": 0, "UNSUPPORTED": 0}
+    entries: dict[str, dict[str, Any]] = {}
     for path in find(folder):
-        for case in run_fixture(path):
+        with recorded() as built:
+            cases = run_fixture(path)
+        for case in cases:
             print(case.line(), flush=True)
             counts[case.status] += 1
+        entries[path.stem] = {
+            "status": "PASS" if all(c.status == "PASS" for c in cases) else "FAIL",
+            "cases": len(cases),
+            "comparisons": sum(c.checked for c in cases),
+            "methods": methods_of(path.stem, built),
+        }
     print(", ".join(f"{n} {status}" for status, n in counts.items()))
+    if write is not None:
+        text = json.dumps({"fixtures": entries}, indent=1, sort_keys=True)
+        write.parent.mkdir(parents=True, exist_ok=True)
+        write.write_text(f"{text}\n", encoding="utf-8")
+        print(f"wrote {write}")
     return 0 if counts["FAIL"] == counts["UNSUPPORTED"] == 0 else 1

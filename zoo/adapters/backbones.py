@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.eva import Eva
@@ -21,13 +21,13 @@ class Embedded(NamedTuple):
     """What a backbone hands to its first block.
 
     Attributes:
-        x: Tokens `(B, P+N, C)`, before the pre-norm.
+        x: Tokens `(B, P+N, C)`, before the pre-norm; None once the first block has them.
         rope: Rotary table `(N, 2d)`, `(H, N, 2d)` or batched `(B, 1, N, 2d)`; with a leading
             depth when `mixed`; None without rotary embedding.
         mixed: Whether every block has its own table.
     """
 
-    x: Tensor
+    x: Any
     rope: Tensor | None
     mixed: bool
 

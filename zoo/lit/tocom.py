@@ -43,8 +43,8 @@ class TokenCompensation(Classifier):
         found = [i for i, p in enumerate(net.plugins) if isinstance(p, ToCom)]
         if net.reducer is None or len(found) != 1:
             raise ZooError(
-                "this training is ToCom's; expected a merging reducer and plugin=tocom, got reducer "
-                f"{getattr(net.reducer, 'name', None)} and plugins {[p.name for p in net.plugins]}"
+                "this training is ToCom's; expected a merging reducer and plugin=tocom, got "
+                f"{getattr(net.reducer, 'name', None)} and {[p.name for p in net.plugins]}"
             )
         plugin = net.plugins[found[0]]
         if plugin.target is not None:
@@ -69,9 +69,9 @@ class TokenCompensation(Classifier):
         with torch.no_grad():
             teacher = self._logits(images, plugin.source)
         student = self._logits(images, drawn)
-        loss = F.kl_div(
-            student.float().log_softmax(-1), teacher.float().log_softmax(-1), log_target=True
-        )
+        p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+        # Over classes too, as in the official code.
+        loss = F.kl_div(q, p, reduction="batchmean", log_target=True) / p.shape[1]
         self.log("train/loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(images))
         return loss
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from zoo.report.controls import KINDS
 from zoo.report.words import DENSE
 
 INK = ("#1c2430", "#e8ecf2")
 """The dense model, on a light and on a dark ground."""
+
+CONTROL = ("#66707d", "#a9b4c2")
+"""The controls of the dense model: drawn hollow."""
 
 FRONT = ("#f0b429", "#c98f0a")
 """The Pareto front, drawn as with a highlighter under the points."""
@@ -50,8 +54,8 @@ def method_colors(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
     >>> method_colors(["tome", "none"])["none"] == INK
     True
     """
-    names = sorted(set(methods) - {DENSE})
-    colors = {DENSE: INK}
+    names = sorted(set(methods) - {DENSE, *KINDS})
+    colors = {DENSE: INK, **dict.fromkeys(KINDS, CONTROL)}
     for index, name in enumerate(names):
         light, dark = _PAIRS[index % len(_PAIRS)]
         (for_light, for_dark), share = _ROUNDS[min(index // len(_PAIRS), len(_ROUNDS) - 1)]

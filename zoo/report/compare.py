@@ -6,15 +6,19 @@ its latest measurements; one `View` is a set of entries that may be compared wit
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from zoo.report import readings
+from zoo.report.controls import guests, main_dense, name_controls, was_trained_here
 from zoo.report.names import name_entries, plugins
-from zoo.report.notes import notes_on, setting
+from zoo.report.notes import notes_on
 from zoo.report.pareto import pareto_front
+from zoo.report.readings import Row, Speed
 from zoo.report.words import (
     DENSE,
     describe_budget,
@@ -24,22 +28,6 @@ from zoo.report.words import (
     number,
     total_gmacs,
 )
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Throughput of one entry in one setting; `dense` is the unreduced model's, if known."""
-
-    rate: float
-    dense: float | None
-    row: Row
-
-    @property
-    def speedup(self) -> float | None:
-        """How many times faster than the dense model."""
-        return self.rate / self.dense if self.dense else None
 
 
 @dataclass(eq=False)
@@ -62,7 +50,16 @@ class Entry:
     reference_id: int | None = None
     reference_gmacs: float | None = None
     reference_top1: float | None = None
+    control: str | None = None  # what kind of control, see `zoo.report.controls`
+    guest: bool = False  # shown beside the models of another backbone
+    fidelity: Mapping[str, float] = field(default_factory=dict)
+    reducer_share: float | None = None  # percent of the GMACs
     speeds: dict[str, Speed] = field(default_factory=dict)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this is a dense model that others are compared with, rather than a control."""
+        return self.dense and self.control is None
 
     @property
     def label(self) -> str:
@@ -72,26 +69,30 @@ class Entry:
     @property
     def title(self) -> str:
         """Name, telling trained weights from off-the-shelf ones."""
-        return f"{self.name} (trained)" if self.trained else self.name
+        return f"{self.name} (trained)" if self.trained and not self.control else self.name
 
     @property
     def delta(self) -> float | None:
         """Points of top-1 above (or below) the dense model; None for the dense model itself."""
-        if self.dense or self.top1 is None or self.reference_top1 is None:
+        if self.is_reference or self.top1 is None or self.reference_top1 is None:
             return None
         return self.top1 - self.reference_top1
 
     @property
     def saved(self) -> float | None:
         """Percent of the dense model's GMACs that are saved; None for the dense model itself."""
-        if self.dense or self.gmacs is None or not self.reference_gmacs:
+        if self.is_reference or self.gmacs is None or not self.reference_gmacs:
             return None
         return 100 * (1 - self.gmacs / self.reference_gmacs)
 
 
 @dataclass(eq=False)
 class View:
-    """Entries that share their data, and so may be compared; fronts hold entries in cost order."""
+    """Entries that share their data, and so may be compared; fronts hold entries in cost order.
+
+    `front` and `speed_fronts` are over all entries, the ones ending in `_untrained` over those
+    whose weights nobody trained for the purpose.
+    """
 
     label: str
     entries: list[Entry]
@@ -99,6 +100,8 @@ class View:
     front: list[Entry]
     speed_fronts: dict[str, list[Entry]]
     notes: list[str]
+    front_untrained: list[Entry]
+    failures: list[Row] = field(default_factory=list)
     combined: bool = False  # over several backbones
 
     @property
@@ -108,7 +111,7 @@ class View:
 
     @property
     def settings(self) -> list[str]:
-        """Hardware settings with a throughput, the one with most entries first."""
+        """Hardware settings and batch sizes with a throughput, the one with most entries first."""
         return list(self.speed_fronts)
 
 
@@ -157,8 +160,22 @@ def compare(rows: Iterable[Row]) -> Comparison:
             owner = _entry(own, [], numbers)
             entries.append(owner)
         others += [(row, owner) for row in own if row is not owner.row]
+    groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[entry.backbone, entry.data].append(entry)
+    mains = []
+    for (_, data), members in groups.items():
+        _set_references(members)
+        main = main_dense(members)
+        name_controls(members, main)
+        mains.append((main, data))
     name_entries(entries)
-    return Comparison(ordered, entries, _views(entries), others, failed)
+    new_id = itertools.count(len(ordered)).__next__
+    for (main, _), members in zip(mains, groups.values(), strict=True):
+        members += guests(main, mains, new_id) if main else []
+    gaps = [row for row in failed if not succeeded_later(row, ordered)]
+    views = _views(groups, [main for main, _ in mains], gaps)
+    return Comparison(ordered, entries, views, others, failed)
 
 
 def _without_copies(rows: Iterable[Row]) -> Iterable[Row]:
@@ -203,7 +220,7 @@ def _configuration(row: Mapping[str, Any]) -> str:
             *[_canonical(part) for part in method],
             _backbone(row),
             row.get("img_size"),
-            bool(row.get("trained")),
+            _trained(row),
             plugins(row),
         ]
     )
@@ -221,9 +238,14 @@ def _data(row: Mapping[str, Any]) -> str:
     return f"{dataset} ({split})" if split else str(dataset)
 
 
+def _trained(row: Mapping[str, Any]) -> bool:
+    # All dense weights were trained dense; here those count that a training run has just made.
+    return was_trained_here(row) if is_dense(row) else bool(row.get("trained"))
+
+
 def _weights(row: Mapping[str, Any]) -> str:
     # Trained weights are new with every run: only of those that were given several can differ.
-    return "" if row.get("trained") else str(row.get("weights_sha") or row.get("weights") or "")
+    return "" if _trained(row) else str(row.get("weights_sha") or row.get("weights") or "")
 
 
 def _entry(own: list[Row], extra: list[Row], numbers: Mapping[int, int]) -> Entry:
@@ -234,20 +256,18 @@ def _entry(own: list[Row], extra: list[Row], numbers: Mapping[int, int]) -> Entr
     cost = row if total_gmacs(row) is not None or not counted else counted[-1]
     gmacs, limit = total_gmacs(cost), most_gmacs(cost)
     tokens = next((r["tokens"] for r in [row, *reversed(candidates)] if r.get("tokens")), None)
-    speeds = {}
+    speeds: dict[str, Speed] = {}
     for candidate in candidates:  # oldest first: the latest of each setting stays
-        rate, other = number(candidate.get("imgs_per_s")), most_gmacs(candidate)
+        other = most_gmacs(candidate)
         # Another cost is another model (say, with another head): not a measurement of this one.
-        if rate and (other is None or limit is None or abs(other - limit) <= 0.01 * limit):
-            speeds[setting(candidate)] = Speed(
-                rate, number(candidate.get("imgs_per_s_dense")), candidate
-            )
+        if other is None or limit is None or abs(other - limit) <= 0.01 * limit:
+            speeds.update(readings.speeds(candidate))
     dense = is_dense(row)
     return Entry(
         id=numbers[id(row)],
         row=row,
         dense=dense,
-        trained=bool(row.get("trained")),
+        trained=_trained(row),
         backbone=_backbone(row),
         data="" if number(row.get("top1")) is None else _data(row),
         name="dense" if dense else str(row["method"]),
@@ -258,6 +278,8 @@ def _entry(own: list[Row], extra: list[Row], numbers: Mapping[int, int]) -> Entr
         top1=number(row.get("top1")),
         interval=interval(row),
         reference_gmacs=number(row.get("gmacs_dense")),
+        fidelity=readings.fidelity(candidates),
+        reducer_share=readings.reducer_share(cost),
         speeds=speeds,
     )
 
@@ -265,34 +287,50 @@ def _entry(own: list[Row], extra: list[Row], numbers: Mapping[int, int]) -> Entr
 # ------------------------------------------------------------------------------------ views
 
 
-def _views(entries: Sequence[Entry]) -> list[View]:
-    groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
-    for entry in entries:
-        groups[entry.backbone, entry.data].append(entry)
+def _views(
+    groups: Mapping[tuple[str, str], list[Entry]],
+    mains: Sequence[Entry | None],
+    gaps: Sequence[Row],
+) -> list[View]:
     views = []
     by_data: dict[str, list[View]] = defaultdict(list)
-    for (backbone, data), members in groups.items():
-        view = _view(f"{backbone} · {data or 'costs only'}", members, _set_references(members))
+    for ((backbone, data), members), main in zip(groups.items(), mains, strict=True):
+        dense = [] if main is None else [main]
+        view = _view(f"{backbone} · {data or 'costs only'}", members, dense)
+        view.failures = [row for row in gaps if _belongs(row, members[0])]
         views.append(view)
         by_data[data].append(view)
     # Most accuracies first: what opens is what there is most to see in.
     views.sort(key=lambda v: (-sum(e.top1 is not None for e in v.entries), v.label))
     for data, parts in sorted(by_data.items()):
         if data and len(parts) > 1:
-            everything = [entry for part in parts for entry in part.entries]
+            everything = [entry for part in parts for entry in part.entries if not entry.guest]
             dense = [entry for part in parts for entry in part.dense]
-            views.append(_view(f"all backbones · {data}", everything, dense, combined=True))
+            view = _view(f"all backbones · {data}", everything, dense, combined=True)
+            view.failures = [row for row in gaps if any(row in part.failures for part in parts)]
+            views.append(view)
     return views
 
 
-def _set_references(members: Sequence[Entry]) -> list[Entry]:
-    """Give every entry of one backbone and data its dense model; return the main one."""
+def _belongs(failed: Row, entry: Entry) -> bool:
+    """Whether a run that failed would have stood beside this entry."""
+    data = failed.get("dataset")
+    accuracy = "accuracy" in (failed.get("task") or ()) or was_trained_here(failed)
+    if accuracy and data:
+        return failed.get("backbone") == entry.row.get("backbone") and bool(
+            entry.data and data == entry.row.get("dataset")
+        )
+    return failed.get("backbone") == entry.row.get("backbone")
+
+
+def _set_references(members: Sequence[Entry]) -> None:
+    """Give every entry of one backbone and data its dense model."""
     dense = [entry for entry in members if entry.dense]
 
     def fits(base: Entry, row: Row) -> tuple[Any, ...]:
-        # Same input size, same weights, not retrained; then the latest.
+        # Same input size, not retrained, same weights; then the latest.
         size = base.row.get("img_size") == row.get("img_size")
-        return size, _weights(base.row) == _weights(row), not base.trained, base.id
+        return size, not base.trained, _weights(base.row) == _weights(row), base.id
 
     for entry in members:
         base = max(dense, key=lambda d, row=entry.row: fits(d, row), default=None)  # type: ignore[misc]
@@ -302,10 +340,7 @@ def _set_references(members: Sequence[Entry]) -> list[Entry]:
         entry.reference_gmacs = entry.reference_gmacs or base.gmacs
         for name, speed in entry.speeds.items():
             if speed.dense is None and name in base.speeds:
-                entry.speeds[name] = Speed(speed.rate, base.speeds[name].rate, speed.row)
-    # The one that most entries are compared with is the reference of the view.
-    used = [entry.reference_id for entry in members if entry.reference_id is not None]
-    return [d for d in dense if used and d.id == max(used, key=used.count)]
+                entry.speeds[name] = replace(speed, dense=base.speeds[name].rate)
 
 
 def _front(entries: Sequence[Entry], cost: Callable[[Entry], float | None]) -> list[Entry]:
@@ -315,8 +350,7 @@ def _front(entries: Sequence[Entry], cost: Callable[[Entry], float | None]) -> l
 
 
 def _view(label: str, entries: list[Entry], dense: list[Entry], *, combined: bool = False) -> View:
-    # Dense first, then by method and falling cost: the order of every table.
-    entries = sorted(entries, key=lambda e: (not e.dense, e.name, -(e.gmacs or 0), e.trained, e.id))
+    entries = sorted(entries, key=_place)
     count: dict[str, int] = defaultdict(int)
     for entry in entries:
         for name in entry.speeds:
@@ -326,4 +360,13 @@ def _view(label: str, entries: list[Entry], dense: list[Entry], *, combined: boo
         with_speed = [entry for entry in entries if name in entry.speeds]
         speed_fronts[name] = _front(with_speed, lambda e, name=name: -e.speeds[name].rate)  # type: ignore[misc]
     front = _front(entries, lambda e: e.gmacs)
-    return View(label, entries, dense, front, speed_fronts, notes_on(entries), combined)
+    untrained = _front([e for e in entries if not e.trained], lambda e: e.gmacs)
+    return View(
+        label, entries, dense, front, speed_fronts, notes_on(entries), untrained, combined=combined
+    )
+
+
+def _place(entry: Entry) -> tuple[Any, ...]:
+    """Dense models first, then their controls, then by method and falling cost."""
+    kind = (not entry.dense, entry.control or "", entry.name)
+    return *kind, -(entry.gmacs or 0), entry.trained, entry.id

@@ -19,9 +19,24 @@ CONVENTION = (
 
 
 def setting(row: Mapping[str, Any]) -> str:
-    """The hardware setting of a throughput: only rates of the same setting are compared."""
+    """The setting of a throughput, batch size included: only rates of one setting are compared."""
+    parts = [hardware(row), *_switched_on(row.get("runtime"))]
+    if (batch := number(row.get("batch"))) is not None:
+        parts.append(f"batch {batch:.0f}")
+    return ", ".join(parts)
+
+
+def hardware(row: Mapping[str, Any]) -> str:
+    """Device, precision and compiler of a run."""
     parts = [row.get("device") or "unknown device", row.get("dtype")]
     return ", ".join([str(p) for p in parts if p] + ["compiled"] * bool(row.get("compile")))
+
+
+def _switched_on(runtime: Any) -> list[str]:
+    """Runtime options of a row that are not at their defaults."""
+    given = runtime if isinstance(runtime, Mapping) else {}
+    usual = (None, False, "off", "full")
+    return [f"{key}={value}" for key, value in given.items() if value not in usual]
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
@@ -56,11 +71,12 @@ def notes_on(entries: Sequence[Entry]) -> list[str]:
         )
     for name in dict.fromkeys(name for entry in entries for name in entry.speeds):
         rows = [entry.speeds[name].row for entry in entries if name in entry.speeds]
-        for key, word in (("batch", "batch sizes"), ("threads", "thread counts")):
-            values = _distinct(number(row.get(key)) for row in rows)
-            if len(values) > 1:
-                found = _listed([f"{value:.0f}" for value in values])
-                notes.append(f"Throughputs on {name} were measured with several {word} ({found}).")
+        values = _distinct(number(row.get("threads")) for row in rows)
+        if len(values) > 1:
+            found = _listed([f"{value:.0f}" for value in values])
+            notes.append(
+                f"Throughputs on {name} were measured with several thread counts ({found})."
+            )
     dirty = sum(bool(entry.row.get("dirty")) for entry in entries)
     if dirty:
         rows_word = "row comes" if dirty == 1 else "rows come"
@@ -77,7 +93,7 @@ def environment(rows: Iterable[Mapping[str, Any]]) -> str:
             if version:
                 facts[f"{package} {{}}"][str(version)] = None
         if row.get("device"):
-            facts["{}"][setting(row)] = None
+            facts["{}"][hardware(row)] = None
         for key, pattern in (("threads", "{} threads"), ("seed", "seed {}")):
             if row.get(key) is not None:
                 facts[pattern][str(row[key])] = None

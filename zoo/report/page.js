@@ -14,8 +14,23 @@
     return node;
   };
   const color = (method) => data.colors[method][dark.matches ? 1 : 0];
+  const rank = (m) => (m === data.dense ? 0 : data.controls.includes(m) ? 1 : 2);
   const methodsOf = (v) => [...new Set(v.entries.map((id) => data.entries[id].method))]
-    .sort((a, b) => (b === data.dense) - (a === data.dense) || (a < b ? -1 : 1));
+    .sort((a, b) => rank(a) - rank(b) || (a < b ? -1 : 1));
+
+  // What is drawn upwards, and of which weights.
+  const METRICS = {
+    top1: { name: "top-1 accuracy", title: "top-1 accuracy (%)", head: "Accuracy", same: null },
+    agreement: { name: "agreement with dense", title: "same answer as the dense model (%)", head: "Agreement with dense", same: 100 },
+    cosine: { name: "feature cosine to dense", title: "cosine of the features with dense", head: "Features like dense", same: 1 },
+  };
+  const metric = () => METRICS[$("metric").value] ?? METRICS.top1;
+  function height(e) {
+    const { same } = metric(); // the dense model is like itself
+    return same !== null && e.id === view.reference ? same : e[$("metric").value || "top1"];
+  }
+  const WEIGHTS = { all: () => true, untrained: (e) => !e.trained, trained: (e) => e.trained || e.dense };
+  const chosen = (e) => WEIGHTS[$("weights").value](e);
 
   // ------------------------------------------------------------------ plots
   // Texts go into plotly as its own small markup: nothing from a row may be read as a tag.
@@ -26,12 +41,12 @@
   const plots = [
     {
       node: $("plot-gmacs"), empty: $("empty-gmacs"), why: (v) => v.empty.gmacs,
-      x: (e) => e.gmacs, front: (v) => v.front, title: "GMACs per image",
+      x: (e) => e.gmacs, better: -1, title: "GMACs per image", words: "GMACs",
     },
     {
       node: $("plot-speed"), empty: $("empty-speed"), why: (v) => v.empty.speed,
       x: (e) => e.speeds[$("setting").value]?.rate ?? null,
-      front: (v) => v.speed[$("setting").value] ?? [], title: "images per second",
+      better: 1, title: "images per second", words: "throughput",
     },
   ];
 
@@ -41,8 +56,17 @@
     return [min - low * span, max + high * span];
   }
 
+  // Those that no other beats: at least as cheap and as good, and better in one of the two.
+  function frontOf(entries, plot) {
+    const beats = (a, b) => {
+      const cheaper = plot.better * (plot.x(a) - plot.x(b)), better = height(a) - height(b);
+      return cheaper >= 0 && better >= 0 && cheaper + better > 0;
+    };
+    return entries.filter((b) => !entries.some((a) => beats(a, b))).sort((a, b) => plot.x(a) - plot.x(b));
+  }
+
   function draw(plot) {
-    const known = view.entries.map((id) => data.entries[id]).filter((e) => e.top1 !== null && plot.x(e) !== null);
+    const known = view.entries.map((id) => data.entries[id]).filter((e) => chosen(e) && height(e) !== null && plot.x(e) !== null);
     const reason = known.length ? null : plot.why(view) || "Nothing to plot for this selection.";
     plot.node.hidden = Boolean(reason);
     plot.empty.hidden = !reason;
@@ -54,37 +78,53 @@
     }
 
     const ink = css("--ink"), muted = css("--muted"), card = css("--card");
-    const front = plot.front(view).map((id) => data.entries[id]);
+    const front = frontOf(known, plot);
     const onFront = new Set(front.map((e) => e.id));
+    const untrained = known.some((e) => e.trained) && $("weights").value === "all" ? frontOf(known.filter((e) => !e.trained), plot) : [];
+    plot.front = onFront;
     const shown = known.filter((e) => !hidden.has(e.method));
     const traces = [{
-      x: front.map(plot.x), y: front.map((e) => e.top1), mode: "lines", hoverinfo: "skip",
+      x: front.map(plot.x), y: front.map(height), mode: "lines", hoverinfo: "skip",
       line: { color: css("--front"), width: 9 }, opacity: 0.5,
+    }, {
+      x: untrained.map(plot.x), y: untrained.map(height), mode: "lines", hoverinfo: "skip",
+      line: { color: css("--front"), width: 2.5, dash: "dash" },
     }];
     const curves = new Map();
     for (const e of shown) {
-      const key = e.dense ? "dense" : JSON.stringify([e.method, e.backbone, e.trained]);
+      const key = e.dense && !e.control ? "dense" : JSON.stringify([e.method, e.backbone, e.trained]);
       if (!curves.has(key)) curves.set(key, []);
       curves.get(key).push(e);
     }
     // The front's curves last, on top of those that they beat.
-    const rank = (curve) => curve.some((e) => onFront.has(e.id)) ? 1 : 0;
-    for (const curve of [...curves.values()].sort((a, b) => rank(a) - rank(b))) {
+    const level = (curve) => curve.some((e) => onFront.has(e.id)) ? 1 : 0;
+    for (const curve of [...curves.values()].sort((a, b) => level(a) - level(b))) {
       curve.sort((a, b) => plot.x(a) - plot.x(b));
       const first = curve[0];
       const trace = {
-        x: curve.map(plot.x), y: curve.map((e) => e.top1), customdata: curve.map((e) => e.id),
+        x: curve.map(plot.x), y: curve.map(height), customdata: curve.map((e) => e.id),
         text: curve.map(hoverText), hovertemplate: "%{text}<extra></extra>", mode: "lines+markers",
-        line: { color: color(first.method), width: first.dense ? 1 : 1.2, dash: first.dense ? "dash" : "solid" },
+        line: { color: color(first.method), width: first.control ? 1.6 : first.dense ? 1 : 1.2, dash: first.control ? "dot" : first.dense ? "dash" : "solid" },
         marker: {
           color: color(first.method), opacity: 1, size: curve.map((e) => (e.dense ? 11 : e.trained ? 11.5 : 10.5)),
-          symbol: curve.map((e) => (e.dense ? "square" : e.trained ? "diamond" : "circle")),
-          line: { color: curve.map((e) => (onFront.has(e.id) ? ink : card)), width: curve.map((e) => (onFront.has(e.id) ? 1.6 : 1)) },
+          symbol: curve.map(symbol),
+          line: {
+            color: curve.map((e) => (onFront.has(e.id) ? ink : e.control ? color(e.method) : card)),
+            width: curve.map((e) => (e.control ? 2.2 : onFront.has(e.id) ? 1.6 : 1)),
+          },
         },
         hoverlabel: { bordercolor: color(first.method) },
       };
-      trace.line.color = fade(trace.line.color, curves.size > 16 ? 0.25 : 0.45);
-      if ($("bars").checked) {
+      // Hollow: filled with the ground, so that lines do not show through.
+      if (first.control) trace.marker.color = card;
+      trace.line.color = fade(trace.line.color, first.control ? 0.8 : curves.size > 16 ? 0.2 : 0.45);
+      if ($("bars").checked && curve.some((e) => e.range)) {
+        trace.error_x = plot.words !== "GMACs" ? undefined : {
+          type: "data", symmetric: false, thickness: 1, width: 3, color: fade(color(first.method), 0.55),
+          array: curve.map((e) => (e.range ? e.range[1] - e.gmacs : 0)), arrayminus: curve.map((e) => (e.range ? e.gmacs - e.range[0] : 0)),
+        };
+      }
+      if ($("bars").checked && metric() === METRICS.top1) {
         trace.error_y = {
           type: "data", symmetric: false, thickness: 1, width: 3, color: fade(color(first.method), 0.55),
           array: curve.map((e) => (e.high ?? e.top1) - e.top1), arrayminus: curve.map((e) => e.top1 - (e.low ?? e.top1)),
@@ -95,14 +135,17 @@
 
     const reference = data.entries[view.reference];
     const shapes = [];
-    let heights = known.map((e) => e.top1);
-    if ($("near").checked) heights = heights.filter((y) => y >= Math.max(...heights) - 10);
-    if (reference && reference.top1 !== null) {
+    let heights = known.map(height);
+    if ($("near").checked) {
+      const best = Math.max(...heights), far = metric() === METRICS.cosine ? 0.1 : 10;
+      heights = heights.filter((y) => y >= best - far);
+    }
+    if (reference && height(reference) !== null) {
       const across = { xref: "paper", x0: 0, x1: 1 };
-      if (reference.low !== null) {
+      if (reference.low !== null && metric() === METRICS.top1) {
         shapes.push({ type: "rect", ...across, y0: reference.low, y1: reference.high, fillcolor: css("--band"), line: { width: 0 }, layer: "below" });
       }
-      shapes.push({ type: "line", ...across, y0: reference.top1, y1: reference.top1, line: { color: ink, width: 1.2, dash: "dash" }, layer: "below" });
+      shapes.push({ type: "line", ...across, y0: height(reference), y1: height(reference), line: { color: ink, width: 1.2, dash: "dash" }, layer: "below" });
       const x = plot.x(reference);
       if (x !== null) shapes.push({ type: "line", yref: "paper", y0: 0, y1: 1, x0: x, x1: x, line: { color: muted, width: 1, dash: "dot" }, layer: "below" });
     }
@@ -116,7 +159,7 @@
       font: { family: font(), color: ink, size: 13 }, showlegend: false, hovermode: "closest", shapes, annotations: [],
       dragmode: narrow ? false : "zoom",
       xaxis: { ...axis, range: range(known.map(plot.x)), nticks: narrow ? 5 : 9, title: { text: plot.title, font: { size: 13 }, standoff: 8 } },
-      yaxis: { ...axis, range: range(heights, 0.07, 0.12), title: { text: "top-1 accuracy (%)", font: { size: 13 }, standoff: 8 } },
+      yaxis: { ...axis, range: range(heights, 0.07, 0.12), title: { text: metric().title, font: { size: 13 }, standoff: 8 } },
       hoverlabel: { align: "left", bgcolor: card, font: { family: font(), color: ink, size: 12.5 } },
     };
     const config = {
@@ -133,6 +176,11 @@
     });
   }
 
+  function symbol(e) {
+    if (e.control) return e.trained ? "diamond" : e.guest ? "triangle-up" : "square";
+    return e.dense ? "square" : e.trained ? "diamond" : "circle";
+  }
+
   function fade(hex, alpha) {
     const part = (i) => parseInt(hex.slice(i, i + 2), 16);
     return `rgba(${part(1)},${part(3)},${part(5)},${alpha})`;
@@ -143,16 +191,17 @@
   function label(plot, shown, onFront) {
     plot.last = [shown, onFront];
     const { xaxis, yaxis } = plot.node._fullLayout;
-    const at = (e) => [xaxis.l2p(plot.x(e)), yaxis.l2p(e.top1)];
+    const at = (e) => [xaxis.l2p(plot.x(e)), yaxis.l2p(height(e))];
     const taken = shown.map((e) => at(e)).map(([x, y]) => [x - 7, y - 7, x + 7, y + 7]);
     const reference = data.entries[view.reference];
-    if (reference && reference.top1 !== null) {
-      const y = yaxis.l2p(reference.top1);
+    if (reference && height(reference) !== null) {
+      const y = yaxis.l2p(height(reference));
       taken.push([0, y - 3, xaxis._length, y + 3]);
     }
     pen.font = `600 12px ${font()}`;
     const annotations = [];
-    for (const e of shown.filter((s) => onFront.has(s.id) || s.dense)) {
+    const named = shown.filter((s) => onFront.has(s.id) || s.dense);
+    for (const e of named.sort((a, b) => onFront.has(b.id) - onFront.has(a.id))) {
       const text = e.short, width = pen.measureText(text).width + 4, height = 16;
       const [x, y] = at(e);
       const places = [[-8, -12, 1], [8, -12, 0], [0, -19, 0.5], [12, 0, 0], [-12, 0, 1], [8, 12, 0], [-8, 12, 1], [0, 19, 0.5], [-4, -21, 1], [4, -21, 0]];
@@ -163,7 +212,7 @@
         if (!inside || taken.some((t) => box[0] < t[2] && t[0] < box[2] && box[1] < t[3] && t[1] < box[3])) continue;
         taken.push(box);
         annotations.push({
-          x: plot.x(e), y: e.top1, text: safe(text), showarrow: false, xshift: dx, yshift: -dy, borderpad: 0,
+          x: plot.x(e), y: height(e), text: safe(text), showarrow: false, xshift: dx, yshift: -dy, borderpad: 0,
           xanchor: ["left", "center", "right"][anchor * 2], yanchor: "middle", font: { size: 12, weight: 600 },
           bgcolor: fade(css("--card"), 0.72), captureevents: false,
         });
@@ -183,7 +232,14 @@
     view = data.views[Number($("view").value)];
     fill($("setting"), Object.keys(view.speed).map((name) => [name, name]), $("setting").value);
     $("setting-field").hidden = Object.keys(view.speed).length < 2;
-    const best = Math.max(...view.entries.map((id) => data.entries[id].top1 ?? -1));
+    const members = view.entries.map((id) => data.entries[id]);
+    const measured = Object.keys(METRICS).filter((name) => members.some((e) => e[name] !== null));
+    fill($("metric"), measured.map((name) => [name, METRICS[name].name]), $("metric").value);
+    $("metric-field").hidden = measured.length < 2;
+    $("weights-field").hidden = !members.some((e) => e.trained);
+    if ($("weights-field").hidden) $("weights").value = "all";
+    $("control-key").hidden = !members.some((e) => e.control);
+    const best = Math.max(...members.map((e) => e.top1 ?? -1));
     $("near-field").hidden = !view.entries.some((id) => data.entries[id].top1 !== null && data.entries[id].top1 < best - 10);
     if ($("near-field").hidden) $("near").checked = false;
     const reference = data.entries[view.reference];
@@ -200,7 +256,7 @@
 
   function makeChips() {
     $("chips").replaceChildren(...methodsOf(view).map((m) => {
-      const chip = make("button", { type: "button", value: m, className: m === data.dense ? "chip square" : "chip", title: "click: hide or show; double click: only this" },
+      const chip = make("button", { type: "button", value: m, className: ["chip square", "chip control", "chip"][rank(m)], title: "click: hide or show; double click: only this" },
         make("i"), make("span", { textContent: m === data.dense ? "dense" : m }));
       chip.addEventListener("click", (event) => {
         if (event.detail > 1) { only(m); return; }
@@ -214,7 +270,7 @@
   function showMethods() {
     const methods = methodsOf(view);
     const on = methods.filter((m) => !hidden.has(m));
-    const reducers = methods.filter((m) => m !== data.dense);
+    const reducers = methods.filter((m) => rank(m) === 2);
     const lit = reducers.filter((m) => !hidden.has(m));
     const options = [["*", `all ${reducers.length} methods`], ...reducers.map((m) => [m, m])];
     const one = lit.length === 1 && reducers.length > 1 ? lit[0] : null;
@@ -242,6 +298,8 @@
     $("speed-sub").textContent = `${setting ? `on ${setting}; ` : ""}further up and right is better`;
     $("tiles").replaceChildren(...view.tiles[setting].map(([name, value, text]) => make("div", { className: "tile" },
       make("h3", { textContent: name }), make("strong", { textContent: value }), make("p", { textContent: text }))));
+    for (const plot of plots) $(`title-${plot.node.id.slice(5)}`).textContent = `${metric().head} against ${plot.words}`;
+    $("untrained-key").hidden = $("weights").value !== "all" || !view.entries.some((id) => data.entries[id].trained);
     plots.forEach(draw);
   }
 
@@ -260,29 +318,51 @@
     const inView = new Set(view.entries);
     $("results").classList.toggle("single", !everything && !view.combined);
     const setting = $("setting").value;
-    const front = new Set(everything ? data.views.filter((v) => !v.combined).flatMap((v) => v.front) : view.front);
+    const one = $("weights").value === "untrained" ? (v) => v.front_untrained : (v) => v.front;
+    const front = new Set(everything ? data.views.filter((v) => !v.combined).flatMap(one) : one(view));
+    const failures = new Set(everything ? data.views.flatMap((v) => v.failures) : view.failures);
     let shown = 0;
     for (const row of records) {
+      if (row.classList.contains("failure")) {
+        row.hidden = !failures.has(Number(row.dataset.row)) || !failureShown(row.dataset.method);
+        continue;
+      }
       const entry = data.entries[row.dataset.entry], old = row.classList.contains("old");
-      row.hidden = hidden.has(entry.method) || (!everything && (old || !inView.has(entry.id)));
+      const elsewhere = everything ? entry.guest : old || !inView.has(entry.id);
+      row.hidden = hidden.has(entry.method) || !chosen(entry) || elsewhere;
       shown += !row.hidden;
       row.classList.toggle("pareto", !old && front.has(entry.id));
       if (old) continue;
       const speed = entry.speeds[setting] ?? (everything ? Object.values(entry.speeds)[0] : null) ?? null;
       cell(row.querySelector(".rate"), speed?.rate, speed?.text);
       cell(row.querySelector(".up"), speed?.up, speed?.uptext);
+      cell(row.querySelector(".memory"), speed?.memory, speed?.memtext);
     }
     hideEmptyColumns();
-    $("count").textContent = `${shown} of ${records.length} shown; click a name for the whole row`;
-    $("everything-field").hidden = records.length === view.entries.length;
+    const runs = records.filter((row) => !row.matches(".failure, .guest")).length;
+    const lost = failures.size ? ` and ${failures.size} failed` : "";
+    $("count").textContent = `${shown} of ${Math.max(runs, shown)}${lost}; click a name for the whole row`;
+    $("everything-field").hidden = runs === view.entries.length;
+  }
+
+  // A failed run belongs to the chips of its method; the arguments in their names are not known.
+  function failureShown(method) {
+    const name = method === "dense" ? data.dense : method;
+    const own = methodsOf(view).filter((m) => m === name || m.startsWith(`${name} `));
+    return own.length ? own.some((m) => !hidden.has(m)) : !methodsOf(view).some((m) => hidden.has(m));
   }
 
   function hideEmptyColumns() {
-    const visible = records.filter((row) => !row.hidden);
+    const failed = records.filter((row) => row.classList.contains("failure"));
+    const full = records.filter((row) => !row.classList.contains("failure"));
+    const visible = full.filter((row) => !row.hidden);
+    let filled = 0;
     [...$("results").tHead.rows[0].cells].forEach((head, index) => {
       const empty = index > 0 && visible.every((row) => !row.cells[index].textContent);
-      for (const row of [head.parentNode, ...records]) row.cells[index].hidden = empty;
+      for (const row of [head.parentNode, ...full]) row.cells[index].hidden = empty;
+      filled += !empty && index >= 4;
     });
+    for (const row of failed) row.querySelector(".error").colSpan = Math.max(1, filled);
   }
 
   function cell(node, value, text) {
@@ -299,6 +379,7 @@
     head.setAttribute("aria-sort", up ? "ascending" : "descending");
     const key = (row) => {
       const c = row.cells[index];
+      if (!c || c.classList.contains("error")) return null;
       return word ? c.textContent.trim().toLowerCase() || null : c.dataset.v === undefined ? null : Number(c.dataset.v);
     };
     records.sort((a, b) => {
@@ -340,6 +421,7 @@
   $("method").addEventListener("change", () => { if ($("method").value !== "?") only($("method").value); });
   $("setting").addEventListener("change", () => { redraw(); filterTable(); });
   $("everything").addEventListener("change", filterTable);
+  for (const id of ["weights", "metric"]) $(id).addEventListener("change", () => { redraw(); filterTable(); });
   for (const id of ["bars", "near"]) $(id).addEventListener("change", redraw);
   dark.addEventListener("change", showMethods);
   let timer = 0, width = window.innerWidth;

@@ -17,6 +17,7 @@ from zoo.report.words import (
     format_gmacs,
     format_range,
     format_rate,
+    is_dense,
     summary_line,
 )
 from zoo.rows import FIELDS, Row
@@ -36,13 +37,23 @@ _SPREAD: dict[str, tuple[tuple[str, Any], ...]] = {
         ("gmacs_limit", "limit"),
     ),
     "gmacs_paper": (("gmacs_paper", "total"), ("gmacs_paper_convention", "convention")),
+    "fidelity": (
+        ("fidelity_agreement", "agreement"),
+        ("fidelity_kl", "kl"),
+        ("fidelity_cosine", "cosine"),
+    ),
     "ci95": (("ci95_low", 0), ("ci95_high", 1)),
     "versions": tuple(
         (f"version_{name}", name) for name in ("python", "torch", "timm", "lightning", "tokenzoo")
     ),
 }
 _WORDS = ("Method", "Budget", "Weights")  # columns of words, aligned left
-_DERIVED = ("budget", "gmacs_saved_percent", "top1_delta", "speedup", "current", "pareto")
+_DERIVED = ("budget", "control", "gmacs_saved_percent", "top1_delta", "speedup", "current")
+_DERIVED += ("pareto", "pareto_untrained")
+COLUMNS = (
+    *("Method", "Budget", "Tokens", "GMACs", "Reducer", "−GMACs", "Top-1 %", "95 % interval"),
+    *("Δ top-1", "Agreement", "KL", "Cosine", "img/s", "Speed-up", "Memory", "Weights"),
+)
 
 
 # -------------------------------------------------------------------------------------- CSV
@@ -54,13 +65,15 @@ def csv_table(comparison: Comparison) -> str:
     Mappings become columns (``gmacs_linear``, ``version_torch``), lists stay JSON. The last columns
     are derived: the budget in words, savings and differences against the dense model, whether
     the row is the one that counts (``current``) and whether it is on the Pareto front of
-    accuracy against GMACs.
+    accuracy against GMACs, over everything and over what nobody trained for the purpose.
     """
     extra = sorted({key for row in comparison.rows for key in row} - set(FIELDS))
     columns = [name for key in FIELDS for name, _ in _SPREAD.get(key, ((key, None),))]
     entries = {id(entry.row): entry for entry in comparison.entries}
     # The wide views over several backbones come last: a row's own front is its backbone's.
-    front = {id(e) for view in comparison.views if not view.combined for e in view.front}
+    views = [view for view in comparison.views if not view.combined]
+    fronts = [{id(e) for v in views for e in v.front}]
+    fronts += [{id(e) for v in views for e in v.front_untrained}]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*columns, *extra, *_DERIVED])
@@ -69,9 +82,10 @@ def csv_table(comparison: Comparison) -> str:
         derived: list[Any] = [entry.budget if entry else describe_budget(row.get("schedule"))]
         if entry:
             speed = entry.speeds[next(iter(entry.speeds))] if entry.speeds else None
-            derived += [entry.saved, entry.delta, speed and speed.speedup, True, id(entry) in front]
+            derived += [entry.control, entry.saved, entry.delta, speed and speed.speedup, True]
+            derived += [id(entry) in front for front in fronts]
         else:
-            derived += [None, None, None, False, False]
+            derived += [None, None, None, None, False, False, False]
         values = [value for key in FIELDS for value in _flat(key, row.get(key))]
         values += [row.get(key) for key in extra]
         writer.writerow([_cell(value) for value in [*values, *derived]])
@@ -142,6 +156,10 @@ def _markdown_view(view: View) -> list[str]:
         if entry in view.front:
             cells = [f"**{cell}**" if cell else "" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
+    for row in view.failures:
+        method, budget, error = (_md(text) for text in failure_cells(row))
+        cells = [method, budget, f"FAILED: {error}", *[""] * len(columns)]
+        lines.append("| " + " | ".join(cells[: len(columns)]) + " |")
     notes = [f"- {_md(note)}" for note in view.notes]
     return [*lines, "", *notes, *([""] if notes else [])]
 
@@ -173,7 +191,9 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def _console_view(view: View) -> str:
-    columns, body = _grid(view, ("Tokens", "95 % interval", "Weights"))
+    columns, body = _grid(
+        view, ("Tokens", "Reducer", "95 % interval", "KL", "Cosine", "Memory", "Weights")
+    )
     if "Top-1 %" in columns:  # the interval as one number, to stay within a terminal's width
         at = columns.index("Top-1 %")
         for entry, cells in zip(view.entries, body, strict=True):
@@ -189,6 +209,9 @@ def _console_view(view: View) -> str:
         "  " + "─" * len(_line(columns, widths)),
     ]
     lines += [f"{mark} {_line(cells, widths)}" for mark, cells in zip(marks, body, strict=True)]
+    for row in view.failures:
+        method, budget, error = failure_cells(row)
+        lines.append(f"! {_line([method, budget], widths[:2])}  FAILED: {error}")
     if view.front:
         lines.append("* on the Pareto front of top-1 against GMACs; Δ and savings against dense")
     return "\n".join(line.rstrip() for line in lines)
@@ -207,8 +230,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 def _grid(view: View, without: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
     """Column names and cells of a view; columns that nothing fills are left out."""
     rate = view.settings[0] if view.settings else None
-    columns = ["Method", "Budget", "Tokens", "GMACs", "−GMACs", "Top-1 %", "95 % interval"]
-    columns += ["Δ top-1", "img/s", "Speed-up", "Weights"]
+    columns = list(COLUMNS)
     body = [entry_cells(entry, rate) for entry in view.entries]
     keep = [
         index
@@ -223,20 +245,46 @@ def _grid(view: View, without: Sequence[str] = ()) -> tuple[list[str], list[list
 def entry_cells(entry: Entry, setting: str | None) -> list[str]:
     """The cells of one entry, empty where nothing was measured."""
     speed = entry.speeds.get(setting) if setting else None
-    speedup = speed.speedup if speed and not entry.dense else None
+    speedup = speed.speedup if speed and not entry.is_reference else None
+    share, memory = entry.reducer_share, speed.memory if speed else None
     return [
         entry.name,
         entry.budget,
         describe_tokens(entry.tokens).replace("->", "→"),
         "" if entry.gmacs is None else format_gmacs(entry.gmacs) + format_range(entry.cost),
+        "" if share is None else f"{share:.1f} %",
         "" if entry.saved is None else f"{entry.saved:.1f} %",
         "" if entry.top1 is None else f"{entry.top1:.2f}",
         "" if entry.interval is None else "{:.1f} – {:.1f}".format(*entry.interval),
         signed(entry.delta),
+        *fidelity_cells(entry.fidelity),
         format_rate(speed.rate) if speed else "",
         f"×{speedup:.2f}" if speedup else "",
+        format_memory(memory),
         ("trained" if entry.trained else "off the shelf") if entry.top1 is not None else "",
     ]
+
+
+def fidelity_cells(found: Mapping[str, float]) -> list[str]:
+    """Agreement, divergence and cosine, empty where they were not measured."""
+    patterns = (("agreement", "{:.1f} %"), ("kl", "{:.3g}"), ("cosine", "{:.3f}"))
+    return [text.format(found[name]) if name in found else "" for name, text in patterns]
+
+
+def format_memory(mebibytes: float | None) -> str:
+    """Peak memory, empty for None.
+
+    >>> format_memory(812.3), format_memory(None)
+    ('812 MiB', '')
+    """
+    return "" if mebibytes is None else f"{mebibytes:,.0f} MiB"
+
+
+def failure_cells(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Method, budget and error of a failed row."""
+    method = "dense" if is_dense(row) else str(row.get("method"))
+    reason = " ".join(str(row.get("error") or "no reason recorded").split())
+    return method, describe_budget(row.get("schedule")), reason
 
 
 def signed(value: float | None) -> str:

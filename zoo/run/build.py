@@ -47,7 +47,7 @@ def build_model(cfg: DictConfig, **backbone_args: Any) -> ReducedViT:
                 "no model: type weights=vit_digits (or a model folder, a checkpoint, "
                 "hf-hub:ORG/NAME) or backbone=NAME, e.g. backbone=deit_small"
             )
-        return _checked(_load(str(weights), parts, args))
+        return _set_runtime(cfg, _checked(_load(str(weights), parts, args)))
     from zoo.api import create_model
 
     parts["plugins"] = parts.get("plugins") or ()
@@ -57,7 +57,7 @@ def build_model(cfg: DictConfig, **backbone_args: Any) -> ReducedViT:
         from zoo.checkpoint import find, load_weights
 
         load_weights(model, find(str(weights)))
-    return _checked(model)
+    return _set_runtime(cfg, _checked(model))
 
 
 def instantiate(node: Any) -> Any:
@@ -91,6 +91,10 @@ def _load(weights: str, parts: dict[str, Any], backbone_args: Mapping[str, Any])
         raise BadCheckpoint(
             f"{weights}: weights alone, without a recipe; add the architecture: backbone=NAME"
         ) from error
+
+
+def _set_runtime(cfg: DictConfig, model: ReducedViT) -> ReducedViT:
+    return model.set_runtime(**(_plain(cfg.get("runtime")) or {}))
 
 
 def _checked(model: ReducedViT) -> ReducedViT:

@@ -9,6 +9,7 @@ smaller model and a dense model that was fine-tuned as long, are trained once (s
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -177,11 +178,8 @@ def lower_sizes(side: int, patch: int, wanted: Sequence[float]) -> list[int]:
 def _without_reduction(job: Job) -> Job:
     cfg = _copy(job.cfg)
     cfg.update(_NOTHING)
-    parts = ("reducer", "schedule", "plugin")
-    kept = [text for text in job.overrides if text.lstrip("+~").partition("=")[0] not in parts]
-    kept = [
-        text for text in kept if not text.lstrip("+~").startswith(tuple(f"{p}." for p in parts))
-    ]
+    parts = re.compile(r"[+~]*(reducer|schedule|plugin)[.=]")
+    kept = [text for text in job.overrides if not parts.match(text)]
     return Job(cfg, (*kept, "reducer=none"))
 
 

@@ -14,12 +14,13 @@ from zoo.adapters.standalone import as_standalone
 from zoo.errors import ZooError
 from zoo.rows import new_row, wilson_interval
 from zoo.run.build import build_model
-from zoo.sampling import IMAGES, CostSampler, is_adaptive, measure, spread_images
+from zoo.run.costs import count_costs, has_weights, sample_costs, sampled_costs
+from zoo.runtime import Runtime
+from zoo.sampling import CostSampler, is_adaptive
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from zoo.cost import Profile
     from zoo.reduced import Info, ReducedViT
 
 TASKS = ("accuracy", "flops", "throughput", "fidelity")
@@ -53,7 +54,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     # Costs first: they are exact and take no time, and the rest may be interrupted.
     row.update(count_costs(model, trace="flops" in tasks))
     if "flops" in tasks and "accuracy" not in tasks:
-        row.update(sample_costs(cfg, model))
+        row.update(sample_costs(cfg, model, _limit(cfg.limit)))
     if "accuracy" in tasks:
         row.update(measure_accuracy(cfg, model, device, dtype))
     if "throughput" in tasks:
@@ -66,7 +67,17 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         row.update(measure_fidelity(cfg, model, device, dtype, _limit(cfg.limit)))
     if set(tasks) - {"flops"}:
         row.update(device=_device_name(device), dtype=str(cfg.dtype), compile=bool(cfg.compile))
-    return new_row(**row)
+    options = model.runtime._asdict()
+    changed = {k: v for k, v in options.items() if v != Runtime._field_defaults[k]}
+    return new_row(**row, runtime=changed or None)
+
+
+def _dense(model: ReducedViT) -> nn.Module:
+    """The dense model, with the run-time options that the reduced one has."""
+    if model.runtime == Runtime():
+        return model.unwrap()
+    dense = type(model)(model.backbone).set_runtime(**model.runtime._asdict())
+    return dense.eval()
 
 
 def check_tasks(task: Any) -> list[str]:
@@ -117,94 +128,6 @@ def method_name(model: ReducedViT) -> str:
     return "none" if alone is None else alone.method
 
 
-def count_costs(model: ReducedViT, trace: bool = True) -> dict[str, Any]:
-    """Returns tokens, parameters and GMACs, of the model and of its dense counterpart.
-
-    Args:
-        model: The model.
-        trace: Let fvcore count too, which runs one image through the model.
-    """
-    from zoo import flops
-
-    found = flops.profile(model)
-    return {
-        **_costs(found),
-        "params_m": found.params / 1e6,
-        "gmacs_dense": found.dense,
-        "gmacs_paper": _as_published(model),
-        "gmacs_fvcore": _fvcore(model) if trace else None,
-    }
-
-
-def _costs(found: Profile) -> dict[str, Any]:
-    """The fields that differ between an upper limit and a mean over images."""
-    return {
-        "tokens": [list(pair) for pair in found.tokens],
-        "gmacs": {
-            "total": found.gmacs,
-            "linear": found.linear,
-            "attention": found.attention,
-            "reducer": found.reducer,
-        },
-        "gmacs_sample": None if found.sample is None else found.sample._asdict(),
-    }
-
-
-def sampled_costs(found: Profile) -> dict[str, Any]:
-    """Returns the fields of a row that a cost measured on images replaces.
-
-    fvcore follows one graph for all images, so its count is none of these.
-    """
-    return {**_costs(found), "gmacs_fvcore": None}
-
-
-def sample_costs(cfg: DictConfig, model: ReducedViT) -> dict[str, Any]:
-    """Measures the cost on evaluation images, where it depends on the image and there are any.
-
-    Returns:
-        Fields of the row; none of them for other methods, for untrained weights, and under
-        torch.compile, whose graph keeps the upper limit.
-    """
-    if not is_adaptive(model) or cfg.compile or not _has_weights(cfg):
-        return {}
-    from zoo.data import build_data
-
-    try:
-        data = build_data(cfg, model)
-        data.setup("test")
-        batches = spread_images(data, _limit(cfg.limit) or IMAGES)
-        return sampled_costs(measure(model, batches))
-    except ZooError as error:
-        print(f"warning: the cost is the schedule's upper limit: {error}", file=sys.stderr)
-        return {}
-
-
-def _has_weights(cfg: DictConfig) -> bool:
-    return cfg.weights is not None or bool(cfg.backbone and cfg.backbone.pretrained)
-
-
-def _as_published(model: ReducedViT) -> dict[str, Any] | None:
-    """The cost as the method's paper counts it; None where it counts as we do."""
-    from zoo import flops
-
-    convention = "zoo" if model.reducer is None else model.reducer.convention
-    if convention == "zoo":
-        return None
-    found = flops.profile(model, convention=convention)
-    return {"convention": convention, "total": found.gmacs, "dense": found.dense}
-
-
-def _fvcore(model: ReducedViT) -> float | None:
-    """fvcore's count, or None: it traces through a private interface of torch, and is a check."""
-    from zoo.flops import fvcore_gmacs
-
-    try:
-        return fvcore_gmacs(model, torch.zeros(1, *input_size(model)))
-    except Exception as error:
-        print(f"warning: fvcore could not count this model: {error}", file=sys.stderr)
-        return None
-
-
 def measure_accuracy(
     cfg: DictConfig, model: ReducedViT, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -217,7 +140,7 @@ def measure_accuracy(
 
     data = build_data(cfg, model)
     data.setup("test")
-    if not _has_weights(cfg):
+    if not has_weights(cfg):
         print(
             "warning: accuracy of untrained weights; give weights=... or backbone.pretrained=true",
             file=sys.stderr,
@@ -308,7 +231,7 @@ def measure_throughput(
         raise ZooError("throughput.batch is empty; type throughput.batch=32 or [1,16]")
     runner: Any = model
     # A standalone backbone is its own reduction: there is no dense model to take turns with.
-    dense: Any = model.unwrap() if as_standalone(model.backbone) is None else None
+    dense: Any = _dense(model) if as_standalone(model.backbone) is None else None
     if cfg.compile:
         runner, dense = torch.compile(model), dense and torch.compile(dense)
     found = [

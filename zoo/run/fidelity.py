@@ -97,9 +97,9 @@ def compare_answers(
         limit: Stop after so many images.
 
     Returns:
-        `agreement`, percent of images with the same first class; `kl`, the divergence
-        KL(dense || model) of the answers in nats; `cosine` of the features that enter the classifier
-        (None where they cannot be told or have another width); `n_images`. All are means.
+        `agreement`, percent of images with the same first class; `kl`, KL(dense || model) of the
+        answers in nats; `cosine` of the features that enter the classifier (None where they cannot
+        be told or have another width); `n_images`. All are means.
 
     Raises:
         ZooError: There are no images.

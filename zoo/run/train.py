@@ -21,7 +21,8 @@ from zoo.errors import BadCheckpoint, ZooError
 from zoo.lit.classifier import Classifier
 from zoo.rows import new_row, wilson_interval
 from zoo.run.build import build_model, instantiate
-from zoo.run.evaluate import count_costs, describe, sampled_costs
+from zoo.run.costs import count_costs, sampled_costs
+from zoo.run.evaluate import describe
 from zoo.sampling import is_adaptive, measure, spread_images
 
 if TYPE_CHECKING:

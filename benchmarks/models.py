@@ -1,0 +1,89 @@
+"""What is measured: methods, the schedules of the papers, and how models are built from both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from torch import nn
+
+import zoo
+from zoo.errors import ZooError
+from zoo.reduced import ReducedViT
+
+_STAGES: dict[str, Any] = {"name": "keep_rate", "rate": 0.7, "blocks": [3, 6, 9]}
+_EVERY: dict[str, Any] = {
+    "name": "keep_rate",
+    "rate": 0.9,
+    "of": "current",
+    "rounding": "ceil",
+    "blocks": "all",
+}
+_R13: dict[str, Any] = {"name": "constant_r", "r": 13}
+
+#: Schedules that a method is usually measured with; others get three stages of 0.7.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "tome": _R13,
+    "tofu": _R13,
+    "pitome": _EVERY,
+}
+_SHORT = {"deit_small": "deit_small_patch16_224", "deit_base": "deit_base_patch16_224"}
+_SEARCHED = {"deit_small_patch16_224": "deit_small_2.9", "deit_base_patch16_224": "deit_base_11.5"}
+
+
+def backbone_name(name: str) -> str:
+    """timm's name of a backbone, also for the short ones of the configurations."""
+    return _SHORT.get(name, name)
+
+
+def schedule_of(method: str, backbone: str) -> dict[str, Any]:
+    """The schedule of a method on a backbone, as a mapping."""
+    if method == "diffrate" and backbone in _SEARCHED:
+        folder = Path(__file__).parents[1] / "configs" / "schedule" / "diffrate"
+        node = yaml.safe_load((folder / f"{_SEARCHED[backbone]}.yaml").read_text())
+        keys = ("keep", "prune", "prefix")
+        return {"name": "per_block", **{k: node[k] for k in keys}}
+    return SCHEDULES.get(method, _R13 if method == "diffrate" else _STAGES)
+
+
+def parse_schedule(text: str) -> dict[str, Any]:
+    """A schedule from the command line: `constant_r:r=13`, `keep_rate:rate=0.5,blocks=[3,6]`.
+
+    Raises:
+        ZooError: If it cannot be read.
+    """
+    name, _, rest = text.partition(":")
+    try:
+        arguments = yaml.safe_load("{" + rest.replace("=", ": ") + "}") or {}
+    except yaml.YAMLError as error:
+        raise ZooError(f"schedule {text!r}: expected NAME:KEY=VALUE,KEY=VALUE") from error
+    return {"name": name, **arguments}
+
+
+def plain_backbone(name: str, seed: int = 0) -> nn.Module:
+    """timm's model with random weights, in evaluation mode.
+
+    Weights do not change the time, but their scale decides whether tokens differ at all: biases and
+    norms are drawn too, or all tokens of a random image would look alike.
+    """
+    import zoo.models  # noqa: F401  (registers this package's own architectures)
+
+    torch.manual_seed(seed)
+    model = timm.create_model(backbone_name(name))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def reduced(
+    backbone: nn.Module, method: str | None, schedule: Any = None, **runtime: Any
+) -> ReducedViT:
+    """A backbone with a method, or without one for the dense model in the same wrapper."""
+    torch.manual_seed(1)  # learned parts
+    model = zoo.wrap(backbone, method, schedule if method else None).eval()
+    return model.set_runtime(**runtime)

@@ -1,0 +1,149 @@
+"""Clocks: several candidates in turns in one process, and the memory that one call takes.
+
+A machine is not equally fast from one minute to the next, so nothing is ever timed alone: all
+candidates of a comparison take turns, forwards and backwards, and only medians of the same run are
+compared.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+Step = Callable[[], object]
+
+
+@dataclass
+class Times:
+    """Seconds per call of one candidate, one entry per round.
+
+    Attributes:
+        seconds: One entry per round.
+        error: Why there are none.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def median(self) -> float:
+        """Median of the rounds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median; above 0.1 the machine was busy."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / self.median
+
+
+def ratio(a: Times, b: Times) -> float:
+    """How many times as long `a` takes as `b`: the median of the ratios of the rounds.
+
+    Within a round both saw the same machine, which medians of each alone did not.
+    """
+    return statistics.median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
+
+
+def in_turns(
+    steps: Mapping[str, Step],
+    device: torch.device,
+    rounds: int = 9,
+    warmup: int = 2,
+    min_time: float = 0.1,
+) -> dict[str, Times]:
+    """Time candidates in turns.
+
+    Args:
+        steps: What to call, by name.
+        device: Where they run: decides on the clock.
+        rounds: Turns of each.
+        warmup: Calls before the first round, which allocate, compile and choose kernels.
+        min_time: Seconds that a turn lasts at least.
+
+    Returns:
+        The times by name; of a candidate that failed, its error.
+    """
+    found = {name: Times() for name in steps}
+    numbers = {}
+    for name, step in steps.items():
+        try:
+            for _ in range(warmup):
+                step()
+            once = seconds(step, 1, device)
+            numbers[name] = max(1, min(50, round(min_time / max(once, 1e-9))))
+        except Exception as error:  # a failure is a row, not the end of the run
+            found[name].error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if is_out_of_memory(error):
+                raise
+    order = list(numbers)
+    for _ in range(rounds):
+        for name in order:
+            took = seconds(steps[name], numbers[name], device)
+            found[name].seconds.append(took / numbers[name])
+        order.reverse()
+    return found
+
+
+def seconds(step: Step, number: int, device: torch.device) -> float:
+    """Seconds that so many calls take: events on CUDA, else the clock on the wall."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record()
+        for _ in range(number):
+            step()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(begin.elapsed_time(end)) / 1e3
+    start = time.perf_counter()
+    for _ in range(number):
+        step()
+    return time.perf_counter() - start
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short, in the words of either allocator."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def release(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def peak_memory(step: Step, device: torch.device) -> float:
+    """Most MiB that one call holds on top of what was there before.
+
+    On CUDA the allocator says it. On a CPU every allocation and release of torch's allocator is
+    recorded by its profiler and added up; scratch memory inside libraries is not among them.
+    """
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as run:
+        step()
+    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20

@@ -1,0 +1,235 @@
+"""What the page's script works with: every entry, view and row as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from zoo.report.compare import Comparison, Entry, View
+from zoo.report.controls import KINDS
+from zoo.report.readings import Row, Speed
+from zoo.report.tables import fidelity_cells, format_memory, signed
+from zoo.report.words import (
+    DENSE,
+    cost_range,
+    describe_tokens,
+    format_gmacs,
+    format_range,
+    format_rate,
+    number,
+)
+from zoo.rows import FIELDS
+
+
+def method_of(entry: Entry) -> str:
+    """What the filter calls it: the method with its arguments, the dense model, or a control."""
+    return DENSE if entry.is_reference else entry.name
+
+
+def time_of(created: Any) -> str:
+    """Date and minute."""
+    return str(created or "")[:16].replace("T", " ")
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "row"), counted(2, "row")
+    ('1 row', '2 rows')
+    """
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def payload(comparison: Comparison, colors: dict[str, tuple[str, str]], ids: dict[int, int]) -> str:
+    """Returns the JSON text, safe inside a script element.
+
+    Args:
+        comparison: What the page shows.
+        colors: Of every method, on light and on dark.
+        ids: Numbers of the rows, by identity.
+    """
+    found = {
+        "dense": DENSE,
+        "colors": colors,
+        "controls": list(KINDS),
+        "entries": {e.id: _entry(e) for view in comparison.views for e in view.entries},
+        "views": [_view(view, ids) for view in comparison.views],
+        "rows": {ids[id(row)]: _details(row) for row in comparison.rows},
+    }
+    text = json.dumps(found, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # Inside a script element only "<" can end it; as an escape it is the same JSON.
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    low, high = entry.interval or (None, None)
+    return {
+        "id": entry.id,
+        "method": method_of(entry),
+        "short": _clip(f"{entry.name} {entry.budget}" if entry.control else entry.title, 24),
+        "control": entry.control,
+        "guest": entry.guest,
+        "backbone": entry.backbone,
+        "dense": entry.dense,
+        "trained": entry.trained,
+        "gmacs": entry.gmacs,
+        "top1": entry.top1,
+        "low": low,
+        "high": high,
+        "agreement": entry.fidelity.get("agreement"),
+        "cosine": entry.fidelity.get("cosine"),
+        "range": cost_range(entry.cost),
+        "speeds": {
+            name: {
+                "rate": speed.rate,
+                "text": format_rate(speed.rate),
+                "up": None if entry.is_reference else speed.speedup,
+                "uptext": _times(entry, speed),
+                "memory": speed.memory,
+                "memtext": format_memory(speed.memory),
+            }
+            for name, speed in entry.speeds.items()
+        },
+        "hover": _hover(entry),
+    }
+
+
+def _times(entry: Entry, speed: Speed) -> str:
+    return f"×{speed.speedup:.2f}" if speed.speedup and not entry.is_reference else ""
+
+
+def _clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _hover(entry: Entry) -> list[str]:
+    """The row in short lines, the first one its heading."""
+    row = entry.row
+    lines = [_clip(entry.label, 44), entry.backbone]
+    if entry.top1 is not None:
+        delta = f" (Δ {signed(entry.delta)})" if entry.delta is not None else ""
+        ends = " [{:.1f}, {:.1f}]".format(*entry.interval) if entry.interval else ""
+        lines.append(f"top-1 {entry.top1:.2f} %{ends}{delta}")
+    if entry.gmacs is not None:
+        saved = f" (saves {entry.saved:.1f} %)" if entry.saved is not None else ""
+        mean = f"{format_gmacs(entry.gmacs)}{format_range(entry.cost)}"
+        share = entry.reducer_share
+        own = f", reducer {share:.1f} %" if share is not None else ""
+        lines.append(f"{mean} GMACs{saved}{own}")
+    for name, speed in entry.speeds.items():
+        times = f" ({text})" if (text := _times(entry, speed)) else ""
+        memory = f", {format_memory(speed.memory)}" if speed.memory is not None else ""
+        lines.append(f"{format_rate(speed.rate)} img/s{times}{memory} on {_clip(name, 34)}")
+    if entry.fidelity:
+        agreement, divergence, cosine = fidelity_cells(entry.fidelity)
+        lines.append(f"as dense: {agreement} of answers, KL {divergence}, cosine {cosine or '?'}")
+    if tokens := describe_tokens(entry.tokens):
+        lines.append(f"tokens {tokens.replace('->', '→')}")
+    facts = ["trained" if entry.trained else "off the shelf"]
+    if entry.control:
+        facts[0] = f"control: {entry.control}"
+    for key, text in (("n_images", "{:,.0f} images"), ("seed", "seed {:.0f}")):
+        if (value := number(row.get(key))) is not None:
+            facts.append(text.format(value))
+    lines.append(", ".join(facts))
+    commit = f"commit {str(row['git'])[:9]}{'+' * bool(row.get('dirty'))}" if row.get("git") else ""
+    lines.append(" · ".join(part for part in (time_of(row.get("created")), commit) if part))
+    return [line for line in lines if line]
+
+
+def _details(row: Row) -> list[tuple[str, str, str]]:
+    """(field, value, meaning) of everything that a row knows."""
+    found = []
+    for key, value in row.items():
+        if value is None or value == "":
+            continue
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        found.append((key, text, FIELDS.get(key, "")))
+    return found
+
+
+def _view(view: View, ids: Mapping[int, int]) -> dict[str, Any]:
+    def numbers(entries: Sequence[Entry]) -> list[int]:
+        return [entry.id for entry in entries]
+
+    return {
+        "combined": view.combined,
+        "entries": numbers(view.entries),
+        "reference": view.reference.id if view.reference else None,
+        "front": numbers(view.front),
+        "front_untrained": numbers(view.front_untrained),
+        "failures": [ids[id(row)] for row in view.failures],
+        "speed": {name: numbers(front) for name, front in view.speed_fronts.items()},
+        "notes": view.notes,
+        "tiles": {name: tiles(view, name) for name in view.settings or [""]},
+        "empty": _empty(view),
+    }
+
+
+def _empty(view: View) -> dict[str, str | None]:
+    """What to say in place of a plot without points."""
+    measured = [entry for entry in view.entries if entry.top1 is not None]
+    costs = any(entry.gmacs is not None for entry in measured)
+    speeds = any(entry.speeds for entry in measured)
+    if not measured:
+        have = "costs" if any(e.gmacs is not None for e in view.entries) else "no accuracy"
+        reason = f"These runs measured {have} only: add accuracy to task=[…] to see a plot here."
+        reason = reason.replace("measured no accuracy only", "measured no accuracy")
+        return {"gmacs": reason, "speed": reason}
+    return {
+        "gmacs": None if costs else "No GMACs were counted: add flops to task=[…].",
+        "speed": None if speeds else "No throughput was measured: add throughput to task=[…].",
+    }
+
+
+def _saved(entry: Entry) -> float:
+    return entry.saved or 0.0
+
+
+def tiles(view: View, setting: str, points: float = 1.0) -> list[tuple[str, str, str]]:
+    """(name, value, explanation) of the findings that stand at the top of the page.
+
+    Args:
+        view: The view.
+        setting: Hardware setting that speeds are taken from; empty if there is none.
+        points: How much top-1 a reduced model may lose to count as still good.
+    """
+    found = []
+    reduced = [entry for entry in view.entries if not entry.dense]
+    methods = {entry.row.get("method") for entry in view.entries if not entry.dense}
+    base = view.reference
+    if base:
+        parts = [f"{format_gmacs(base.gmacs)} GMACs" if base.gmacs is not None else ""]
+        if setting in base.speeds:
+            parts.append(f"{format_rate(base.speeds[setting].rate)} img/s")
+        if base.top1 is not None:
+            text = " · ".join(part for part in parts if part)
+            found.append(("Dense model, top-1", f"{base.top1:.2f} %", text))
+        else:
+            found.append(("Dense model", parts[0] or "no GMACs", " · ".join(parts[1:])))
+    good = [e for e in reduced if e.delta is not None and e.delta >= -points]
+
+    def about(entry: Entry) -> str:
+        where = f" on {entry.backbone}" if view.combined else ""
+        return f"{entry.label}{where}, top-1 {entry.top1:.2f} %"
+
+    within = f"within {points:g} point of dense"
+    cheap = max((e for e in good if e.saved), key=_saved, default=None)
+    if cheap:
+        found.append((f"Fewest GMACs {within}", f"−{_saved(cheap):.0f} %", about(cheap)))
+    elif any(e.delta is not None for e in reduced):
+        found.append((f"Fewest GMACs {within}", "none", "every reduced model loses more"))
+    elif least := max(
+        (e for e in view.entries if e.saved and not e.dense), key=_saved, default=None
+    ):
+        found.append(("Fewest GMACs", f"−{_saved(least):.0f} %", least.label))
+    fast = [(e.speeds[setting].speedup or 0, e) for e in good if setting in e.speeds]
+    speedup, entry = max(fast, key=lambda pair: pair[0], default=(0, None))
+    if entry and speedup:
+        found.append((f"Fastest {within}", f"×{speedup:.2f}", about(entry)))
+    reduced = sum(not entry.dense for entry in view.entries)
+    text = f"{counted(reduced, 'reduced model')}, {len(view.entries) - reduced} dense"
+    found.append(("Compared here", counted(len(methods), "method"), text))
+    # A line must not end between a number and its percent sign.
+    return [(name, value, text.replace(" %", "\u00a0%")) for name, value, text in found]
