@@ -169,7 +169,9 @@ def _record(
             speed = entry.speeds[setting]
             value = speed.rate if name == "img/s" else speed.speedup
         key = "" if value is None else f' data-v="{value:.10g}"'
-        found.append(f'<td class="{kind}"{key}>{escape(text)}</td>')
+        text, _, spread = text.partition(" [") if name == "GMACs" else (text, "", "")
+        small = f"<small>[{escape(spread)}</small>" if spread else ""
+        found.append(f'<td class="{kind}"{key}>{escape(text)}{small}</td>')
     kind = ' class="old" hidden' if old else ' class="guest"' if entry.guest else ""
     return f'<tr data-row="{row_id}" data-entry="{entry.id}"{kind}>{"".join(found)}</tr>'
 

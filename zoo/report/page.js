@@ -135,9 +135,10 @@
 
     const reference = data.entries[view.reference];
     const shapes = [];
-    let heights = known.map(height);
+    let heights = known.map(height), below = 0;
     if ($("near").checked) {
       const best = Math.max(...heights), far = metric() === METRICS.cosine ? 0.1 : 10;
+      below = heights.filter((y) => y < best - far).length;
       heights = heights.filter((y) => y >= best - far);
     }
     if (reference && height(reference) !== null) {
@@ -166,6 +167,10 @@
       responsive: false, displaylogo: false, scrollZoom: false,
       modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], displayModeBar: narrow ? false : "hover",
     };
+    plot.below = below ? [{
+      xref: "paper", yref: "paper", x: 1, y: 0, xanchor: "right", yanchor: "bottom", showarrow: false, captureevents: false,
+      text: `${below} more below`, font: { size: 12, color: muted }, bgcolor: fade(card, 0.8),
+    }] : [];
     layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: muted, activecolor: ink };
     Plotly.react(plot.node, traces, layout, config).then(() => {
       label(plot, shown, onFront);
@@ -202,12 +207,12 @@
     const annotations = [];
     const named = shown.filter((s) => onFront.has(s.id) || s.dense);
     for (const e of named.sort((a, b) => onFront.has(b.id) - onFront.has(a.id))) {
-      const text = e.short, width = pen.measureText(text).width + 4, height = 16;
+      const text = e.short, width = pen.measureText(text).width + 4, tall = 16;
       const [x, y] = at(e);
       const places = [[-8, -12, 1], [8, -12, 0], [0, -19, 0.5], [12, 0, 0], [-12, 0, 1], [8, 12, 0], [-8, 12, 1], [0, 19, 0.5], [-4, -21, 1], [4, -21, 0]];
       for (const [dx, dy, anchor] of places) {
-        const left = x + dx - anchor * width, top = y + dy - height / 2;
-        const box = [left, top, left + width, top + height];
+        const left = x + dx - anchor * width, top = y + dy - tall / 2;
+        const box = [left, top, left + width, top + tall];
         const inside = box[0] >= 0 && box[1] >= 0 && box[2] <= xaxis._length && box[3] <= yaxis._length;
         if (!inside || taken.some((t) => box[0] < t[2] && t[0] < box[2] && box[1] < t[3] && t[1] < box[3])) continue;
         taken.push(box);
@@ -219,7 +224,7 @@
         break;
       }
     }
-    Plotly.relayout(plot.node, { annotations });
+    Plotly.relayout(plot.node, { annotations: [...annotations, ...plot.below] });
   }
 
   // ---------------------------------------------------------------- filters
@@ -241,7 +246,8 @@
     $("control-key").hidden = !members.some((e) => e.control);
     const best = Math.max(...members.map((e) => e.top1 ?? -1));
     $("near-field").hidden = !view.entries.some((id) => data.entries[id].top1 !== null && data.entries[id].top1 < best - 10);
-    if ($("near-field").hidden) $("near").checked = false;
+    // A few bad results must not squeeze all others into one line.
+    $("near").checked = !$("near-field").hidden;
     const reference = data.entries[view.reference];
     $("bars-field").hidden = !view.entries.some((id) => data.entries[id].low !== null);
     $("band-key").hidden = !reference || reference.low === null;
