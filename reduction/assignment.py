@@ -223,7 +223,7 @@ def _fold(t: Tokens, a: Merge) -> Tokens:
     goal, origin_rows = target + t.prefix, source + t.prefix
     x, size = take_rows(t.x, rows), take_rows(t.size, rows)
     moved = take_rows(t.size, origin_rows) if a.mass is None else a.mass.to(size.dtype)
-    size = size.scatter_add(1, goal, moved)
+    size = size.scatter_add_(1, goal, moved)
     dtype = _accumulate_dtype(x)
     share = moved.to(dtype) / size.gather(1, goal).to(dtype) if a.coef is None else a.coef.to(dtype)
     delta = (take_rows(t.x, origin_rows) - take_rows(x, goal)).to(dtype) * share.unsqueeze(-1)

@@ -72,7 +72,7 @@ METHODS = [
     Row("pitome", (("mode", "pitome_first"), ("energy", "paper"), ("margin", 0.9)), R8),
     Row("tofu", schedule=R8),
     Row("tofu", (("switch", -1), ("mlerp", "port")), R8),
-    Row("tofu", (("switch", ("merge", "prune", "merge", "prune")), ("mlerp", "mean"))),
+    Row("tofu", (("switch", ("merge", "prune") * 6), ("mlerp", "mean"))),
     Row("dct", schedule=R8),
     Row("topk", without_class_token=COLUMN),
     Row("topk", COLUMN),
@@ -175,7 +175,7 @@ METHODS = [
     Row("atc", (("linkage", "complete"), ("prop_attn", False), ("mean", "plain")), R8),
     Row("mctf", schedule=R8),
     Row("mctf", (("osa", 2), ("pooling", "max"), ("tau_size", 0.0)), R8),
-    Row("mctf", (("osa", 0), ("both", False), ("pooling", "size"))),
+    Row("mctf", (("osa", 0), ("both", False), ("pooling", "size")), floor=0.65),
 ]
 
 _VIT: dict[str, Any] = dict(

@@ -46,12 +46,13 @@ def squared_distances(x: Tensor) -> Tensor:
     """
     x = _precise(x)
     x = x - x.mean(1, keepdim=True)
-    square = x.square().sum(-1)
+    # One pass without a squared copy, and one temporary instead of four.
+    square = torch.linalg.vector_norm(x, dim=-1).square()
     with no_autocast(x):
-        product = torch.bmm(x, x.transpose(1, 2))
-    distance = square.unsqueeze(2) + square.unsqueeze(1) - 2 * product
-    own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    return distance.clamp_min(0).masked_fill(own, 0)
+        distance = torch.baddbmm(square.unsqueeze(1), x, x.transpose(1, 2), alpha=-2)
+    distance = distance.add_(square.unsqueeze(2)).clamp_min_(0)
+    distance.diagonal(dim1=1, dim2=2).zero_()
+    return distance
 
 
 def heaviest(weight: Tensor, k: int) -> Tensor:

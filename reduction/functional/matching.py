@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reduction.eager import arange
+
 
 class Matching(NamedTuple):
     """Who merges into whom.
@@ -130,7 +132,7 @@ def bipartite_matching(metric: Tensor, r: int, prefix: int) -> Matching:
     if prefix:
         stay = stay.sort(dim=-1).values
     goal = nearest.gather(1, source) + stay.shape[1]
-    odd = torch.arange(receivers.shape[1], device=metric.device) * 2 + (1 - first)
+    odd = arange(metric, 2 * receivers.shape[1], 1 - first, 2)
     leader = torch.cat([stay * 2 + first, odd.expand(metric.shape[0], -1)], dim=1)
     return Matching(leader, source * 2 + first, goal)
 

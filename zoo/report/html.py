@@ -58,13 +58,12 @@ _COLUMNS: tuple[tuple[str, Any, str], ...] = (
     ("Top-1 %", lambda e: e.top1, ""),
     ("95 % interval", lambda e: e.interval and e.interval[0], ""),
     ("Δ top-1", lambda e: e.delta, ""),
-    ("Agreement", lambda e: e.fidelity.get("agreement"), ""),
-    ("KL", lambda e: e.fidelity.get("kl"), ""),
-    ("Cosine", lambda e: e.fidelity.get("cosine"), ""),
     ("img/s", None, "rate"),
     ("Speed-up", None, "up"),
     ("Memory", None, "memory"),
-    ("Weights", None, "word"),
+    ("Agreement", lambda e: e.fidelity.get("agreement"), ""),
+    ("KL", lambda e: e.fidelity.get("kl"), ""),
+    ("Cosine", lambda e: e.fidelity.get("cosine"), ""),
 )
 
 
@@ -149,7 +148,8 @@ def _record(
     entry: Entry, row: Row, row_id: int, colors: dict[str, tuple[str, str]], *, old: bool
 ) -> str:
     setting = next(iter(entry.speeds), None)
-    cells = _old_cells(row) if old else entry_cells(entry, setting)
+    # "trained" stands beside the name here, not in a column of its own.
+    cells = _old_cells(row) if old else [entry.title, *entry_cells(entry, setting)[1:-1]]
     cells[1:1] = [entry.backbone, entry.data]
     light, dark = colors[method_of(entry)]
     shape = "control" if entry.control else "dense" if entry.dense else ""
@@ -207,7 +207,7 @@ def _old_cells(row: Row) -> list[str]:
     method = row.get("method") or DENSE
     gmacs, top1, rate = (_old_value(name, row) for name in ("GMACs", "Top-1 %", "img/s"))
     return [
-        "dense" if method == DENSE else str(method),
+        ("dense" if method == DENSE else str(method)) + " (trained)" * bool(row.get("trained")),
         describe_budget(row.get("schedule")),
         describe_tokens(row.get("tokens")).replace("->", "→"),
         "" if gmacs is None else format_gmacs(gmacs) + format_range(row),
@@ -216,11 +216,10 @@ def _old_cells(row: Row) -> list[str]:
         "" if top1 is None else f"{top1:.2f}",
         "",
         "",
-        *fidelity_cells(fidelity([row])),
         "" if rate is None else format_rate(rate),
         "",
         "",
-        "trained" if row.get("trained") else "",
+        *fidelity_cells(fidelity([row])),
     ]
 
 

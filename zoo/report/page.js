@@ -103,7 +103,7 @@
       const first = curve[0];
       const trace = {
         x: curve.map(plot.x), y: curve.map(height), customdata: curve.map((e) => e.id),
-        text: curve.map(hoverText), hovertemplate: "%{text}<extra></extra>", mode: "lines+markers",
+        meta: first.method, text: curve.map(hoverText), hovertemplate: "%{text}<extra></extra>", mode: "lines+markers",
         line: { color: color(first.method), width: first.control ? 1.6 : first.dense ? 1 : 1.2, dash: first.control ? "dot" : first.dense ? "dash" : "solid" },
         marker: {
           color: color(first.method), opacity: 1, size: curve.map((e) => (e.dense ? 11 : e.trained ? 11.5 : 10.5)),
@@ -186,6 +186,15 @@
     return e.dense ? "square" : e.trained ? "diamond" : "circle";
   }
 
+  // Thirty-odd colours look alike: a chip under the pointer shows which curve is its own.
+  function spotlight(method) {
+    for (const { node } of plots) {
+      if (node.hidden || !node.data) continue;
+      const opacity = node.data.map((t) => (t.meta === undefined ? 0.5 : method === null || t.meta === method ? 1 : 0.1));
+      Plotly.restyle(node, { opacity });
+    }
+  }
+
   function fade(hex, alpha) {
     const part = (i) => parseInt(hex.slice(i, i + 2), 16);
     return `rgba(${part(1)},${part(3)},${part(5)},${alpha})`;
@@ -207,7 +216,7 @@
     const annotations = [];
     const named = shown.filter((s) => onFront.has(s.id) || s.dense);
     for (const e of named.sort((a, b) => onFront.has(b.id) - onFront.has(a.id))) {
-      const text = e.short, width = pen.measureText(text).width + 4, tall = 16;
+      const text = view.combined && e.dense && !e.control ? e.backbone : e.short, width = pen.measureText(text).width + 4, tall = 16;
       const [x, y] = at(e);
       const places = [[-8, -12, 1], [8, -12, 0], [0, -19, 0.5], [12, 0, 0], [-12, 0, 1], [8, 12, 0], [-8, 12, 1], [0, 19, 0.5], [-4, -21, 1], [4, -21, 0]];
       for (const [dx, dy, anchor] of places) {
@@ -264,6 +273,8 @@
     $("chips").replaceChildren(...methodsOf(view).map((m) => {
       const chip = make("button", { type: "button", value: m, className: ["chip square", "chip control", "chip"][rank(m)], title: "click: hide or show; double click: only this" },
         make("i"), make("span", { textContent: m === data.dense ? "dense" : m }));
+      chip.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") spotlight(m); });
+      chip.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") spotlight(null); });
       chip.addEventListener("click", (event) => {
         if (event.detail > 1) { only(m); return; }
         if (!hidden.delete(m)) hidden.add(m);

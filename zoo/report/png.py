@@ -6,14 +6,18 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.report.colors import FRONT, INK, method_colors
+from zoo.report.colors import CONTROL, FRONT, INK, method_colors
 from zoo.report.compare import Comparison, Entry, View
+from zoo.report.controls import LONGER, RESOLUTION, SMALLER
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MARKERS = {RESOLUTION: "s", SMALLER: "^", LONGER: "D"}
+_SHELF = "#b7791f"
+_NEAR = 10.0  # points of top-1 below the best that the picture shows
 _MUTED, _GRID = "#6b7480", "#e6e9ee"
 
 
@@ -39,8 +43,9 @@ def draw(comparison: Comparison, title: str) -> Figure:
     view = best_view(comparison)
     points = [e for e in view.entries if e.top1 is not None and e.gmacs is not None] if view else []
     names = sorted({entry.name for entry in points if not entry.dense})
+    controls = sorted({entry.control for entry in points if entry.control})
     # Up to twenty methods fit beside the usual shape; for more the picture grows.
-    height = max(5.8, 0.19 * (len(names) + 5) + 1.2)
+    height = max(5.8, 0.19 * (len(names) + len(controls) + 6) + 1.2)
     figure = Figure(figsize=(10, height), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.085, 0.67 / height, 0.62, 1 - 1.48 / height))
@@ -58,7 +63,7 @@ def draw(comparison: Comparison, title: str) -> Figure:
     every = {entry.name for entry in comparison.entries if not entry.dense}
     colors = {name: pair[0] for name, pair in method_colors(every).items()}
     _draw(axes, view, points, colors)
-    _legend(axes, points, view.reference, {name: colors[name] for name in names})
+    _legend(axes, points, view.reference, {name: colors[name] for name in names}, controls)
     figure.canvas.draw()  # label places need the final scale
     _label_front(axes, view, points)
     return figure
@@ -84,6 +89,15 @@ def _draw(axes: Axes, view: View, points: list[Entry], colors: dict[str, str]) -
         axes.axhline(dense.top1, color=INK[0], linewidth=1, linestyle=(0, (5, 3)), zorder=1.5)
         if dense.interval:
             axes.axhspan(*dense.interval, color=INK[0], alpha=0.055, linewidth=0, zorder=0.5)
+    if any(entry.trained for entry in points):
+        axes.plot(
+            [entry.gmacs or 0 for entry in view.front_untrained],
+            [entry.top1 or 0 for entry in view.front_untrained],
+            color=_SHELF,
+            linewidth=1.8,
+            linestyle=(0, (5, 3)),
+            zorder=1.2,
+        )
     axes.plot(
         [entry.gmacs or 0 for entry in view.front],
         [entry.top1 or 0 for entry in view.front],
@@ -96,27 +110,30 @@ def _draw(axes: Axes, view: View, points: list[Entry], colors: dict[str, str]) -
     )
     curves: dict[Any, list[Entry]] = defaultdict(list)
     for entry in points:
-        curves[entry.name, entry.dense, entry.trained].append(entry)
+        curves[entry.name, entry.dense and not entry.control, entry.trained].append(entry)
     faint = 0.4 if len(curves) <= 16 else 0.22
     for (name, dense_model, trained), curve in curves.items():
         x, y = [e.gmacs or 0 for e in curve], [e.top1 or 0 for e in curve]
+        control = curve[0].control
+        color = INK[0] if dense_model else colors[name]
         axes.plot(
             x,
             y,
-            color=INK[0] if dense_model else colors[name],
+            color=color,
             linewidth=1.1,
-            alpha=faint,
+            linestyle=":" if control else "-",
+            alpha=0.9 if control else faint,
             zorder=2,
         )
-        marker = "s" if dense_model else "D" if trained else "o"
+        marker = _MARKERS.get(control or "") or ("s" if dense_model else "D" if trained else "o")
         axes.scatter(
             x,
             y,
             s=46 if marker == "o" else 40,
             marker=marker,
-            color=INK[0] if dense_model else colors[name],
-            edgecolors="white",
-            linewidths=0.9,
+            color="white" if control else color,
+            edgecolors=color if control else "white",
+            linewidths=1.5 if control else 0.9,
             zorder=3,
         )
         # Ringed and on top: the points of the front.
@@ -126,16 +143,34 @@ def _draw(axes: Axes, view: View, points: list[Entry], colors: dict[str, str]) -
             [e.top1 or 0 for e in best],
             s=46,
             marker=marker,
-            color=INK[0] if dense_model else colors[name],
+            color="white" if control else color,
             edgecolors=INK[0],
             linewidths=1.3,
             zorder=3.5,
         )
     axes.margins(x=0.06, y=0.09)
+    _leave_out_the_worst(axes, [entry.top1 or 0 for entry in points])
+
+
+def _leave_out_the_worst(axes: Axes, heights: list[float]) -> None:
+    """A few bad results must not squeeze all others into one line; say how many are missing."""
+    best = max(heights, default=0.0)
+    near = [height for height in heights if height >= best - _NEAR]
+    if len(near) == len(heights):
+        return
+    span = max(best - min(near), 0.1)
+    axes.set_ylim(min(near) - 0.07 * span, best + 0.09 * span)
+    text = f"{len(heights) - len(near)} more below, down to {min(heights):.1f} %"
+    at = {"xy": (0.99, 0.012), "xycoords": "axes fraction", "ha": "right", "va": "bottom"}
+    axes.annotate(text, fontsize=8.5, color=_MUTED, zorder=4, **at)  # type: ignore[arg-type]
 
 
 def _legend(
-    axes: Axes, points: list[Entry], reference: Entry | None, colors: dict[str, str]
+    axes: Axes,
+    points: list[Entry],
+    reference: Entry | None,
+    colors: dict[str, str],
+    controls: list[str],
 ) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -146,10 +181,19 @@ def _legend(
     handles: list[Artist] = [dot(color, _clip(name, 28), "o") for name, color in colors.items()]
     if any(e.dense for e in points):
         handles.insert(0, dot(INK[0], "dense model", "s"))
+    for name in reversed(controls):
+        hollow = dot(CONTROL[0], name, _MARKERS[name])
+        hollow.set_markerfacecolor("white")
+        hollow.set_markeredgewidth(1.5)
+        handles.insert(1, hollow)
     front = Line2D([], [], color=FRONT[0], linewidth=6, alpha=0.6, label="Pareto front")
     handles.insert(0, front)
+    if any(e.trained for e in points):
+        label = "Pareto front off the shelf"
+        handles.insert(1, Line2D([], [], color=_SHELF, linewidth=1.8, linestyle="--", label=label))
     if reference and reference.interval:
-        handles.insert(2, Patch(color=INK[0], alpha=0.08, lw=0, label="its 95 % interval"))
+        at = next(i for i, h in enumerate(handles) if h.get_label() == "dense model") + 1
+        handles.insert(at, Patch(color=INK[0], alpha=0.08, lw=0, label="its 95 % interval"))
     if any(e.trained for e in points):
         handles += [dot(_MUTED, "off the shelf", "o"), dot(_MUTED, "trained", "D")]
     legend = axes.legend(
@@ -175,17 +219,20 @@ def _label_front(axes: Axes, view: View, points: list[Entry]) -> None:
     frame = axes.get_window_extent(renderer)
     unit = figure.dpi / 72
     halo = [withStroke(linewidth=2.5, foreground="white", alpha=0.85)]
+    bottom = axes.get_ylim()[0]
+    points = [e for e in points if (e.top1 or 0) >= bottom]
+    shown = [e for e in view.front if e in points]
     dots = [axes.transData.transform((e.gmacs or 0, e.top1 or 0)) for e in points]
     taken = [(x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for x, y in dots]
     if (reference := view.reference) and reference.top1 is not None:
         y = axes.transData.transform((0, reference.top1))[1]
         taken.append((frame.x0, y - unit, frame.x1, y + unit))
     dense = [entry for entry in points if entry.dense and entry not in view.front]
-    for entry in [*view.front, *dense]:
+    for entry in [*shown, *dense]:
         place = (entry.gmacs or 0, entry.top1 or 0)
         for dx, dy, ha, va in _PLACES:
             text = axes.annotate(
-                _clip(entry.title, 28),
+                _clip(f"{entry.name} {entry.budget}" if entry.control else entry.title, 28),
                 place,
                 xytext=(dx, dy),
                 textcoords="offset points",

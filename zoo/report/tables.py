@@ -52,7 +52,7 @@ _DERIVED = ("budget", "control", "gmacs_saved_percent", "top1_delta", "speedup",
 _DERIVED += ("pareto", "pareto_untrained")
 COLUMNS = (
     *("Method", "Budget", "Tokens", "GMACs", "Reducer", "−GMACs", "Top-1 %", "95 % interval"),
-    *("Δ top-1", "Agreement", "KL", "Cosine", "img/s", "Speed-up", "Memory", "Weights"),
+    *("Δ top-1", "img/s", "Speed-up", "Memory", "Agreement", "KL", "Cosine", "Weights"),
 )
 
 
@@ -257,10 +257,10 @@ def entry_cells(entry: Entry, setting: str | None) -> list[str]:
         "" if entry.top1 is None else f"{entry.top1:.2f}",
         "" if entry.interval is None else "{:.1f} – {:.1f}".format(*entry.interval),
         signed(entry.delta),
-        *fidelity_cells(entry.fidelity),
         format_rate(speed.rate) if speed else "",
         f"×{speedup:.2f}" if speedup else "",
         format_memory(memory),
+        *fidelity_cells(entry.fidelity),
         ("trained" if entry.trained else "off the shelf") if entry.top1 is not None else "",
     ]
 
