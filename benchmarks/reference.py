@@ -201,7 +201,7 @@ def diffrate(s: State, step: Step, reducer: Any) -> tuple[Tensor, Tensor]:
     """Sort by attention, drop the tail, merge what is next into its most similar token."""
     order = _class_score(s).argsort(dim=1, descending=True)
     x, size = gather(s.x[:, 1:], order), gather(s.size[:, 1:], order)
-    left = step.keep if step.budget.prune is None else max(step.keep, step.budget.prune)
+    left = x.shape[1] if step.budget.prune is None else max(step.keep, step.budget.prune)
     left = min(left, x.shape[1])
     x, size = x[:, :left], size[:, :left]
     if left > step.keep:

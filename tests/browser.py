@@ -106,7 +106,7 @@ class Page:
             TimeoutError: It stays false.
         """
         end = time.monotonic() + seconds
-        while not (found := self.evaluate(expression)):
+        while not (found := self.evaluate(f"Boolean({expression})")):
             if time.monotonic() > end:
                 raise TimeoutError(f"still false: {expression}")
             time.sleep(0.05)

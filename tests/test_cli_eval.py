@@ -100,14 +100,15 @@ def test_accuracy_of_the_row_is_the_model_s(run, tmp_path):
 
 def test_sweep_runs_all_jobs_writes_the_report_and_fails_at_the_end(run, tmp_path):
     code, out, err = run(
-        "eval -m backbone=test_vit reducer=none,tome schedule.r=4,90 task=flops "
+        "eval -m backbone=test_vit reducer=none,tome schedule.r=4,90 task=flops control=[] "
         "hydra.sweep.dir=sweep"
     )
     assert code == 1
     found = read_rows(tmp_path / "sweep" / "rows.jsonl")
     assert [row["status"] for row in found] == ["ok", "ok", "ok", "failed"]
     assert [row["method"] for row in found] == ["none", "none", "tome", "tome"]
-    assert found[2]["command"] == "zoo eval backbone=test_vit reducer=tome schedule.r=4 task=flops"
+    command = "zoo eval backbone=test_vit reducer=tome schedule.r=4 task=flops 'control=[]'"
+    assert found[2]["command"] == command
     assert len(rows(tmp_path)) == 4
     first, last = err.strip().splitlines()
     assert first.startswith("error: ") and "at most 50" in first and "schedule.r=90" in first
@@ -126,7 +127,7 @@ def test_report_of_a_sweep_shows_earlier_rows_of_the_same_data(run, tmp_path):
         row = new_row(backbone=name, method="tome", dataset=data, top1=50.0, trained=True)
         row["gmacs"] = {"total": 0.02, "linear": 0.02, "attention": 0.0, "reducer": 0.0}
         append_row(tmp_path / "earlier" / f"{name}.jsonl", row)
-    line = "eval -m weights=vit_digits limit=4 task=accuracy hydra.sweep.dir=sweep"
+    line = "eval -m weights=vit_digits limit=4 task=accuracy control=[] hydra.sweep.dir=sweep"
     code, out, err = run(f"{line} hydra.callbacks.report.also=earlier")
     assert code == 0, err
     page = (tmp_path / "sweep" / "report.html").read_text()
@@ -160,7 +161,7 @@ def test_sweep_without_report_packages_keeps_its_rows_and_fails(run, tmp_path, m
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda n, *a: None if n == "plotly" else found(n, *a)
     )
-    code, _, err = run("eval -m backbone=test_vit task=flops hydra.sweep.dir=sweep")
+    code, _, err = run("eval -m backbone=test_vit task=flops control=[] hydra.sweep.dir=sweep")
     assert code == 1
     assert "pip install 'tokenzoo[report]'" in err and "sweep/rows.jsonl" in err
     assert len(read_rows(tmp_path / "sweep")) == 1

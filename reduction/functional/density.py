@@ -10,7 +10,6 @@ from torch import Tensor
 
 from reduction.tokens import take_rows
 
-
 #: Neighbours up to which they are found one by one.
 FEW = 8
 

@@ -218,9 +218,6 @@ class DTEM(Reducer):
         match = bipartite_matching(embedding, t.n - step.keep, t.prefix)
         return Merge(None, match.leader, pairs=(match.source, match.target))
 
-    def start(self, t: Tokens) -> Tokens:
-        return t._replace(memory=_active(t, t.n)) if self.training else t
-
     def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
         if not self.training or t.unit:
             return None

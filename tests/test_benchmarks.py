@@ -1,0 +1,177 @@
+"""The benchmarks: what they compare is equal, and their clocks and rows can be believed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import zoo
+from benchmarks import speed, tasks
+from benchmarks.acceptance import AT_1, AT_16, Line
+from benchmarks.models import parse_schedule, reduced, schedule_of
+from benchmarks.reference import METHODS, kmedoids, straightforward
+from benchmarks.timing import Times, in_turns, peak_memory, ratio
+from reduction.functional import clustering, kernels
+from tests.cases import backbone, images
+from zoo.errors import ZooError
+from zoo.rows import FIELDS, read_rows
+
+CPU = torch.device("cpu")
+STAGES = {"name": "keep_rate", "rate": 0.6, "blocks": [1, 2, 3]}
+R9 = {"name": "constant_r", "r": 9}
+PRUNE_AND_MERGE = {
+    "name": "per_block",
+    "keep": [64, 50, 40, 20],
+    "prune": [64, 58, 40, 30],
+    "prefix": 0,
+}
+
+
+@pytest.mark.parametrize("schedule", [STAGES, R9, PRUNE_AND_MERGE], ids=lambda s: s["name"])
+@pytest.mark.parametrize("method", METHODS)
+def test_straightforward_forms_equal_the_package(method: str, schedule: dict[str, Any]) -> None:
+    m = backbone("plain")
+    if method in ("tome", "pitome", "tofu"):
+        schedule = schedule | {"strict": False}
+    model = reduced(m, method, schedule)
+    with torch.no_grad():
+        ours, theirs = model(images(3)), straightforward(model)(images(3))
+        dense = m(images(3))
+    assert (ours - theirs).abs().max() < 1e-5
+    assert (ours - dense).abs().max() > 1e-3
+
+
+def test_the_loop_over_clusters_finds_the_same_medoids() -> None:
+    x, weight = torch.randn(3, 40, 8), torch.rand(3, 40) + 0.1
+    distance = clustering.squared_distances(x)
+    first = clustering.heaviest(weight, 11)
+    found = clustering.kmedoids(distance, first, weight, 5)
+    medoid, slot = kmedoids(distance, first, weight, 5)
+    assert torch.equal(found.leader, medoid) and torch.equal(found.slot, slot)
+
+
+def test_folded_bias_is_exact() -> None:
+    q, k, v = torch.randn(3, 2, 3, 20, 16).unbind(0)
+    bias = torch.randn(2, 1, 1, 20)
+    expected = kernels.fused(q, k, v, 0.25, bias)
+    assert (kernels.folded(q, k, v, 0.25, bias) - expected).abs().max() < 1e-5
+    with kernels.forced("fold"):
+        assert kernels.mode() == "fold"
+        got = kernels.dot_product_attention(q, k, v, 0.25, bias)
+    assert torch.equal(got, kernels.folded(q, k, v, 0.25, bias))
+
+
+def test_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = in_turns(steps, CPU, rounds=3, warmup=1, min_time=0.0)
+    assert "".join(calls) == "aabb" + "ab" + "ba" + "ab"
+    assert all(len(t.seconds) == 3 for t in times.values())
+
+
+def test_a_failure_is_noted_and_others_go_on() -> None:
+    def broken() -> None:
+        raise ValueError("no\nsuch thing")
+
+    times = in_turns({"bad": broken, "good": lambda: None}, CPU, rounds=2, min_time=0.0)
+    assert times["bad"].error == "ValueError: no" and len(times["good"].seconds) == 2
+
+
+def test_clock_and_ratio() -> None:
+    steps = {"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.005)}
+    times = in_turns(steps, CPU, rounds=3, warmup=0, min_time=0.0)
+    assert 1.5 < ratio(times["slow"], times["fast"]) < 6
+    # The ratio is of each round: a machine that slows down in between does not change it.
+    assert ratio(Times([1.0, 10.0, 2.0]), Times([0.5, 5.0, 1.0])) == 2.0
+    assert Times([1.0, 1.0, 1.0]).spread == 0.0
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    def step() -> None:
+        a = torch.empty(1 << 20)
+        b = torch.empty(1 << 18)
+        del a, b
+        torch.empty(1 << 18)
+
+    assert peak_memory(step, CPU) == pytest.approx(5.0, abs=0.01)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_stays_below_dense(method: str) -> None:
+    m = VisionTransformer(embed_dim=192, depth=3, num_heads=3).eval()
+    x = torch.randn(2, 3, 224, 224)
+    dense = peak_memory(tasks.inference(m, x), CPU)
+    model = reduced(m, method, {"name": "keep_rate", "rate": 0.7, "blocks": [1, 2]})
+    assert peak_memory(tasks.inference(model, x), CPU) <= dense
+
+
+def test_rows_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "speed.jsonl"
+    line = f"--backbone test_vit --reducers topk,tomme --batch 2 --quick --min-time 0 --out {out}"
+    assert speed.main([*line.split(), "--warmup", "1", "--schedule", "keep_rate:rate=0.5"]) == 0
+    dense, row, failed = read_rows(out)
+    assert set(row) == set(FIELDS) and dense["method"] == "none" and row["method"] == "topk"
+    assert row["schedule"]["rate"] == 0.5 and row["batch"] == 2 and len(row["tokens"]) > 2
+    saved = row["gmacs_dense"] / row["gmacs"]["total"]
+    assert row["bench"]["efficiency"] == pytest.approx(row["bench"]["speedup"] / saved)
+    assert row["ms"] * row["imgs_per_s"] == pytest.approx(2000)
+    assert failed["status"] == "failed" and "did you mean 'tome'" in failed["error"]
+    text = capsys.readouterr().out
+    assert "test_vit, inference, batch 2, float32, cpu" in text and "topk" in text
+
+
+def test_a_training_step_runs_with_options(tmp_path: Path) -> None:
+    out = tmp_path / "speed.jsonl"
+    line = "--backbone test_vit --reducers tome --batch 2 --quick --min-time 0 --mode training"
+    assert speed.main([*line.split(), "--fast-linear", "on", "--out", str(out)]) == 0
+    assert read_rows(out)[1]["runtime"] == {"fast_linear": "on"}
+    assert read_rows(out)[1]["bench"]["mode"] == "training"
+
+
+def test_a_batch_that_does_not_fit_is_halved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tasks.inference
+
+    def small(model: Any, x: torch.Tensor, dtype: torch.dtype) -> Any:
+        def step() -> Any:
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("out of memory")
+            return real(model, x, dtype)()
+
+        return step
+
+    monkeypatch.setattr(tasks, "inference", small)
+    out = tmp_path / "speed.jsonl"
+    line = "--backbone test_vit --reducers topk --batch 8 --quick --min-time 0"
+    assert speed.main([*line.split(), "--out", str(out)]) == 0
+    assert {row["batch"] for row in read_rows(out)} == {2}
+
+
+def test_the_search_step_runs() -> None:
+    model = zoo.wrap(backbone("plain"), "diffrate", R9)
+    tasks.diffrate_search(model, images())()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_schedules() -> None:
+    assert parse_schedule("keep_rate:rate=0.5,blocks=[3, 6]") == {
+        "name": "keep_rate",
+        "rate": 0.5,
+        "blocks": [3, 6],
+    }
+    with pytest.raises(ZooError, match="expected NAME:KEY=VALUE"):
+        parse_schedule("keep_rate:rate=[")
+    assert schedule_of("diffrate", "deit_small_patch16_224")["keep"][-1] == 3
+
+
+def test_targets() -> None:
+    assert AT_16["tome"] == AT_16["topk"] == 1.0 and AT_16["evit"] == 0.97 and AT_1["evit"] == 0.92
+    assert AT_16["token_pooling"] == 0.9 and AT_1["tome"] == 0.86
+    assert Line("x", 1.0, 1.0).met and not Line("x", 0.999, 1.0).met
+    assert Line("x", 1.0, 1.0, at_most=True).met and "MISSED" in str(Line("x", 2, 1, at_most=True))
