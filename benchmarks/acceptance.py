@@ -143,6 +143,9 @@ def inference(suite: Suite, backbone: str, batch: int, plainly: bool) -> None:
                 gap = (models[name](images[:2]) - other(images[:2])).abs().max().item()
             suite.add(f"{name}: difference to the straightforward form", gap, 1e-5, at_most=True)
             steps[f"plain {name}"] = tasks.inference(other, images)
+    if batch == 1:
+        for name in (DENSE, *METHODS):
+            steps[f"products {name}"] = tasks.linear_layers(models[name], batch)
     times = suite.turns(steps)
     dense = min((TIMM, DENSE), key=lambda n: times[n].median)
     whole = _gmacs(models[DENSE])
@@ -152,6 +155,11 @@ def inference(suite: Suite, backbone: str, batch: int, plainly: bool) -> None:
     for name in METHODS:
         saved = whole / _gmacs(models[name])
         note = f"{_ms(times[name])}, {_gmacs(models[name]):.3f} GMACs"
+        alone = times.get(f"products {name}")
+        if alone is not None:
+            ceiling = ratio(times[f"products {DENSE}"], alone)
+            ceiling /= _products(models[DENSE]) / _products(models[name])
+            note += f"; linear layers alone {ceiling:.3f}"
         suite.add(
             f"{place} {name}: efficiency",
             ratio(times[dense], times[name]) / saved,
@@ -275,6 +283,13 @@ def runtime_options(suite: Suite, batch: int) -> None:
         kept = {n: models[label, n] for n in own}
         if label != "none":
             suite.write(kept, own | {TIMM: times[TIMM]}, images)
+
+
+def _products(model: ReducedViT) -> float:
+    """Multiply-accumulates of the linear layers of the blocks."""
+    import zoo
+
+    return float(sum(b.linear + b.mlp for b in zoo.profile(model).blocks))
 
 
 def _gmacs(model: ReducedViT) -> float:

@@ -24,6 +24,28 @@ def inference(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float
     return step
 
 
+def linear_layers(model: Any, batch: int) -> Step:
+    """The linear layers of all blocks alone, with as many rows as the model would give them.
+
+    What they take is what no reducer can save: their rate falls with the number of rows, and every
+    weight has to come from memory however few rows it meets.
+    """
+    calls = []
+    for block, plan in zip(model.backbone.blocks, model.plan(), strict=True):
+        layers = ((block.attn.qkv, plan.attention), (block.attn.proj, plan.attention))
+        layers += ((block.mlp.fc1, plan.mlp), (block.mlp.fc2, plan.mlp))
+        for layer, tokens in layers:
+            x = torch.randn(batch, tokens, layer.in_features)
+            calls.append((x, layer.weight, layer.bias))
+
+    def step() -> None:
+        with torch.inference_mode():
+            for x, weight, bias in calls:
+                F.linear(x, weight, bias)
+
+    return step
+
+
 def cuda_graph(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32) -> Step:
     """Forward pass recorded once as a CUDA graph and replayed."""
     step = inference(model, images, dtype)

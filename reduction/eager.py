@@ -21,7 +21,7 @@ def traced() -> bool:
 
 def eager_on_cpu(x: Tensor) -> bool:
     """Whether this runs op by op on a CPU, not compiled, exported or traced."""
-    return x.device.type == "cpu" and not traced()
+    return x.is_cpu and not traced()
 
 
 def undisturbed(x: Tensor) -> bool:
@@ -31,7 +31,8 @@ def undisturbed(x: Tensor) -> bool:
     operations), a transform of `torch.func`, and forward-mode differentiation.
     """
     return (
-        eager_on_cpu(x)
+        not traced()
+        and x.is_cpu
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()

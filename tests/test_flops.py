@@ -51,6 +51,13 @@ def check(m: torch.nn.Module) -> None:
     assert torch_gmacs(m, images(2)) == pytest.approx(ours, rel=1e-5)
 
 
+def test_a_tracer_counts_tokens_as_we_do():
+    # 0.7 * 0.7 of 100 tokens is 48.99...; as float32, in which a tracer computes, it is 49.
+    m = zoo.create_model("test_vit", "topk", {"name": "keep_rate", "rate": 0.7}).eval()
+    assert m.token_counts()[3] == (71, 49)
+    assert fvcore_gmacs(m, torch.randn(1, 3, 160, 160)) == pytest.approx(zoo.profile(m).gmacs)
+
+
 def test_dense_models_need_no_wrapper() -> None:
     m = backbone("plain")
     assert zoo.profile(m).gmacs == zoo.profile(zoo.wrap(m, None)).gmacs

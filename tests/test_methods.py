@@ -20,6 +20,16 @@ from zoo.errors import ZooError
 from zoo.reduced import Info, ReducedViT
 
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
+
+# Tracing takes seconds: every method is traced in the fast tier, its other forms in the slow one.
+_FIRST = {row.name: row for row in reversed(METHODS)}
+traced = pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(r, id=r.id, marks=[] if r is _FIRST[r.name] else pytest.mark.slow)
+        for r in METHODS
+    ],
+)
 core = pytest.mark.parametrize(("row", "name"), pairs(), ids=lambda v: getattr(v, "id", v))
 
 
@@ -215,7 +225,7 @@ def test_bfloat16_weights(row: Row) -> None:
     assert info.size.dtype == torch.float32
 
 
-@rows
+@traced
 def test_export_with_a_dynamic_batch(row: Row) -> None:
     m, x = model(row, depth=2), images(4)
     batch = torch.export.Dim("batch", min=2, max=64)
@@ -237,7 +247,7 @@ def test_compiles_as_one_graph(row: Row) -> None:
     assert torch.allclose(got, expected, atol=1e-4)
 
 
-@rows
+@traced
 def test_traces_as_one_graph(row: Row) -> None:
     """The fast half of compiling: one graph, run without generated code."""
     m, x = model(row, depth=2), images()

@@ -15,6 +15,7 @@ import zoo
 from reduction.eager import arange, row_offsets
 from reduction.functional import kernels
 from reduction.functional.attention import attention
+from reduction.functional.masking import policy_softmax
 from tests.cases import ALL, METHODS, Row, backbone, images, model
 from zoo import fast_linear
 from zoo.errors import ZooError
@@ -301,6 +302,25 @@ def test_checkpointing_with_explicit_kernels(explicit: None) -> None:
     m = model(METHODS[0])
     m.set_grad_checkpointing(True)
     m(images()).square().mean().backward()
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_masked_softmax_has_the_same_gradients(scale: float) -> None:
+    """In float32 a function of its own computes them, in float64 autograd does."""
+    g = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(2, 3, 9, 9, generator=g)
+    policy = torch.cat(
+        [torch.rand(1, 9, generator=g), torch.tensor([[1.0, 0, 0, 1, 1, 0, 1, 0, 1]])]
+    )
+    seed = torch.randn(2, 3, 9, 9, generator=g)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        z, p = logits.to(dtype).requires_grad_(), policy.to(dtype).requires_grad_()
+        out = policy_softmax(z, p)
+        found.append((out, *torch.autograd.grad(out, (z, p), seed.to(dtype))))
+    for ours, exact in zip(*found, strict=True):
+        gap = (ours - exact).detach().abs().max()
+        assert gap < 1e-5 * exact.detach().abs().max().clamp_min(1)
 
 
 # ------------------------------------------------------------------ the hot path

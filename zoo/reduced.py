@@ -241,6 +241,8 @@ class ReducedViT(TimmContract):
         self, grid: tuple[int, int], n: int, schedule: Schedule | None, short: bool
     ) -> list[Plan]:
         """`_plan`, remembered until the schedule or the reducer changes."""
+        if isinstance(n, Tensor):  # torch.jit.trace; shares of it would be rounded in float32
+            n = int(n)
         # A tracer makes tensors of sizes, and a plugin may change its mind at any time.
         if traced() or len(self.plugins):
             return self._plan(grid, n, schedule, short=short)
@@ -281,12 +283,26 @@ class ReducedViT(TimmContract):
             return self._forward(images, return_info)
 
     def _forward(self, images: Tensor, return_info: bool | str) -> Any:
+        if not return_info and self._untouched():
+            if not traced():
+                check_images(self.backbone, images)
+            return self.backbone(images)
         short = self.runtime.last_block == "class_token" and not (return_info or self.training)
         t, info, memories = self._run(
             images, track=bool(return_info), trace=return_info == "trace", short=short
         )
         logits = self._head(t, memories)
         return (logits, info) if return_info else logits
+
+    def _untouched(self) -> bool:
+        """Whether there is nothing to do but what the backbone does by itself."""
+        return (
+            self.reducer is None
+            and not len(self.plugins)
+            and self.runtime.last_block == "full"
+            and not self.runtime.own_kernels
+            and not getattr(self.backbone, "grad_checkpointing", False)
+        )
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens after the final norm, `(B, P+M, C)`; of a standalone backbone, its own answer."""

@@ -73,7 +73,7 @@ FIELDS: dict[str, str] = {
     "top5": "top-5 accuracy, percent",
     "top1_start": "top-1 accuracy of a trained model before its training, percent",
     "ci95": "[low, high]: 95 % Wilson interval of top1, percent",
-    "fidelity": "mapping, against the dense model: agreement (percent), kl (nats), cosine, n_images",
+    "fidelity": "mapping, against dense: agreement (percent), kl (nats), cosine, n_images",
     # speed
     "imgs_per_s": "throughput, images per second (median)",
     "imgs_per_s_dense": "throughput of the dense model, measured in the same run",

@@ -128,13 +128,14 @@ def bipartite_matching(metric: Tensor, r: int, prefix: int) -> Matching:
         return Matching(stay, stay[:, :0], stay[:, :0])
     similarity, nearest = (senders @ receivers.transpose(1, 2)).max(-1)
     order = similarity.argsort(dim=-1, descending=True)
-    source, stay = order[:, :r], order[:, r:]
+    goal = nearest.gather(1, order[:, :r]) + (order.shape[1] - r)
+    tokens = order * 2 + first
+    source, stay = tokens[:, :r], tokens[:, r:]
     if prefix:
         stay = stay.sort(dim=-1).values
-    goal = nearest.gather(1, source) + stay.shape[1]
     odd = arange(metric, 2 * receivers.shape[1], 1 - first, 2)
-    leader = torch.cat([stay * 2 + first, odd.expand(metric.shape[0], -1)], dim=1)
-    return Matching(leader, source * 2 + first, goal)
+    leader = torch.cat([stay, odd.expand(metric.shape[0], -1)], dim=1)
+    return Matching(leader, source, goal)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import reduction
-from reduction.assignment import Keep, Merge
+from reduction.assignment import Fuse, Keep, Merge
 from tests.parity.clca_build import build
 from tests.parity.fixture import Case, Fixture, Unsupported
 from tests.parity.runner import handles
@@ -109,7 +109,7 @@ def record(model: ReducedViT) -> Choices:
         answer = assign(t, s, step)
         if isinstance(answer, Keep):
             chosen[step.block] = answer.index
-        elif isinstance(answer, Merge):
+        elif isinstance(answer, Merge | Fuse):
             fused = torch.arange(answer.leader.shape[1]) >= step.keep
             chosen[step.block] = answer.leader.masked_fill(fused, -1)
         return answer

@@ -46,6 +46,13 @@ def register_block(cls: type[nn.Module], adapter: BlockAdapter) -> None:
     _BLOCKS[cls.forward] = adapter
 
 
+def supported_forwards() -> dict[object, str]:
+    """The `forward` of every supported block class, with the name of the class."""
+    return {
+        forward: str(getattr(forward, "__qualname__", "?")).split(".")[0] for forward in _BLOCKS
+    }
+
+
 def block_adapter(block: nn.Module) -> BlockAdapter:
     """Adapter of a block, after checking that its attention is supported too.
 
