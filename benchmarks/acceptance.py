@@ -54,7 +54,8 @@ class Line(NamedTuple):
 
     def __str__(self) -> str:
         sign, word = ("<=" if self.at_most else ">="), ("met" if self.met else "MISSED")
-        return f"{self.what:<58} {self.value:>8.3f}  {sign} {self.target:<6g} {word:<7}{self.note}"
+        value = f"{self.value:.3f}" if self.target > 1e-3 else f"{self.value:.1e}"
+        return f"{self.what:<62} {value:>8}  {sign} {self.target:<6g} {word:<7}{self.note}"
 
 
 class Suite:
@@ -174,7 +175,7 @@ def inference(suite: Suite, backbone: str, batch: int, plainly: bool) -> None:
     memory = {}
     if batch > 1:
         memory = {n: peak_memory(steps[n], CPU) for n in (TIMM, *models)}
-        held = min(memory[TIMM], memory[DENSE])
+        held = memory[TIMM]
         for name in METHODS:
             note = f"{memory[name]:.1f} of {held:.1f} MiB"
             suite.add(

@@ -165,6 +165,22 @@ def test_speed_per_batch_size_memory_share_and_fidelity_are_columns():
         assert cell in cells
 
 
+def test_a_training_step_is_not_compared_with_inference():
+    common = {"hits": None, "gmacs": 2.0, "batch": 8, "imgs_per_s_dense": 10.0}
+    rows = [
+        row(hits=350),
+        row(**common, imgs_per_s=20.0, bench={"mode": "inference", "cuda_graphs": False}),
+        row(**common, imgs_per_s=5.0, bench={"mode": "training", "cuda_graphs": False}),
+        row(**common, imgs_per_s=30.0, runtime={"fast_linear": "auto"}),
+    ]
+    [entry] = compare(rows).entries
+    assert {name: speed.rate for name, speed in entry.speeds.items()} == {
+        "cpu, float32, batch 8": 20.0,
+        "cpu, float32, training, batch 8": 5.0,
+        "cpu, float32, fast_linear=auto, batch 8": 30.0,
+    }
+
+
 def test_what_failed_stands_in_the_table_until_it_succeeds():
     broken = row("topk", status="failed", error="no | way", hits=None, dataset="digits")
     comparison = compare([dense(), broken])

@@ -26,11 +26,13 @@ class Merger(nn.Module):
         self.queries = nn.Parameter(torch.randn(outputs, width))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Weights `(B, M, N)` and normalised tokens `(B, N, C)`."""
-        z = self.norm(x)
-        logits = z @ self.queries.to(z.dtype).T * scale
-        return logits.softmax(1).transpose(1, 2), z
+    def forward(self, x: Tensor, prefix: int, scale: float) -> tuple[Tensor, Tensor]:
+        """Weights `(B, M, N)` and normalised tokens `(B, N, C)` of `(B, P+N, C)`."""
+        # Normalising the prefix too is cheaper than copying the others out first.
+        z = self.norm(x)[:, prefix:]
+        queries = self.queries.to(z.dtype).expand(z.shape[0], -1, -1)
+        logits = torch.bmm(queries, z.transpose(1, 2))
+        return (logits if scale == 1 else logits * scale).softmax(-1), z
 
 
 @register("patchmerger")
@@ -77,7 +79,7 @@ class PatchMerger(QueryReducer):
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Mix:
         scale = 1.0 if self.scale == "one" else t.x.shape[-1] ** -0.5
-        weights, values = cast(Merger, self.stage(step))(t.patches, scale)
+        weights, values = cast(Merger, self.stage(step))(t.x, t.prefix, scale)
         return Mix(weights, values)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:

@@ -20,7 +20,7 @@ CONVENTION = (
 
 def setting(row: Mapping[str, Any]) -> str:
     """The setting of a throughput, batch size included: only rates of one setting are compared."""
-    parts = [hardware(row), *_switched_on(row.get("runtime"))]
+    parts = [hardware(row), *_switched_on(row.get("runtime")), *_benchmark(row.get("bench"))]
     if (batch := number(row.get("batch"))) is not None:
         parts.append(f"batch {batch:.0f}")
     return ", ".join(parts)
@@ -30,6 +30,15 @@ def hardware(row: Mapping[str, Any]) -> str:
     """Device, precision and compiler of a run."""
     parts = [row.get("device") or "unknown device", row.get("dtype")]
     return ", ".join([str(p) for p in parts if p] + ["compiled"] * bool(row.get("compile")))
+
+
+def _benchmark(settings: Any) -> list[str]:
+    """What a benchmark did otherwise than inference call by call."""
+    given = settings if isinstance(settings, Mapping) else {}
+    mode = str(given.get("mode") or "inference")
+    parts = [mode] if mode != "inference" else []
+    parts += ["folded size bias"] * (given.get("bias") == "fold")
+    return parts + ["CUDA graphs"] * bool(given.get("cuda_graphs"))
 
 
 def _switched_on(runtime: Any) -> list[str]:
