@@ -43,14 +43,17 @@ def one_line(err):
 MISTAKES = [
     ("eval backbone=deit_smal", "did you mean deit_small"),
     ("eval reducer=tomme backbone=test_vit", "reducer=tomme: no such reducer; did you mean tome"),
-    ("eval reducer=zzz", "reducer is one of ats, "),
+    ("eval reducer=zzz", "reducer is one of atc, ats, "),
     ("eval schedule=keeprate", "did you mean keep_rate"),
     ("eval seedd=1", "no option 'seedd'; did you mean seed?"),
     ("eval throughput.round=3", "did you mean rounds"),
     ("eval throughput.foo=3", "throughput has batch, rounds"),
     ("eval schedule.rate=0.5", "it belongs to schedule="),
     ("eval rate=0.5", "did you mean"),
-    ("eval reducer.metric=key", "no reducer is chosen; add reducer=tome"),
+    (
+        "eval reducer.metric=key",
+        "no reducer is chosen; add reducer=ema_centres|importance_then_similarity|tome",
+    ),
     ("eval backbone=test_vit backbone.args.img_size=96", "+backbone.args.img_size=VALUE"),
     ("eval weights=epoch=3.ckpt", """quote a value that holds =, so: 'weights="epoch=3.ckpt"'"""),
     ("eval seed", "options are written name=value"),
@@ -216,7 +219,8 @@ def test_overview_and_version(run):
 
 def test_list(run):
     code, out, _ = run("list")
-    names = [line.split()[0] for line in out.splitlines()[1:]]
+    table = out.split("\n\n")[0].splitlines()
+    names = [line.split()[0] for line in table[1:]]
     assert code == 0 and names == zoo.list_methods()
     assert json.loads(run("list tom* --json")[1])[0]["arxiv"] == "2210.09461"
     assert run("list --models 'test_vit?'")[1].split() == ["test_vit2", "test_vit3", "test_vit4"]

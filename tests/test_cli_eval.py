@@ -200,15 +200,15 @@ def test_trained_means_trained_with_this_reducer(run, tmp_path):
 
 def test_the_whole_zoo_includes_the_dense_model(run, tmp_path):
     code, _, err = run(
-        "eval -m backbone=test_vit 'reducer=glob(*)' schedule=target_gmacs task=flops "
-        "~hydra.callbacks.report"
+        "eval -m backbone=test_vit 'reducer=glob(*)' schedule=target_gmacs schedule.fraction=0.7 "
+        "task=flops ~hydra.callbacks.report"
     )
     assert code == 0, err
     found = rows(tmp_path)
     assert {row["method"] for row in found} >= {"none", *zoo.list_methods()}
     for row in found:
         if row["method"] != "none":
-            assert row["gmacs"]["total"] <= 0.5 * row["gmacs_dense"] * (1 + 1e-9)
+            assert row["gmacs"]["total"] <= 0.7 * row["gmacs_dense"] * (1 + 1e-9)
 
 
 def test_report_command_draws_the_rows_again(run, tmp_path):

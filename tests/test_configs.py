@@ -93,7 +93,8 @@ def test_every_method_builds_from_its_option():
     for option in OPTIONS["reducer"]:
         cfg = compose("eval", ["backbone=test_vit", f"reducer={option}"])
         model = build_model(cfg)
-        kept, sizes = model.token_counts()[-1][1], model.token_counts()[0][0]
+        # Parked tokens may be back at the end.
+        kept, sizes = min(min(pair) for pair in model.token_counts()), model.token_counts()[0][0]
         assert kept == sizes if option == "none" else kept < sizes, option
 
 

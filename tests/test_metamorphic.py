@@ -17,7 +17,8 @@ from tests.cases import METHODS, backbone
 MERGING = [
     r
     for r in METHODS
-    if reduction.create(r.name, **dict(r.args)).prop_attn and not (r.prunes or r.ranked)
+    if (made := reduction.create(r.name, **dict(r.args))).prop_attn
+    and not (r.prunes or r.ranked or made.adaptive)
 ]
 
 
@@ -42,14 +43,15 @@ def without_positions(name: str) -> torch.nn.Module:
 def test_merging_duplicates_changes_nothing(row: reduction.Reducer, name: str) -> None:
     m, x = without_positions(name), two_textures()
     schedule = {"name": "constant_r", "r": 12}
-    reduced = zoo.wrap(m, row.reducer(m.cls_token is not None), schedule).eval()
+    reduced = zoo.wrap(m, row.reducer(m.cls_token is not None), schedule).eval().double()
     with torch.no_grad():
         logits, info = reduced(x, return_info=True)
         assert list(info.tokens) == reduced.token_counts()
         # A method may leave the last block alone.
         assert info.tokens[-1][1] <= 64 - 3 * 12 + reduced.prefix
         assert info.size.max() > 2
-        assert (logits - m(x)).abs().max() < 1e-10
+        # Sizes are float32 whatever the features are, and a method may weigh with them.
+        assert (logits - m(x)).abs().max() < 1e-6
 
 
 def test_the_test_can_fail() -> None:

@@ -79,7 +79,10 @@ class SearchedSchedule(Classifier):
             raise ZooError("the search runs on one device; type trainer.devices=1")
         bar = bool(self.trainer.progress_bar_callback)
         cache = self.cache or Path(self.trainer.default_root_dir) / "search.jsonl"
-        search = ScheduleSearch(self.net, self._calibration(), cache=cache, **self.options)
+        options = dict(self.options)
+        if getattr(self.trainer, "fast_dev_run", False):
+            options["evaluations"] = 3
+        search = ScheduleSearch(self.net, self._calibration(), cache=cache, **options)
         self.found = search.run(progress=bar)
         self.net.schedule = self.found.schedule
 
