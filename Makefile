@@ -35,7 +35,8 @@ $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python eval.py -m weights=vit_digits data=digits "reducer=glob(*)" \
-		schedule=target_gmacs schedule.fraction=0.75,0.5,0.35 task=[accuracy,flops,throughput] \
+		schedule=target_gmacs schedule.fraction=0.75,0.5,0.35 schedule.nearest=true \
+		task=[accuracy,flops,throughput,fidelity] \
 		throughput.rounds=5 hydra.sweep.dir=$(DEMO) \
 		hydra.callbacks.report.also=results/digits/trained.jsonl
 

@@ -56,6 +56,8 @@ class TargetGmacs(Target):
         family: "constant_r" (r is solved), "keep_rate" or "geometric" (the rate is); None: the
             method's own.
         blocks: Blocks for the families that take them.
+        nearest: Where the family cannot go as low as the target, take the lowest it can reach
+            instead of refusing.
 
     Raises:
         ZooError: If the target is not positive.
@@ -69,6 +71,7 @@ class TargetGmacs(Target):
         fraction: float = 0.5,
         family: str | None = None,
         blocks: Sequence[int] | None = None,
+        nearest: bool = False,
     ) -> None:
         if gmacs is not None and not gmacs > 0:
             raise ZooError(f"gmacs must be positive, got {gmacs!r}")
@@ -76,6 +79,7 @@ class TargetGmacs(Target):
             raise ZooError(f"fraction must be in (0, 1], got {fraction!r}")
         self.gmacs = gmacs
         self.fraction = fraction
+        self.nearest = nearest
         self._set_family(family, blocks)
 
     def solve(
@@ -101,6 +105,8 @@ class TargetGmacs(Target):
             )
         kind, make = self.members(n0, family)
         floor = cost(make(1.0))
+        if floor > target and self.nearest:
+            return make(1.0)
         if floor > target:
             raise UnreachableBudget(
                 f"target of {target:.4g} GMACs is below what family {kind!r} can reach; the "

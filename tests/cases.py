@@ -147,8 +147,6 @@ METHODS = [
         stir=True,
     ),
     Row("zero_tprune", without_class_token=(("start_from", "uniform"),)),
-    Row("ema_centres"),
-    Row("ema_centres", (("metric", "key"), ("prop_attn", False))),
     Row(
         "importance_then_similarity",
         schedule=R8,

@@ -52,7 +52,7 @@ MISTAKES = [
     ("eval rate=0.5", "did you mean"),
     (
         "eval reducer.metric=key",
-        "no reducer is chosen; add reducer=ema_centres|importance_then_similarity|tome",
+        "no reducer is chosen; add reducer=importance_then_similarity|tome",
     ),
     ("eval backbone=test_vit backbone.args.img_size=96", "+backbone.args.img_size=VALUE"),
     ("eval weights=epoch=3.ckpt", """quote a value that holds =, so: 'weights="epoch=3.ckpt"'"""),

@@ -187,3 +187,11 @@ def test_published_counts_of_the_fixed_patterns() -> None:
         for rate, expected in zip((0.9, 0.7, 0.5, 0.25), rows, strict=True):
             asked = [int(196 * rate ** (s + 1)) for s in range(3)]
             assert tuple(min(rings, key=lambda c: abs(c - a)) for a in asked) == expected
+
+
+def test_a_target_out_of_reach_gives_the_nearest_if_asked() -> None:
+    target = {"name": "target_gmacs", "fraction": 0.05}
+    with pytest.raises(UnreachableBudget) as error:
+        zoo.wrap(backbone("plain"), "tome", target)
+    model = zoo.wrap(backbone("plain"), "tome", {**target, "nearest": True})
+    assert f"{zoo.profile(model).gmacs:.4f}" in str(error.value)

@@ -72,6 +72,8 @@ class PPT(Reducer):
         note="The threshold was chosen for DeiT-S at 196 patches; other models need their own.",
     )
     site = "mid"
+    # Half of the tokens at three stages is not enough for the smaller budgets.
+    family = "geometric"
 
     def __init__(
         self,
