@@ -91,13 +91,11 @@ METHODS = [
     ),
     Row("gtp", (("sparsity", 0.9), ("token_scale", True), ("neighbours", 5)), R8, prunes=True),
     Row("gtp", (("propagation", "mean"), ("selection", "cos_sim_mean")), R8),
-    # At most half leaves in each of the three stages.
-    Row("ppt", without_class_token=COLUMN, prunes=True, floor=0.65),
-    Row("ppt", (("threshold", 1.0),), without_class_token=COLUMN, floor=0.65),
+    Row("ppt", without_class_token=COLUMN, prunes=True),
+    Row("ppt", (("threshold", 1.0),), without_class_token=COLUMN),
     Row(
         "ppt",
         (("threshold", 1.45e-3), ("patches", None), ("prop_attn", False), *COLUMN),
-        floor=0.65,
     ),
     Row("random"),
     Row("heuristic"),
