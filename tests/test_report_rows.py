@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -270,3 +271,19 @@ def test_words_survive_strange_values():
         "0.0521",
         "0.00123",
     ]
+
+
+def test_command_of_a_module_is_no_path(tmp_path):
+    (tmp_path / "some_module.py").write_text(
+        "from zoo.rows import new_row\nprint(new_row()['command'])\n"
+    )
+    command = [sys.executable, "-m", "some_module", "a b"]
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "python -m some_module 'a b'\n", done.stderr

@@ -176,6 +176,10 @@ def plain(value: Any) -> Any:
 
 def _command_line() -> str:
     program, *rest = sys.argv or [""]
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if module is not None and module.name and os.path.isabs(program) and program.endswith(".py"):
+        # Started with -m, which puts the file's own path in place of the module's name.
+        return shlex.join(["python", "-m", module.name.removesuffix(".__main__"), *rest])
     if program.endswith(".py"):
         return shlex.join(["python", program, *rest])
     return shlex.join([Path(program).name, *rest])
