@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+
+from zoo.throughput import seconds, take_turns
 
 Step = Callable[[], object]
 
@@ -83,30 +84,11 @@ def in_turns(
             found[name].error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             if is_out_of_memory(error):
                 raise
-    order = list(numbers)
-    for _ in range(rounds):
-        for name in order:
-            took = seconds(steps[name], numbers[name], device)
-            found[name].seconds.append(took / numbers[name])
-        order.reverse()
+    names = list(numbers)
+    turns = take_turns([steps[n] for n in names], list(numbers.values()), rounds, device)
+    for name, took in zip(names, turns, strict=True):
+        found[name].seconds.extend(took)
     return found
-
-
-def seconds(step: Step, number: int, device: torch.device) -> float:
-    """Seconds that so many calls take: events on CUDA, else the clock on the wall."""
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        begin.record()
-        for _ in range(number):
-            step()
-        end.record()
-        torch.cuda.synchronize(device)
-        return float(begin.elapsed_time(end)) / 1e3
-    start = time.perf_counter()
-    for _ in range(number):
-        step()
-    return time.perf_counter() - start
 
 
 def is_out_of_memory(error: BaseException) -> bool:

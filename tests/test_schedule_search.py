@@ -91,6 +91,12 @@ def test_time_runs_out(images) -> None:
     assert found.schedule.keep == found.start
 
 
+def test_a_search_that_finds_nothing_new_is_complete(images) -> None:
+    net = zoo.load("vit_digits", reducer="topk", schedule={"name": "per_block", "keep": [64] * 6})
+    found = ScheduleSearch(net, images, evaluations=50).run()
+    assert found.complete and found.evaluations == 1 and found.score < 1e-9
+
+
 def test_the_model_is_left_as_it_was(images) -> None:
     net = model().train()
     schedule = net.schedule

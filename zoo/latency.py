@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,18 +29,18 @@ class Measured(NamedTuple):
     Attributes:
         ms: Milliseconds under the schedule that was found, median.
         ms_dense: Milliseconds of the dense model, measured in turns with it.
+        relative: Median of the rounds' own ratios: a slow minute slows both.
         batch: Images per batch.
         threads: CPU threads.
         device: Where.
-        probes: Models that were timed before.
     """
 
     ms: float
     ms_dense: float
+    relative: float
     batch: int
     threads: int
     device: str
-    probes: int
 
     def __str__(self) -> str:
         where = self.device if self.device != "cpu" else f"{self.threads} threads"
@@ -91,6 +92,11 @@ class TargetTime(Target):
         self._set_family(family, blocks)
         self.measured: Measured | None = None
 
+    def config(self) -> dict[str, Any]:
+        """Also the options, which subclasses pass on."""
+        options = inspect.signature(TargetTime.__init__).parameters
+        return {**super().config(), **{k: getattr(self, k) for k in options if k != "self"}}
+
     def limit(self, dense: float) -> float:
         """Milliseconds allowed, given those of the dense model."""
         raise NotImplementedError
@@ -119,7 +125,7 @@ class TargetTime(Target):
         samples = [(clock.features(s), clock.time(s).relative) for s in probes]
         samples.append((clock.features(make(1.0)), low.relative))
         predict = _fit(samples)
-        factor, best = 1.0, None
+        factor, best, tried = 1.0, None, None
         for _ in range(_CORRECTIONS):
             allowed = self.limit(clock.dense) / clock.dense
 
@@ -131,11 +137,12 @@ class TargetTime(Target):
             over = found.ms / self.limit(found.ms_dense)
             if best is None or _worse(best[0]) > _worse(over):
                 best = (over, schedule, found)
-            if abs(over - 1) <= self.tolerance:
+            if abs(over - 1) <= self.tolerance or schedule == tried:
                 break
+            tried = schedule
             factor *= found.relative / (factor * predict(clock.features(schedule)))
         assert best is not None
-        self.measured = best[2].described(clock.timed)
+        self.measured = best[2]
         return best[1]
 
 
@@ -152,18 +159,8 @@ class TargetMs(TargetTime):
 
     name = "target_ms"
 
-    def __init__(
-        self,
-        ms: float,
-        batch: int = 1,
-        rounds: int = 9,
-        threads: int | None = None,
-        device: str = "auto",
-        tolerance: float = 0.03,
-        family: str | None = None,
-        blocks: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(batch, rounds, threads, device, tolerance, family, blocks)
+    def __init__(self, ms: float, **options: Any) -> None:
+        super().__init__(**options)
         if not ms > 0:
             raise ZooError(f"ms must be positive, got {ms!r}")
         self.ms = ms
@@ -190,18 +187,8 @@ class TargetSpeedup(TargetTime):
 
     name = "target_speedup"
 
-    def __init__(
-        self,
-        speedup: float = 2.0,
-        batch: int = 1,
-        rounds: int = 9,
-        threads: int | None = None,
-        device: str = "auto",
-        tolerance: float = 0.03,
-        family: str | None = None,
-        blocks: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(batch, rounds, threads, device, tolerance, family, blocks)
+    def __init__(self, speedup: float = 2.0, **options: Any) -> None:
+        super().__init__(**options)
         if not speedup >= 1:
             raise ZooError(f"speedup must be 1 or more, got {speedup!r}")
         self.speedup = speedup
@@ -215,29 +202,15 @@ class TargetSpeedup(TargetTime):
         return f"target of {self.speedup:g}x"
 
 
-class _Timing(NamedTuple):
-    ms: float
-    ms_dense: float
-    relative: float  # median of the rounds' own ratios: a slow minute slows both
-    batch: int
-    threads: int
-    device: str
-
-    def described(self, probes: int) -> Measured:
-        """The same for users."""
-        return Measured(self.ms, self.ms_dense, self.batch, self.threads, self.device, probes)
-
-    def __str__(self) -> str:
-        return str(self.described(0))
-
-
 class _Clock:
     """Times a model under schedules, in turns with its dense form, on shared weights."""
 
     def __init__(self, model: ReducedViT, target: TargetTime) -> None:
+        from zoo.flops import block_costs
         from zoo.reduced import ReducedViT
 
         self.model, self.target = model, target
+        self.whole = sum(c.linear + c.mlp + c.attention for c in block_costs(model, None))
         self.device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu")
             if target.device == "auto"
@@ -246,9 +219,8 @@ class _Clock:
         self.backbone = copy.deepcopy(model.backbone).eval().to(self.device)
         self.plain = ReducedViT(self.backbone)
         self.dense = float("nan")
-        self.timed = 0
 
-    def time(self, schedule: Schedule) -> _Timing:
+    def time(self, schedule: Schedule) -> Measured:
         """Milliseconds per batch under a schedule."""
         from zoo.reduced import ReducedViT
 
@@ -266,8 +238,7 @@ class _Clock:
         models = [reduced.to(self.device), self.plain]
         times, threads = interleaved(models, images, target.rounds, target.threads)
         ratios = [a / b for a, b in zip(*times, strict=True)]
-        self.timed += 1
-        found = _Timing(
+        found = Measured(
             1e3 * statistics.median(times[0]),
             1e3 * statistics.median(times[1]),
             statistics.median(ratios),
@@ -282,8 +253,7 @@ class _Clock:
         """What the time of a schedule is made of, each as a share of the dense model's cost."""
         from zoo.flops import block_costs
 
-        costs, dense = block_costs(self.model, schedule), block_costs(self.model, None)
-        whole = sum(c.linear + c.mlp + c.attention for c in dense)
+        costs, whole = block_costs(self.model, schedule), self.whole
         plans = self.model.plan(schedule=schedule)
         return (
             sum(c.linear + c.mlp for c in costs) / whole,

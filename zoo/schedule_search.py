@@ -108,7 +108,6 @@ class ScheduleSearch:
         self.target = self._cost(self.start) if target is None else float(target)
         self.scores: dict[tuple[int, ...], float] = {}
         self.cache = None if cache is None else Path(cache)
-        self._used: set[tuple[int, ...]] = set()
         self._known: dict[tuple[int, ...], float] = {}
         if self.cache is not None:
             self._known = self._read(self.cache)
@@ -148,7 +147,6 @@ class ScheduleSearch:
 
     def _score(self, keep: Sequence[int]) -> float:
         key = tuple(keep)
-        self._used.add(key)
         if key not in self.scores:
             if key in self._known:
                 self.scores[key] = self._known[key]
@@ -223,9 +221,8 @@ class ScheduleSearch:
         began = time.monotonic()
         pool: list[tuple[float, list[float] | None, list[int]]] = []
 
-        def over() -> bool:
-            late = self.seconds is not None and time.monotonic() - began > self.seconds
-            return late or len(self._used) >= self.limit
+        def late() -> bool:
+            return self.seconds is not None and time.monotonic() - began > self.seconds
 
         bar = tqdm(total=self.limit, desc="search", unit="schedule", disable=not progress)
 
@@ -234,16 +231,16 @@ class ScheduleSearch:
             pool.append((score, shares, keep))
             pool.sort(key=lambda entry: entry[0])
             del pool[8:]
-            bar.update(len(self._used) - bar.n)
+            bar.update(len(self.scores) - bar.n)
             bar.set_postfix(best=f"{pool[0][0]:.4g}")
             return score
 
-        start_score = consider(None, self.start)
+        start_score, complete = consider(None, self.start), True
         for shares, keep in self._candidates(pool):
-            if over():
+            complete = not late()
+            if not complete or len(self.scores) >= self.limit:
                 break
             consider(shares, keep)
-        complete = len(self._used) >= self.limit
         bar.close()
         self.model.train(was_training)
         score, _, keep = pool[0]
@@ -254,7 +251,7 @@ class ScheduleSearch:
             start_score,
             self._cost(keep),
             self._cost(self.start),
-            len(self._used),
+            len(self.scores),
             complete,
         )
 
@@ -281,7 +278,7 @@ class ScheduleSearch:
         while stale < 100:
             # What leads nowhere new is followed by bolder steps.
             spread = 0.5 * (1 + stale / 20)
-            known = len(self._used)
+            known = len(self.scores)
             parents = [shares for _, shares, _ in pool if shares is not None]
             one, two = rng.choice(parents), rng.choice(parents)
             child = [
@@ -289,7 +286,7 @@ class ScheduleSearch:
                 for a, b in zip(one, two, strict=True)
             ]
             yield from self._reachable(child)
-            stale = 0 if len(self._used) > known else stale + 1
+            stale = 0 if len(self.scores) > known else stale + 1
 
     def _reachable(self, shares: list[float]) -> Iterator[tuple[list[float], list[int]]]:
         try:

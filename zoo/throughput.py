@@ -146,17 +146,48 @@ def _rounds(
     """Seconds per call: one list per step, one entry per round."""
     numbers = []
     for step in steps:
-        _seconds(step, 2, device)  # the first calls allocate, choose kernels, compile
-        numbers.append(max(1, math.ceil(min_time / _seconds(step, 1, device))))
+        seconds(step, 2, device)  # the first calls allocate, choose kernels, compile
+        numbers.append(max(1, math.ceil(min_time / seconds(step, 1, device))))
+    return take_turns(steps, numbers, rounds, device)
+
+
+def take_turns(
+    steps: Sequence[Callable[[], object]],
+    numbers: Sequence[int],
+    rounds: int,
+    device: torch.device,
+) -> list[list[float]]:
+    """Time warm candidates in turns, forwards and backwards.
+
+    Args:
+        steps: What to call.
+        numbers: Calls per turn of each.
+        rounds: Turns of each.
+        device: Where they run: decides on the clock.
+
+    Returns:
+        Seconds per call: one list per step, one entry per round.
+    """
     times: list[list[float]] = [[] for _ in steps]
+    turn = list(zip(steps, numbers, times, strict=True))
     for _ in range(rounds):
-        for step, number, found in zip(steps, numbers, times, strict=True):
-            found.append(_seconds(step, number, device) / number)
+        for step, number, found in turn:
+            found.append(seconds(step, number, device) / number)
+        turn.reverse()
     return times
 
 
-def _seconds(step: Callable[[], object], number: int, device: torch.device) -> float:
+def seconds(step: Callable[[], object], number: int, device: torch.device) -> float:
+    """Seconds that so many calls take: events on CUDA, else the clock on the wall."""
     _synchronize(device)
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(number):
+            step()
+        end.record()
+        _synchronize(device)
+        return float(begin.elapsed_time(end)) / 1e3
     start = time.perf_counter()
     for _ in range(number):
         step()

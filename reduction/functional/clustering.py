@@ -174,7 +174,7 @@ def kmeans(
         with no_autocast(x):
             product = torch.bmm(centre, x.transpose(1, 2))
         gap, new = (centre.square().sum(-1).unsqueeze(2) - 2 * product).min(dim=1)
-        new = fill_empty(new, (gap + square).clamp_min(0), weight, k)
+        new = _fill_empty(new, (gap + square).clamp_min(0), weight, k)
         if may_stop and torch.equal(new, slot):
             break
         slot = new
@@ -208,7 +208,7 @@ def mean_shares(weight: Tensor, slot: Tensor, k: int) -> Tensor:
     return weight / total.gather(1, slot)
 
 
-def fill_empty(slot: Tensor, gap: Tensor, weight: Tensor, k: int) -> Tensor:
+def _fill_empty(slot: Tensor, gap: Tensor, weight: Tensor, k: int) -> Tensor:
     """Give every empty cluster one point, the most expensive ones first.
 
     Args:

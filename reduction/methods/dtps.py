@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from reduction.assignment import Merge, apply
-from reduction.base import Card, Dims, Step
+from reduction.base import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.squeezing import squeeze, squeeze_masked
 from reduction.methods.dynamicvit import DynamicViT, Predictor
+from reduction.methods.etps import ETPS
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -44,16 +46,8 @@ class DTPS(DynamicViT):
         github.com/megvii-research/TPS-CVPR2023 (Apache-2.0).
     """
 
-    card = Card(
-        title="Joint Token Pruning and Squeezing Towards More Aggressive Compression of Vision "
-        "Transformers",
-        authors="Wei et al.",
-        venue="CVPR",
-        year=2023,
-        arxiv="2304.10716",
-        code="https://github.com/megvii-research/TPS-CVPR2023",
-        licence="Apache-2.0",
-        kind="prune + squeeze",
+    card = replace(
+        ETPS.card,
         training="predictors and backbone, with the dense model as teacher",
         note="An untrained predictor keeps arbitrary tokens.",
     )

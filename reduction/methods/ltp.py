@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from reduction.base import Card
+from dataclasses import replace
+
 from reduction.functional.thresholds import ThresholdReducer
+from reduction.methods.ltmp import LTMP
 from reduction.registry import register
 
 
@@ -38,17 +40,6 @@ class LTP(ThresholdReducer):
         (no licence file; this implementation is written from a specification, not from that code).
     """
 
-    card = Card(
-        title="Learned Thresholds Token Merging and Pruning for Vision Transformers",
-        authors="Bonnaerens and Dambre",
-        venue="TMLR",
-        year=2023,
-        arxiv="2307.10780",
-        code="https://github.com/Mxbonn/ltmp",
-        licence="none",
-        kind="prune",
-        training="thresholds alone, backbone frozen",
-        note="Counts depend on the image; the schedule limits them, unless limit=false.",
-    )
+    card = replace(LTMP.card, kind="prune")
     prunes = True
     needs = frozenset({"column"})

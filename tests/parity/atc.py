@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from reduction.schedule import parse_r
 from tests.parity.fixture import Case, Fixture, gradient_check, labels
 from tests.parity.runner import handles
-from tests.parity.stages import build, check_blocks, check_counts
+from tests.parity.stages import build, check_blocks, check_counts, evaluated
 
 
 def counts(fx: Fixture) -> list[int | None]:
@@ -57,12 +56,7 @@ def atc(fx: Fixture) -> Iterator[Case]:
         "mean": "plain" if plain else "size",
     }
     model = build(fx, reducer, {"name": "per_block", "keep": counts(fx), "strict": False})
-    case = Case(fx.name, "eval")
-    with torch.no_grad():
-        dense = model.backbone(fx.images)
-        logits, info = model(fx.images, return_info="trace")
-    case.close("dense_logits", dense, fx.tensors["dense_logits"], fx.tolerance("dense_logits"))
-    case.logits("logits", logits, fx.tensors["logits"], fx.tolerance("logits"))
+    case, info = evaluated(fx, model)
     check_counts(case, fx, model, info)
     check_blocks(case, fx, model, info)
     stages = {f"stage{s}.": b for s, b in enumerate(fx.info.get("stage_blocks", []))}

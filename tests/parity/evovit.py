@@ -12,7 +12,7 @@ import zoo
 from tests.parity.fixture import Case, Fixture, gradient_check
 from tests.parity.learned import load_parts, named
 from tests.parity.runner import handles
-from tests.parity.stages import check_blocks, check_counts
+from tests.parity.stages import check_blocks, check_counts, evaluated
 from zoo.reduced import Info, ReducedViT
 
 NAMES = {"head_cls.": "head.", "norm_cls.": "norm."}
@@ -55,12 +55,7 @@ def check_slow(case: Case, fx: Fixture, info: Info) -> None:
 
 def run(fx: Fixture, fast: str) -> Iterator[Case]:
     model = build(fx, fast)
-    case = Case(fx.name, "eval")
-    with torch.no_grad():
-        dense = model.backbone(fx.images)
-        logits, info = model(fx.images, return_info="trace")
-    case.close("dense_logits", dense, fx.tensors["dense_logits"], fx.tolerance("dense_logits"))
-    case.logits("logits", logits, fx.tensors["logits"], fx.tolerance("logits"))
+    case, info = evaluated(fx, model)
     check_counts(case, fx, model, info)
     check_blocks(case, fx, model, info)
     check_slow(case, fx, info)

@@ -12,7 +12,7 @@ import zoo
 from reduction.tokens import Tokens
 from tests.parity.fixture import Case, Fixture, Unsupported, gradient_check
 from tests.parity.runner import handles
-from tests.parity.stages import check_blocks, check_counts
+from tests.parity.stages import check_blocks, check_counts, evaluated
 from zoo.adapters.backbones import embed
 from zoo.reduced import Info, ReducedViT
 
@@ -43,12 +43,7 @@ def gtp(fx: Fixture) -> Iterator[Case]:
     drop = [int(d) for d in drop] if isinstance(drop, list | tuple) else int(drop)
     schedule = {"name": "constant_r", "r": drop, "strict": False}
     model = zoo.wrap(fx.backbone(), arguments(fx.config), schedule).eval()
-    case = Case(fx.name, "eval")
-    with torch.no_grad():
-        dense = model.backbone(fx.images)
-        logits, info = model(fx.images, return_info="trace")
-    case.close("dense_logits", dense, fx.tensors["dense_logits"], fx.tolerance("dense_logits"))
-    case.logits("logits", logits, fx.tensors["logits"], fx.tolerance("logits"))
+    case, info = evaluated(fx, model)
     check_counts(case, fx, model, info)
     check_blocks(case, fx, model, info)
     check_kept(case, fx, model, info)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import zoo
 from tests.parity.fixture import Case, Fixture, gradient_check
-from tests.parity.stages import check_blocks, check_counts
+from tests.parity.stages import check_blocks, check_counts, evaluated
 from zoo.reduced import Info, ReducedViT
 
 Names = dict[str, str]
@@ -62,12 +62,7 @@ def cases(
     """Evaluation and gradient cases; the caller adds its own checks to the first."""
     model = zoo.wrap(fx.backbone(), reducer, schedule).eval()
     load_parts(model, fx, names)
-    case = Case(fx.name, "eval")
-    with torch.no_grad():
-        dense = model.backbone(fx.images)
-        logits, info = model(fx.images, return_info="trace")
-    case.close("dense_logits", dense, fx.tensors["dense_logits"], fx.tolerance("dense_logits"))
-    case.logits("logits", logits, fx.tensors["logits"], fx.tolerance("logits"))
+    case, info = evaluated(fx, model)
     if not model.reducer.adaptive:
         check_counts(case, fx, model, info)
     check_blocks(case, fx, model, info)

@@ -12,7 +12,7 @@ from reduction.methods.ppt import PPT, significance
 from reduction.tokens import Signals, Tokens
 from tests.parity.fixture import Case, Fixture, gradient_check
 from tests.parity.runner import handles
-from tests.parity.stages import check_blocks, check_counts
+from tests.parity.stages import check_blocks, check_counts, evaluated
 from zoo.api import wrap
 
 
@@ -42,12 +42,7 @@ def ppt(fx: Fixture) -> Iterator[Case]:
     reducer = Watched(threshold=float(fx.config["threshold"]), patches=None, prop_attn=prop)
     reducer.variances = []
     model = wrap(fx.backbone(), reducer, schedule_of(fx)).eval()
-    case = Case(fx.name, "eval")
-    with torch.no_grad():
-        dense = model.backbone(fx.images)
-        logits, info = model(fx.images, return_info="trace")
-    case.close("dense_logits", dense, fx.tensors["dense_logits"], fx.tolerance("dense_logits"))
-    case.logits("logits", logits, fx.tensors["logits"], fx.tolerance("logits"))
+    case, info = evaluated(fx, model)
     check_counts(case, fx, model, info)
     if not prop:
         info = info._replace(trace=forgetful(info.trace))

@@ -22,13 +22,7 @@ def build(fx: Fixture, reducer: Any, schedule: Any, **extra: Any) -> ReducedViT:
 def run_cases(fx: Fixture, reducer: Any, schedule: Any, counts: bool = True) -> Iterator[Case]:
     """An evaluation case and, where the fixture stores gradients, a gradient case."""
     model = build(fx, reducer, schedule)
-    case = Case(fx.name, "eval")
-    with torch.no_grad():
-        dense = model.backbone(fx.images)
-        logits, info = model(fx.images, return_info="trace")
-    if "dense_logits" in fx.tensors:
-        case.close("dense_logits", dense, fx.tensors["dense_logits"], fx.tolerance("dense_logits"))
-    case.logits("logits", logits, fx.tensors["logits"], fx.tolerance("logits"))
+    case, info = evaluated(fx, model)
     if counts:
         check_counts(case, fx, model, info)
     check_blocks(case, fx, model, info)
@@ -40,6 +34,18 @@ def run_cases(fx: Fixture, reducer: Any, schedule: Any, counts: bool = True) -> 
         case.logits("logits", logits, fx.tensors["logits"], fx.tolerance("logits"))
         gradient_check(case, fx, logits, model.backbone.named_parameters())
         yield case
+
+
+def evaluated(fx: Fixture, model: ReducedViT) -> tuple[Case, Info]:
+    """An evaluation case whose logits are compared, and what happened to the tokens."""
+    case = Case(fx.name, "eval")
+    with torch.no_grad():
+        dense = model.backbone(fx.images)
+        logits, info = model(fx.images, return_info="trace")
+    if "dense_logits" in fx.tensors:
+        case.close("dense_logits", dense, fx.tensors["dense_logits"], fx.tolerance("dense_logits"))
+    case.logits("logits", logits, fx.tensors["logits"], fx.tolerance("logits"))
+    return case, info
 
 
 def check_counts(case: Case, fx: Fixture, model: ReducedViT, info: Info) -> None:

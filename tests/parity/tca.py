@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 import zoo
@@ -15,7 +14,7 @@ from reduction.methods.tca import TCA
 from reduction.schedule import KeepRate
 from tests.parity.fixture import Case, Fixture
 from tests.parity.runner import handles
-from tests.parity.stages import check_blocks, check_counts
+from tests.parity.stages import check_blocks, check_counts, evaluated
 
 
 class Recorded(TCA):
@@ -73,12 +72,7 @@ def tca(fx: Fixture) -> Iterator[Case]:
     model = zoo.wrap(fx.backbone(**extra), reducer, schedule).eval()
     if "anchors" in fx.tensors:
         reducer.set_anchors(fx.tensors["anchors"].float())
-    case = Case(fx.name, "eval")
-    with torch.no_grad():
-        dense = model.backbone(fx.images)
-        logits, info = model(fx.images, return_info="trace")
-    case.close("dense_logits", dense, fx.tensors["dense_logits"], fx.tolerance("dense_logits"))
-    case.logits("logits", logits, fx.tensors["logits"], fx.tolerance("logits"))
+    case, info = evaluated(fx, model)
     check_counts(case, fx, model, info)
     check_blocks(case, fx, model, info)
     check_choices(case, fx, reducer)

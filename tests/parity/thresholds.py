@@ -13,7 +13,7 @@ from reduction.functional import thresholds
 from tests.parity.fixture import Case, Fixture, Unsupported, gradient_check
 from tests.parity.learned import check_alone
 from tests.parity.runner import handles
-from tests.parity.stages import check_blocks
+from tests.parity.stages import check_blocks, evaluated
 from zoo.reduced import Info, ReducedViT
 
 METHODS = ("ltmp", "ltm", "ltp")
@@ -47,12 +47,7 @@ def _live(info: Info, block: int) -> torch.Tensor:
 @handles(*METHODS)
 def inference(fx: Fixture) -> Iterator[Case]:
     model = _build(fx).eval()
-    case = Case(fx.name, "eval")
-    with torch.no_grad():
-        dense = model.backbone(fx.images)
-        logits, info = model(fx.images, return_info="trace")
-    case.close("dense_logits", dense, fx.tensors["dense_logits"], fx.tolerance("dense_logits"))
-    case.logits("logits", logits, fx.tensors["logits"], fx.tolerance("logits"))
+    case, info = evaluated(fx, model)
     depth = len(info.trace)
     leaving = torch.stack([_live(info, i) for i in range(depth)])
     entering = torch.cat([torch.full_like(leaving[:1], info.tokens[0][0]), leaving[:-1]])

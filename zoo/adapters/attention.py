@@ -137,12 +137,16 @@ def project_rows(attn: nn.Module, x: Tensor, rows: int) -> tuple[Tensor, Tensor,
 def splits_queries(attn: nn.Module) -> bool:
     """Whether `project_rows` computes the fused projection in two parts: nobody listens to it."""
     layer = getattr(attn, "qkv", None)
-    return (
-        type(attn).forward in (Attention.forward, AttentionRope.forward, EvaAttention.forward)
-        and type(layer) in (nn.Linear, FastLinear)
-        and getattr(attn, "q_bias", None) is None
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-    )
+    if layer is None or not separable(attn) or getattr(attn, "q_bias", None) is not None:
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def separable(attn: nn.Module) -> bool:
+    """Whether the projection is one of timm's, of whose plain layers rows may be taken."""
+    if type(attn).forward not in (Attention.forward, AttentionRope.forward, EvaAttention.forward):
+        return False
+    return attn.qkv is None or type(attn.qkv) in (nn.Linear, FastLinear)
 
 
 def _rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from timm.layers import Attention, AttentionRope
-from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from zoo.adapters.attention import projection, split_heads
-from zoo.fast_linear import FastLinear, linear
+from zoo.adapters.attention import projection, separable, split_heads
+from zoo.fast_linear import linear
 
 
 def queries_keys(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised queries and keys of `x` `(B, N, C)`, each `(B, H, N, d)`."""
-    if not _separable(attn):
+    if not separable(attn):
         return projection(attn)(attn, x)[:2]
     if attn.qkv is None:
         kv_heads = getattr(attn, "num_kv_heads", attn.num_heads)
@@ -25,7 +23,7 @@ def queries_keys(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def values(attn: nn.Module, x: Tensor) -> Tensor:
     """Values of `x` `(B, N, C)`, `(B, H, N, d)`."""
-    if not _separable(attn):
+    if not separable(attn):
         return projection(attn)(attn, x)[2]
     if attn.qkv is None:
         return split_heads(attn.v_proj(x), getattr(attn, "num_kv_heads", attn.num_heads))
@@ -46,7 +44,7 @@ def without_keys(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def part_weights(attn: nn.Module) -> tuple[int, int]:
     """Multiply-accumulates per token of `queries_keys` and of `values`."""
-    if not _separable(attn):
+    if not separable(attn):
         whole = sum(
             m.weight.numel()
             for name, m in attn.named_modules()
@@ -57,14 +55,6 @@ def part_weights(attn: nn.Module) -> tuple[int, int]:
         return attn.q_proj.weight.numel() + attn.k_proj.weight.numel(), attn.v_proj.weight.numel()
     value = attn.qkv.weight.numel() // 3
     return 2 * value, value
-
-
-def _separable(attn: nn.Module) -> bool:
-    """Whether the projection is one of timm's, with plain layers whose rows may be taken."""
-    known = (Attention.forward, AttentionRope.forward, EvaAttention.forward)
-    if type(attn).forward not in known:
-        return False
-    return attn.qkv is None or type(attn.qkv) in (nn.Linear, FastLinear)
 
 
 def _third(attn: nn.Module, x: Tensor, part: int) -> Tensor:

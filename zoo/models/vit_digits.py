@@ -21,33 +21,22 @@ ASSET = Path(__file__).resolve().parent.parent / "assets" / "vit_digits"
 # Of the 1,257 training images of `zoo.data.digits` at 16x16, scaled to [0, 1].
 MEAN, STD = 0.306, 0.319
 
+_CFG: dict[str, Any] = {
+    "num_classes": 10,
+    "input_size": (1, 16, 16),
+    "fixed_input_size": True,
+    "mean": (MEAN,),
+    "std": (STD,),
+    "crop_pct": 1.0,
+    "interpolation": "bilinear",
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+    "license": "apache-2.0",
+}
 default_cfgs = generate_default_cfgs(
     {
-        "vit_digits": {
-            "file": str(ASSET / "model.safetensors"),
-            "num_classes": 10,
-            "input_size": (1, 16, 16),
-            "fixed_input_size": True,
-            "mean": (MEAN,),
-            "std": (STD,),
-            "crop_pct": 1.0,
-            "interpolation": "bilinear",
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-            "license": "apache-2.0",
-        },
-        "vit_digits_small": {
-            "num_classes": 10,
-            "input_size": (1, 16, 16),
-            "fixed_input_size": True,
-            "mean": (MEAN,),
-            "std": (STD,),
-            "crop_pct": 1.0,
-            "interpolation": "bilinear",
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-            "license": "apache-2.0",
-        },
+        "vit_digits": {"file": str(ASSET / "model.safetensors"), **_CFG},
+        "vit_digits_small": dict(_CFG),
     }
 )
 
