@@ -32,7 +32,7 @@ from zoo.adapters.backbones import (
     pools,
     rope_for,
 )
-from zoo.adapters.blocks import block_adapter, residual
+from zoo.adapters.blocks import block_adapter, hooked, residual
 from zoo.adapters.parts import without_keys, without_values
 from zoo.adapters.standalone import as_standalone, check_alone
 from zoo.contract import TimmContract
@@ -438,13 +438,18 @@ class ReducedViT(TimmContract):
         quiet = own is None and t.policy is None and guests is None and shift is None
         quiet = quiet and not plan.need and site not in ("mid", "attn") and plan.rows is None
         # Once tokens have changed, nothing has to equal timm's kernels to the last bit.
-        ours = (moved or self.runtime.own_kernels) and undisturbed(t.x) and not _hooked(block)
-        if quiet and not ours:
+        free = undisturbed(t.x) and not hooked(block, block.attn)
+        if quiet and not (free and (moved or self.runtime.own_kernels)):
             # Nobody listens: run the block as it is.
             extra: dict[str, Any] = {"rope": rope} if adapter.rope else {}
             if bias is not None:
                 extra["attn_mask"] = bias if _autocast(t.x) else bias.to(t.x.dtype)
-            t = t._replace(x=block(t.x, **extra))
+            if free and not torch.is_grad_enabled():
+                # The same operations, some of them written over what nobody needs any more.
+                y, _ = adapter.attn_branch(block, t.x, partial(_called, extra))
+                t = t._replace(x=adapter.mlp_half(block, residual(block, t.x, y)))
+            else:
+                t = t._replace(x=block(t.x, **extra))
             seen = Signals()
         else:
             listen = partial(
@@ -599,9 +604,9 @@ def _first(t: Tokens, rows: int) -> Tokens:
     return t._replace(x=t.x[:, :rows], size=t.size[:, :rows], mask=mask, origin=origin)
 
 
-def _hooked(block: nn.Module) -> bool:
-    """Whether somebody waits for a block, or its attention, to be called."""
-    return any(m._forward_hooks or m._forward_pre_hooks for m in (block, block.attn))
+def _called(extra: dict[str, Any], attn: nn.Module, x: Tensor) -> tuple[Tensor, None]:
+    """An attention module as it is, in the form that block adapters want."""
+    return attn(x, **extra), None
 
 
 def _autocast(x: Tensor) -> bool:

@@ -157,15 +157,16 @@ def by_image(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None)
     batch, heads, n, width = q.shape
     # The layout that the next layer reads without a copy.
     out = q.new_empty(batch, n, heads, width).transpose(1, 2)
-    map_ = q.new_empty(heads, n, k.shape[2])
-    for i in range(batch):
-        if bias is None:
-            torch.baddbmm(map_, q[i], k[i].transpose(1, 2), beta=0, alpha=scale, out=map_)
-        else:
-            own = bias[i if bias.shape[0] > 1 else 0]
-            torch.baddbmm(own, q[i], k[i].transpose(1, 2), alpha=scale, out=map_)
+    map_, rows = q.new_empty(heads, n, k.shape[2]), q.new_empty(heads, n, width)
+    factor = 0 if bias is None else 1
+    start = (map_,) * batch if bias is None else bias.expand(batch, -1, -1, -1).unbind(0)
+    for own, query, key, value, place in zip(
+        start, q.unbind(0), k.transpose(2, 3).unbind(0), v.unbind(0), out.unbind(0), strict=True
+    ):
+        torch.baddbmm(own, query, key, beta=factor, alpha=scale, out=map_)
         torch.softmax(map_, -1, out=map_)
-        out[i] = torch.bmm(map_, v[i])
+        # The product cannot be written in this layout; the copy is cheaper than a new tensor.
+        place.copy_(torch.bmm(map_, value, out=rows))
     return out
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import GELU, GELUTanh, Mlp
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from reduction.eager import undisturbed
 from zoo.adapters.attention import projection
 from zoo.errors import UnsupportedModel
+from zoo.fast_linear import FastLinear
 
 #: Runs an attention module on its normalised input; returns the output and anything else.
 Attend = Callable[[nn.Module, Tensor], tuple[Tensor, Any]]
@@ -92,11 +94,41 @@ def residual(block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         or y.shape != x.shape
         or not undisturbed(y)
         or y.data_ptr() == x.data_ptr()
-        or any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
-        or torch.nn.modules.module._global_forward_hooks
+        or hooked(*block.modules())
     ):
         return x + y
     return y.add_(x)
+
+
+def mlp(block: nn.Module, x: Tensor) -> Tensor:
+    """`block.mlp(x)`, the activation written over its input where nobody can tell.
+
+    The hidden layer is the largest tensor of a block: a second one costs more than its memory,
+    because it comes from the system page by page.
+    """
+    m = block.mlp
+    if torch.is_grad_enabled() or not undisturbed(x) or not _overwritable(m):
+        return m(x)
+    approximate = "tanh" if type(m.act) is GELUTanh else getattr(m.act, "approximate", "none")
+    hidden = torch.ops.aten.gelu_(m.fc1(x), approximate=approximate)
+    return m.drop2(m.fc2(m.norm(m.drop1(hidden))))
+
+
+def _overwritable(m: nn.Module) -> bool:
+    """Whether an MLP is timm's plain one, and nobody sees what its first layer gives."""
+    return (
+        type(m).forward is Mlp.forward
+        and type(m.act) in (nn.GELU, GELU, GELUTanh)
+        and type(m.fc1) in (nn.Linear, FastLinear)
+        and not hooked(m, m.fc1, m.act)
+    )
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether somebody waits for one of these modules to be called."""
+    return bool(torch.nn.modules.module._global_forward_hooks) or any(
+        m._forward_hooks or m._forward_pre_hooks for m in modules
+    )
 
 
 def _block_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
@@ -105,7 +137,7 @@ def _block_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
 
 
 def _block_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    return residual(b, x, b.drop_path2(b.ls2(b.mlp(b.norm2(x)))))
+    return residual(b, x, b.drop_path2(b.ls2(mlp(b, b.norm2(x)))))
 
 
 def _post_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
@@ -114,7 +146,7 @@ def _post_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
 
 
 def _post_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    return residual(b, x, b.drop_path2(b.norm2(b.mlp(x))))
+    return residual(b, x, b.drop_path2(b.norm2(mlp(b, x))))
 
 
 def _eva_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
@@ -125,7 +157,7 @@ def _eva_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
 
 
 def _eva_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    out = b.mlp(b.norm2(x))
+    out = mlp(b, b.norm2(x))
     if b.gamma_2 is not None:
         out = b.gamma_2 * out
     return residual(b, x, b.drop_path2(out))
