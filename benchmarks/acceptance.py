@@ -12,10 +12,11 @@ import time
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from benchmarks import reference, tasks
 from benchmarks.models import backbone_name, plain_backbone, reduced, schedule_of
-from benchmarks.speed import DENSE, TIMM, make_row
+from benchmarks.speed import DENSE, TIMM, faster_dense, make_row
 from benchmarks.timing import Times, in_turns, peak_memory, ratio, release
 from reduction.functional import clustering
 from zoo.reduced import ReducedViT
@@ -72,9 +73,9 @@ class Suite:
         self.lines.append(Line(*line, **more))
         print(self.lines[-1], flush=True)
 
-    def turns(self, steps: dict[str, Any], min_time: float = 0.2) -> dict[str, Times]:
+    def turns(self, steps: dict[str, Any], beside: str = DENSE) -> dict[str, Times]:
         """Time candidates; all must run."""
-        found = in_turns(steps, CPU, self.rounds, warmup=1, min_time=min_time)
+        found = in_turns(steps, CPU, self.rounds, warmup=1, min_time=0.2, beside=beside)
         for name, times in found.items():
             if times.error:
                 raise RuntimeError(f"{name}: {times.error}")
@@ -147,7 +148,7 @@ def inference(suite: Suite, backbone: str, batch: int, plainly: bool) -> None:
     for name in (DENSE, *METHODS):
         steps[f"products {name}"] = tasks.linear_layers(models[name], batch)
     times = suite.turns(steps)
-    dense = min((TIMM, DENSE), key=lambda n: times[n].median)
+    dense = faster_dense({n: times[n] for n in (TIMM, DENSE)})
     whole = _gmacs(models[DENSE])
     place = f"{backbone} b{batch}"
     print(f"timm {_ms(times[TIMM])}, dense with our kernels {_ms(times[DENSE])}; compared: {dense}")
@@ -200,7 +201,7 @@ def medoids(suite: Suite) -> None:
             "loop": lambda d=distance, f=first, w=weight: reference.kmedoids(d, f, w, 5),
         }
         same = torch.equal(steps["fast"]().leader, steps["loop"]()[0])
-        times = suite.turns(steps)
+        times = suite.turns(steps, beside="fast")
         note = f"{_ms(times['fast'])} against {_ms(times['loop'])}, same medoids: {same}"
         value = ratio(times["loop"], times["fast"])
         suite.add(f"K-Medoids {n} -> {k}: over the loop", value, 2.5, note=note)
@@ -217,7 +218,7 @@ def training(suite: Suite, batch: int) -> None:
     steps = {TIMM: tasks.training(plain_backbone(SMALL), images)}
     steps |= {n: tasks.training(m, images) for n, m in models.items()}
     times = suite.turns(steps)
-    dense = min((TIMM, DENSE), key=lambda n: times[n].median)
+    dense = faster_dense({n: times[n] for n in (TIMM, DENSE)})
     print(f"timm {_ms(times[TIMM])}, dense with our kernels {_ms(times[DENSE])}; compared: {dense}")
     for name in ("tome", "topk"):
         saved = _gmacs(models[DENSE]) / _gmacs(models[name])
@@ -238,7 +239,7 @@ def search(suite: Suite) -> None:
     for mode in ("off", "auto"):
         m = reduced(plain_backbone(SMALL), "diffrate", {"name": "constant_r", "r": 13})
         steps[mode] = tasks.diffrate_search(m.set_runtime(fast_linear=mode), images)
-    times = suite.turns(steps)
+    times = suite.turns(steps, beside=TIMM)
     for mode, target in (("off", 2.1), ("auto", 1.3)):
         what = "search step / dense inference" + ("" if mode == "off" else ", fast_linear=auto")
         value = ratio(times[mode], times[TIMM])
@@ -256,33 +257,27 @@ def runtime_options(suite: Suite, batch: int) -> None:
         "fast_linear=auto": {"fast_linear": "auto"},
         "both": {"last_block": "class_token", "fast_linear": "auto"},
     }
-    models = {}
     for label, options in groups.items():
-        models[label, DENSE] = reduced(plain, None, own_kernels=True, **options)
+        models = {DENSE: reduced(plain, None, own_kernels=True, **options)}
         for name in ("tome", "topk"):
             schedule = schedule_of(name, backbone_name(SMALL))
-            models[label, name] = reduced(plain, name, schedule, **options)
-    steps = {"/".join(key): tasks.inference(m, images) for key, m in models.items()}
-    times = suite.turns(steps | {TIMM: tasks.inference(plain, images)})
-    whole = _gmacs(models["none", DENSE])
-    for label in groups:
-        own = {n: times[f"{label}/{n}"] for n in (DENSE, "tome", "topk")}
+            models[name] = reduced(plain, name, schedule, **options)
+        steps = {TIMM: tasks.inference(plain, images)}
+        times = suite.turns(steps | {n: tasks.inference(m, images) for n, m in models.items()})
         for name in ("tome", "topk"):
             # The arithmetic is that of the full blocks on both sides.
-            saved = whole / _gmacs(models["none", name])
-            same = ratio(own[DENSE], own[name]) / saved
-            over = ratio(times[TIMM], own[name])
+            full = reduced(plain, name, models[name].schedule)
+            same = ratio(times[DENSE], times[name]) * _gmacs(full) / _dense_gmacs(plain)
             print(
-                f"{label:<24} {name:<6} {_ms(own[name]):>12}  efficiency, same options: {same:.3f}"
-                f"  speed-up over untouched timm: {over:.3f}"
+                f"{label:<24} {name:<6} {_ms(times[name]):>20}  efficiency, same options: "
+                f"{same:.3f}  speed-up over untouched timm: {ratio(times[TIMM], times[name]):.3f}"
             )
         print(
-            f"{label:<24} dense  {_ms(own[DENSE]):>12}{'':<34}"
-            f"speed-up over untouched timm: {ratio(times[TIMM], own[DENSE]):.3f}"
+            f"{label:<24} dense  {_ms(times[DENSE]):>20}{'':<34}"
+            f"speed-up over untouched timm: {ratio(times[TIMM], times[DENSE]):.3f}"
         )
-        kept = {n: models[label, n] for n in own}
         if label != "none":
-            suite.write(kept, own | {TIMM: times[TIMM]}, images)
+            suite.write(models, times, images)
 
 
 def _products(model: ReducedViT) -> float:
@@ -296,6 +291,10 @@ def _gmacs(model: ReducedViT) -> float:
     import zoo
 
     return zoo.profile(model).gmacs
+
+
+def _dense_gmacs(backbone: nn.Module) -> float:
+    return _gmacs(reduced(backbone, None))
 
 
 def _ms(times: Times) -> str:

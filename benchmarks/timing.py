@@ -26,10 +26,13 @@ class Times:
     Attributes:
         seconds: One entry per round.
         error: Why there are none.
+        beside: What the model that it is compared with took just before and after, mean of both,
+            one entry per round; empty if it was not run there.
     """
 
     seconds: list[float] = field(default_factory=list)
     error: str | None = None
+    beside: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -44,13 +47,21 @@ class Times:
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return (high - low) / self.median
 
+    @property
+    def relative(self) -> list[float]:
+        """Seconds in units of what ran beside it, if anything did."""
+        if not self.beside:
+            return self.seconds
+        return [own / other for own, other in zip(self.seconds, self.beside, strict=True)]
+
 
 def ratio(a: Times, b: Times) -> float:
     """How many times as long `a` takes as `b`: the median of the ratios of the rounds.
 
-    Within a round both saw the same machine, which medians of each alone did not.
+    Within a round both saw the same machine, which medians of each alone did not; all the more so
+    where the same third model ran right beside both.
     """
-    return statistics.median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
+    return statistics.median(x / y for x, y in zip(a.relative, b.relative, strict=True))
 
 
 def in_turns(
@@ -59,6 +70,7 @@ def in_turns(
     rounds: int = 9,
     warmup: int = 2,
     min_time: float = 0.1,
+    beside: str | None = None,
 ) -> dict[str, Times]:
     """Time candidates in turns.
 
@@ -68,6 +80,8 @@ def in_turns(
         rounds: Turns of each.
         warmup: Calls before the first round, which allocate, compile and choose kernels.
         min_time: Seconds that a turn lasts at least.
+        beside: One of the candidates that also runs before and after every other one, because a
+            machine shared with others changes its speed within seconds.
 
     Returns:
         The times by name; of a candidate that failed, its error.
@@ -85,9 +99,20 @@ def in_turns(
             if is_out_of_memory(error):
                 raise
     names = list(numbers)
-    turns = take_turns([steps[n] for n in names], list(numbers.values()), rounds, device)
-    for name, took in zip(names, turns, strict=True):
-        found[name].seconds.extend(took)
+    if beside in numbers:
+        others = [n for n in names if n != beside]
+        names = [beside, *(n for other in others for n in (other, beside))]
+    turns = take_turns([steps[n] for n in names], [numbers[n] for n in names], rounds, device)
+    for i, name in enumerate(names):
+        if name != beside:
+            found[name].seconds = turns[i]
+            if beside in numbers:
+                around = zip(turns[i - 1], turns[i + 1], strict=True)
+                found[name].beside = [(before + after) / 2 for before, after in around]
+    if beside in numbers:
+        all_ = (took for i, took in enumerate(turns) if names[i] == beside)
+        found[beside].seconds = [statistics.median(r) for r in zip(*all_, strict=True)]
+        found[beside].beside = found[beside].seconds
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import zoo
-from benchmarks import speed, tasks
+from benchmarks import breakdown, speed, tasks
 from benchmarks.acceptance import AT_1, AT_16, Line
 from benchmarks.models import parse_schedule, reduced, schedule_of
 from benchmarks.reference import METHODS, kmedoids, straightforward
@@ -72,6 +72,17 @@ def test_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     times = in_turns(steps, CPU, rounds=3, warmup=1, min_time=0.0)
     assert "".join(calls) == "aabb" + "ab" + "ba" + "ab"
     assert all(len(t.seconds) == 3 for t in times.values())
+
+
+def test_one_candidate_runs_beside_all_others() -> None:
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "dab"}
+    times = in_turns(steps, CPU, rounds=2, warmup=0, min_time=0.0, beside="d")
+    assert "".join(calls) == "dab" + "dadbd" + "dbdad"
+    assert all(len(t.seconds) == len(t.beside) == 2 for t in times.values())
+    assert times["d"].relative == [1.0, 1.0]
+    slow = Times([2.0, 20.0], beside=[1.0, 10.0])
+    assert ratio(slow, Times([4.0, 1.0], beside=[4.0, 1.0])) == 2.0
 
 
 def test_a_failure_is_noted_and_others_go_on() -> None:
@@ -175,3 +186,20 @@ def test_targets() -> None:
     assert AT_16["token_pooling"] == 0.9 and AT_1["tome"] == 0.86
     assert Line("x", 1.0, 1.0).met and not Line("x", 0.999, 1.0).met
     assert Line("x", 1.0, 1.0, at_most=True).met and "MISSED" in str(Line("x", 2, 1, at_most=True))
+
+
+def test_a_breakdown_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    m = backbone("plain")
+    models = {speed.DENSE: reduced(m, None, own_kernels=True), "tome": reduced(m, "tome", R9)}
+    steps = {n: tasks.inference(x, images()) for n, x in models.items()}
+    found = breakdown.measure(steps, rounds=2)
+    assert found["tome"]["reducer"] > 0 and found[speed.DENSE]["reducer"] == 0
+    for parts in found.values():
+        assert set(parts) == {*breakdown.PARTS, breakdown.BETWEEN}
+        assert all(parts[p] > 0 for p in parts if p != "reducer")
+    breakdown.print_table(found, {speed.DENSE: 1.0, "tome": 1.3}, "tiny")
+    table = capsys.readouterr().out
+    # The parts add up to what separates the efficiency from one.
+    line = table.strip().splitlines()[-1].split("|")[3:]
+    excess = sum(float(c.split("(")[1].split(" %")[0]) for c in line[:-2])
+    assert float(line[-2]) == pytest.approx(1 / (1 + excess / 100), abs=0.01)

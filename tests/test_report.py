@@ -124,7 +124,9 @@ def test_measurements_of_separate_runs_complete_each_other():
     [entry] = compare(rows).entries
     assert entry.top1 == pytest.approx(350 / 3.6)
     assert entry.speeds["cpu, float32"].speedup == pytest.approx(1.25)
+    assert entry.speeds["cpu, float32"].efficiency == pytest.approx(1.25 * 2.0 / 4.0)
     assert entry.speeds["H100, float32"].rate == 9.0
+    assert entry.speeds["H100, float32"].efficiency is None  # nothing to compare with
     assert set(entry.speeds) == {"cpu, float32", "H100, float32"}  # other GMACs, other model
 
 
@@ -198,11 +200,13 @@ def test_csv_keeps_every_row_in_flat_columns(paths, rows):
         found = list(csv.DictReader(file))
     assert [line["run_id"] for line in found] == [one["run_id"] for one in rows]
     columns = {"gmacs", "gmacs_linear", "gmacs_reducer", "ci95_low", "ci95_high", "version_torch"}
-    columns |= {"budget", "gmacs_saved_percent", "top1_delta", "speedup", "current", "pareto"}
+    columns |= {"budget", "gmacs_saved_percent", "top1_delta", "speedup", "efficiency"}
+    columns |= {"current", "pareto"}
     assert columns <= set(found[0])
     assert not {"ci95", "versions"} & set(found[0]) and not any("{" in key for key in found[0])
     tome = found[2]
     assert (tome["gmacs"], tome["budget"], tome["speedup"]) == ("1.5", "r=16", "1.8")
+    assert float(tome["efficiency"]) == pytest.approx(1.8 * 1.5 / 4.0)
     assert float(tome["gmacs_saved_percent"]) == pytest.approx(62.5)
     assert float(tome["top1_delta"]) == pytest.approx(-24 / 3.6)
     assert json.loads(tome["tokens"]) == [[65, 60], [60, 30]]

@@ -105,7 +105,7 @@ def test_hovering_over_a_point_tells_its_row(opened):
     opened.wait("document.querySelector('#plot-gmacs .hovertext')")
     text = opened.evaluate("document.querySelector('#plot-gmacs .hovertext').textContent")
     assert text.startswith("tome r=8") and "3.000 GMACs (saves 25.0 %)" in text
-    assert "97.5 % of answers" in text and "120 img/s (×1.20)" in text
+    assert "97.5 % of answers" in text and "120 img/s (×1.20, efficiency 90 %)" in text
 
 
 def test_fronts_with_and_without_training(opened):

@@ -8,6 +8,7 @@ set as text (never as markup) by the script.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from datetime import datetime, timezone
 from html import escape
 from importlib import resources
@@ -17,7 +18,7 @@ from zoo.report.colors import method_colors
 from zoo.report.compare import Comparison, Entry, succeeded_later
 from zoo.report.notes import CONVENTION, environment
 from zoo.report.payload import counted, method_of, payload, time_of
-from zoo.report.readings import fidelity
+from zoo.report.readings import Speed, fidelity
 from zoo.report.tables import (
     entry_cells,
     failure_cells,
@@ -42,6 +43,7 @@ _MEANINGS = {
     "KL": "divergence of the answers from the dense model's, in nats; 0 is the same",
     "Cosine": "of the features before the classifier with the dense model's; 1 is the same",
     "Speed-up": "throughput against the dense model's, same batch size",
+    "Efficiency": "speed-up over what the GMACs promise; 100 % is all of it",
     "Memory": "peak on the device",
 }
 
@@ -60,11 +62,19 @@ _COLUMNS: tuple[tuple[str, Any, str], ...] = (
     ("Δ top-1", lambda e: e.delta, ""),
     ("img/s", None, "rate"),
     ("Speed-up", None, "up"),
+    ("Efficiency", None, "efficiency"),
     ("Memory", None, "memory"),
     ("Agreement", lambda e: e.fidelity.get("agreement"), ""),
     ("KL", lambda e: e.fidelity.get("kl"), ""),
     ("Cosine", lambda e: e.fidelity.get("cosine"), ""),
 )
+
+_OF_SPEED: dict[str, Callable[[Speed], float | None]] = {
+    "img/s": lambda s: s.rate,
+    "Speed-up": lambda s: s.speedup,
+    "Efficiency": lambda s: s.efficiency,
+    "Memory": lambda s: s.memory,
+}
 
 
 def html_page(comparison: Comparison, title: str) -> str:
@@ -165,9 +175,8 @@ def _record(
         value = sort_by(entry) if sort_by and not old else None
         if old:
             value = _old_value(name, row)
-        elif name in ("img/s", "Speed-up") and setting:
-            speed = entry.speeds[setting]
-            value = speed.rate if name == "img/s" else speed.speedup
+        elif name in _OF_SPEED and setting:
+            value = _OF_SPEED[name](entry.speeds[setting])
         key = "" if value is None else f' data-v="{value:.10g}"'
         text, _, spread = text.partition(" [") if name == "GMACs" else (text, "", "")
         small = f"<small>[{escape(spread)}</small>" if spread else ""
@@ -217,6 +226,7 @@ def _old_cells(row: Row) -> list[str]:
         "",
         "",
         "" if rate is None else format_rate(rate),
+        "",
         "",
         "",
         *fidelity_cells(fidelity([row])),

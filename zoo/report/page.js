@@ -353,6 +353,7 @@
       const speed = entry.speeds[setting] ?? (everything ? Object.values(entry.speeds)[0] : null) ?? null;
       cell(row.querySelector(".rate"), speed?.rate, speed?.text);
       cell(row.querySelector(".up"), speed?.up, speed?.uptext);
+      cell(row.querySelector(".efficiency"), speed?.efficiency, speed?.efftext);
       cell(row.querySelector(".memory"), speed?.memory, speed?.memtext);
     }
     hideEmptyColumns();

@@ -9,7 +9,7 @@ from typing import Any
 from zoo.report.compare import Comparison, Entry, View
 from zoo.report.controls import KINDS
 from zoo.report.readings import Row, Speed
-from zoo.report.tables import fidelity_cells, format_memory, signed
+from zoo.report.tables import fidelity_cells, format_memory, format_share, format_times, signed
 from zoo.report.words import (
     DENSE,
     cost_range,
@@ -86,6 +86,8 @@ def _entry(entry: Entry) -> dict[str, Any]:
                 "text": format_rate(speed.rate),
                 "up": None if entry.is_reference else speed.speedup,
                 "uptext": _times(entry, speed),
+                "efficiency": None if entry.is_reference else speed.efficiency,
+                "efftext": "" if entry.is_reference else format_share(speed.efficiency),
                 "memory": speed.memory,
                 "memtext": format_memory(speed.memory),
             }
@@ -96,7 +98,7 @@ def _entry(entry: Entry) -> dict[str, Any]:
 
 
 def _times(entry: Entry, speed: Speed) -> str:
-    return f"×{speed.speedup:.2f}" if speed.speedup and not entry.is_reference else ""
+    return "" if entry.is_reference else format_times(speed.speedup)
 
 
 def _clip(text: str, length: int) -> str:
@@ -118,7 +120,9 @@ def _hover(entry: Entry) -> list[str]:
         own = f", reducer {share:.1f} %" if share is not None else ""
         lines.append(f"{mean} GMACs{saved}{own}")
     for name, speed in entry.speeds.items():
-        times = f" ({text})" if (text := _times(entry, speed)) else ""
+        part = speed.efficiency
+        promised = f", efficiency {format_share(part)}" if part is not None else ""
+        times = f" ({text}{promised})" if (text := _times(entry, speed)) else ""
         memory = f", {format_memory(speed.memory)}" if speed.memory is not None else ""
         lines.append(f"{format_rate(speed.rate)} img/s{times}{memory} on {_clip(name, 34)}")
     if entry.fidelity:

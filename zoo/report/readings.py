@@ -27,6 +27,14 @@ class Speed:
         """How many times faster than the dense model."""
         return self.rate / self.dense if self.dense else None
 
+    @property
+    def efficiency(self) -> float | None:
+        """The speed-up over what the arithmetic promises: 1 is all of it."""
+        whole, total = number(self.row.get("gmacs_dense")), total_gmacs(self.row)
+        if self.speedup is None or not whole or not total:
+            return None
+        return self.speedup * total / whole
+
 
 def speeds(row: Row) -> dict[str, Speed]:
     """What a row says about speed: one setting per batch size."""

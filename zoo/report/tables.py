@@ -48,11 +48,12 @@ _SPREAD: dict[str, tuple[tuple[str, Any], ...]] = {
     ),
 }
 _WORDS = ("Method", "Budget", "Weights")  # columns of words, aligned left
-_DERIVED = ("budget", "control", "gmacs_saved_percent", "top1_delta", "speedup", "current")
-_DERIVED += ("pareto", "pareto_untrained")
+_DERIVED = ("budget", "control", "gmacs_saved_percent", "top1_delta", "speedup", "efficiency")
+_DERIVED += ("current", "pareto", "pareto_untrained")
 COLUMNS = (
     *("Method", "Budget", "Tokens", "GMACs", "Reducer", "−GMACs", "Top-1 %", "95 % interval"),
-    *("Δ top-1", "img/s", "Speed-up", "Memory", "Agreement", "KL", "Cosine", "Weights"),
+    *("Δ top-1", "img/s", "Speed-up", "Efficiency", "Memory", "Agreement", "KL", "Cosine"),
+    "Weights",
 )
 
 
@@ -82,10 +83,11 @@ def csv_table(comparison: Comparison) -> str:
         derived: list[Any] = [entry.budget if entry else describe_budget(row.get("schedule"))]
         if entry:
             speed = entry.speeds[next(iter(entry.speeds))] if entry.speeds else None
-            derived += [entry.control, entry.saved, entry.delta, speed and speed.speedup, True]
+            derived += [entry.control, entry.saved, entry.delta]
+            derived += [speed and speed.speedup, speed and speed.efficiency, True]
             derived += [id(entry) in front for front in fronts]
         else:
-            derived += [None, None, None, None, False, False, False]
+            derived += [None, None, None, None, None, False, False, False]
         values = [value for key in FIELDS for value in _flat(key, row.get(key))]
         values += [row.get(key) for key in extra]
         writer.writerow([_cell(value) for value in [*values, *derived]])
@@ -192,7 +194,8 @@ def table(rows: Iterable[Row]) -> str:
 
 def _console_view(view: View) -> str:
     columns, body = _grid(
-        view, ("Tokens", "Reducer", "95 % interval", "KL", "Cosine", "Memory", "Weights")
+        view,
+        ("Tokens", "Reducer", "95 % interval", "Efficiency", "KL", "Cosine", "Memory", "Weights"),
     )
     if "Top-1 %" in columns:  # the interval as one number, to stay within a terminal's width
         at = columns.index("Top-1 %")
@@ -245,7 +248,7 @@ def _grid(view: View, without: Sequence[str] = ()) -> tuple[list[str], list[list
 def entry_cells(entry: Entry, setting: str | None) -> list[str]:
     """The cells of one entry, empty where nothing was measured."""
     speed = entry.speeds.get(setting) if setting else None
-    speedup = speed.speedup if speed and not entry.is_reference else None
+    faster = speed if speed and not entry.is_reference else None
     share, memory = entry.reducer_share, speed.memory if speed else None
     return [
         entry.name,
@@ -258,7 +261,8 @@ def entry_cells(entry: Entry, setting: str | None) -> list[str]:
         "" if entry.interval is None else "{:.1f} – {:.1f}".format(*entry.interval),
         signed(entry.delta),
         format_rate(speed.rate) if speed else "",
-        f"×{speedup:.2f}" if speedup else "",
+        format_times(faster and faster.speedup),
+        format_share(faster and faster.efficiency),
         format_memory(memory),
         *fidelity_cells(entry.fidelity),
         ("trained" if entry.trained else "off the shelf") if entry.top1 is not None else "",
@@ -269,6 +273,24 @@ def fidelity_cells(found: Mapping[str, float]) -> list[str]:
     """Agreement, divergence and cosine, empty where they were not measured."""
     patterns = (("agreement", "{:.1f} %"), ("kl", "{:.3g}"), ("cosine", "{:.3f}"))
     return [text.format(found[name]) if name in found else "" for name, text in patterns]
+
+
+def format_times(speedup: float | None) -> str:
+    """A speed-up, empty for None.
+
+    >>> format_times(1.7), format_times(None)
+    ('×1.70', '')
+    """
+    return f"×{speedup:.2f}" if speedup else ""
+
+
+def format_share(efficiency: float | None) -> str:
+    """An efficiency in percent, empty for None.
+
+    >>> format_share(0.973), format_share(None)
+    ('97 %', '')
+    """
+    return "" if efficiency is None else f"{100 * efficiency:.0f} %"
 
 
 def format_memory(mebibytes: float | None) -> str:
