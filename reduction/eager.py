@@ -31,7 +31,8 @@ def undisturbed(x: Tensor) -> bool:
     operations), a transform of `torch.func`, and forward-mode differentiation.
     """
     return (
-        not traced()
+        not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()  # `traced`, spared a call: this runs several times a block
         and x.is_cpu
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()

@@ -274,9 +274,9 @@ def test_kernels_agree(bias: int | None, n: int) -> None:
 def test_explicit_kernels_change_nothing(row: Row, explicit: None) -> None:
     m, x = model(row), images(3)
     with torch.no_grad():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("ZOO_ATTN", "sdpa")
+        with kernels.forced("sdpa"):
             expected = m(x)
+        assert not kernels.choices() and kernels.mode() == "explicit"
         assert (m(x) - expected).abs().max() < 1e-4
     assert not expected.requires_grad
 
@@ -296,6 +296,7 @@ def test_a_choice_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.forget()
     monkeypatch.setenv("ZOO_ATTN", "flash")
     with pytest.raises(ZooError, match="ZOO_ATTN must be one of auto, sdpa, explicit"):
         kernels.mode()

@@ -434,7 +434,7 @@ class ReducedViT(TimmContract):
         sizes = all_.size if reducer is not None and reducer.prop_attn and not t.unit else None
         bias = attention_bias(sizes, all_.mask, t.x.dtype)
         rope = rope_for(embedded, i, all_, moved or guests is not None)
-        shift = _shift(self.plugins, i, self.schedule)
+        shift = _shift(self.plugins, i, self.schedule) if self.plugins else None
         quiet = own is None and t.policy is None and guests is None and shift is None
         quiet = quiet and not plan.need and site not in ("mid", "attn") and plan.rows is None
         # Once tokens have changed, nothing has to equal timm's kernels to the last bit.
@@ -452,6 +452,7 @@ class ReducedViT(TimmContract):
                 t = t._replace(x=block(t.x, **extra))
             seen = Signals()
         else:
+            listened = plan.need or own is not None
             listen = partial(
                 attend,
                 prefix=t.prefix,
@@ -459,7 +460,7 @@ class ReducedViT(TimmContract):
                 bias=bias,
                 policy=all_.policy,
                 need=plan.need,
-                class_tokens=max(1, class_tokens(self.backbone)),
+                class_tokens=max(1, class_tokens(self.backbone)) if listened else 1,
                 own=own,
                 rows=plan.rows,
                 shift=shift,

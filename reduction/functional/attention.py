@@ -178,7 +178,8 @@ def attention_bias(
     """
     bias = None
     if size is not None:
-        size = size.to(torch.promote_types(dtype, size.dtype))
+        if size.dtype != torch.float32 or dtype != torch.float32:
+            size = size.to(torch.promote_types(dtype, size.dtype))
         # Sizes that a method lets fall to zero or below would be infinite or not a number.
         bias = size.clamp_min(torch.finfo(size.dtype).tiny).log()
     if mask is not None:

@@ -3,10 +3,10 @@
 On a CPU the fused kernel of torch is not always the fastest one: with few tokens, in float32, the
 two products and a softmax in a small reused buffer take up to a fifth less time. Which wins
 depends on the machine, so it is measured: once per process, kind of call and number of tokens
-(in steps of 32). All kernels agree to rounding. `ZOO_ATTN=sdpa` switches the choice off, for runs
-that must repeat bit by bit in another process; `ZOO_ATTN=explicit` never asks the fused one;
-`ZOO_ATTN=fold` gives the fused one the bias as one more feature instead of a mask, which on some
-GPUs admits a faster kernel.
+(in steps of 32). All kernels agree to rounding. The environment is read once: `ZOO_ATTN=sdpa`
+switches the choice off, for runs that must repeat bit by bit in another process;
+`ZOO_ATTN=explicit` never asks the fused one; `ZOO_ATTN=fold` gives the fused one the bias as one
+more feature instead of a mask, which on some GPUs admits a faster kernel.
 
 Shapes: B batch, H heads, N queries, M keys, d head width.
 """
@@ -14,6 +14,7 @@ Shapes: B batch, H heads, N queries, M keys, d head width.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -52,9 +53,10 @@ def dot_product_attention(
         bias: `(B, 1, 1, M)` or whatever the fused kernel takes, or None.
         dropout: Dropout rate of the weights.
     """
-    if bias is not None and mode() == "fold" and bias.shape[1:3] == (1, 1):
+    asked = mode()
+    if bias is not None and asked == "fold" and bias.shape[1:3] == (1, 1):
         return folded(q, k, v, scale, bias, dropout)
-    if not dropout and _free_to_choose(q, bias):
+    if not dropout and asked in ("auto", "explicit") and _free_to_choose(q, bias):
         return _kernel(q, k, v, scale, bias)(q, k, v, scale, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
 
@@ -65,7 +67,12 @@ def mode() -> str:
     Raises:
         ZooError: If it is none of `MODES`.
     """
-    value = _forced[-1] if _forced else os.environ.get("ZOO_ATTN") or "auto"
+    return _forced[-1] if _forced else _wish()
+
+
+@functools.lru_cache(maxsize=1)
+def _wish() -> str:
+    value = os.environ.get("ZOO_ATTN") or "auto"
     if value not in MODES:
         raise ZooError(f"ZOO_ATTN must be one of {', '.join(MODES)}, got {value!r}")
     return value
@@ -85,8 +92,9 @@ def forced(name: str | None) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Forget all choices, so that they are measured again."""
+    """Forget all choices, so that they are measured again, and what `ZOO_ATTN` said."""
     _CHOSEN.clear()
+    _wish.cache_clear()
 
 
 def choices() -> dict[tuple[object, ...], str]:
@@ -97,9 +105,8 @@ def choices() -> dict[tuple[object, ...], str]:
 def _free_to_choose(q: Tensor, bias: Tensor | None) -> bool:
     if q.dtype != torch.float32 or not undisturbed(q) or autocasting(q):
         return False
-    if q.shape[0] * q.shape[1] * q.shape[2] ** 2 * q.shape[3] < SMALL:
-        return False
-    return (bias is None or bias.shape[1:3] == (1, 1)) and mode() in ("auto", "explicit")
+    batch, heads, n, width = q.shape
+    return batch * heads * n**2 * width >= SMALL and (bias is None or bias.shape[1:3] == (1, 1))
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Kernel:

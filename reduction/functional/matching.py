@@ -36,13 +36,10 @@ def split_sizes(n: int, prefix: int) -> tuple[int, int]:
 def head_sum(k: Tensor) -> Tensor:
     """Sum over heads, `(B, H, N, d)` to `(B, N, d)`.
 
-    Cosine similarity does not see the factor between sum and mean, and adding the strided slices
-    of a fused qkv projection is three times faster on a CPU than reducing over them.
+    Cosine similarity does not see the factor between sum and mean. A fused qkv projection holds
+    the heads of a token next to each other, and adding them up in this order runs along memory.
     """
-    total = k[:, 0]
-    for head in range(1, k.shape[1]):
-        total = total + k[:, head]
-    return total
+    return k.transpose(1, 2).sum(2)
 
 
 def mean_of_members(target: Tensor, m: int) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.layers import Attention, AttentionRope, DropPath, apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from zoo.fast_linear import FastLinear, linear
 #: What to add to queries and values, `(B, N, H d)` each, given the normalised input `(B, N, C)`.
 Shift = Callable[[Tensor], tuple[Tensor, Tensor]]
 Projection = Callable[..., tuple[Tensor, Tensor, Tensor]]
+_GLOBAL_HOOKS = nn.modules.module._global_forward_hooks
 _PROJECTIONS: dict[object, Projection] = {}
 
 
@@ -50,6 +51,15 @@ def projection(attn: nn.Module) -> Projection:
     return project
 
 
+def through(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, without the call where the module does nothing and nobody watches it."""
+    kind = type(module)
+    idle = kind is nn.Identity or (kind in (nn.Dropout, DropPath) and not module.training)
+    if idle and not (module._forward_hooks or module._forward_pre_hooks or _GLOBAL_HOOKS):
+        return x
+    return module(x)  # type: ignore[no-any-return]
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """`(B, N, H d)` to `(B, H, N, d)`."""
     return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
@@ -72,7 +82,7 @@ def _attention(
     attn: nn.Module, x: Tensor, shift: Shift | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _unpack(_shifted(attn.qkv(x), x, shift), attn.num_heads)
-    return attn.q_norm(q), attn.k_norm(k), v
+    return through(attn.q_norm, q), through(attn.k_norm, k), v
 
 
 def _separate(
@@ -164,7 +174,7 @@ def ready(
         half = getattr(attn, "rotate_half", False)
         q = _rotate(q, rope, prefix, half).type_as(v)
         k = _rotate(k, rope, prefix, half).type_as(v)
-    groups = getattr(attn, "num_kv_groups", 1)
+    groups = attn.__dict__.get("num_kv_groups", 1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return q, k, v
@@ -210,7 +220,8 @@ def attend(
     Raises:
         ZooError: If tokens are removed inside an attention whose output is gated.
     """
-    gate = getattr(attn, "gate", None)
+    # Looked up directly: asking a module for what it lacks is slow.
+    gate = attn._modules.get("gate")
     gate = None if gate is None else gate(x).sigmoid()
     if shift is not None:
         q, k, v = projection(attn)(attn, x, shift)
@@ -233,14 +244,14 @@ def attend(
     result = None if own is None else own(given)
     if result is None:
         result = AttentionOutput(*run_attention(given, policy))
-    out = attn.norm(result.out.transpose(1, 2).flatten(2))
+    out = through(attn.norm, result.out.transpose(1, 2).flatten(2))
     if gate is not None:
         if gate.shape[1] != out.shape[1]:
             raise ZooError("tokens cannot be removed inside a gated attention")
         out = out * gate
     seen = result.signals
     signals = signals._replace(cls_row=seen.cls_row, column=seen.column, attn=seen.attn)
-    return attn.proj_drop(attn.proj(out)), result._replace(signals=signals)
+    return through(attn.proj_drop, attn.proj(out)), result._replace(signals=signals)
 
 
 def run_attention(a: AttentionInput, policy: Tensor | None = None) -> tuple[Tensor, Signals]:

@@ -114,7 +114,8 @@ def class_tokens(m: nn.Module) -> int:
 
     A model in which several slots are one wide class token says so in `num_class_tokens`.
     """
-    own = getattr(m, "num_class_tokens", None)
+    # Asked of the class: a module takes long to say that it lacks something.
+    own = m.num_class_tokens if hasattr(type(m), "num_class_tokens") else None
     return int(getattr(m, "cls_token", None) is not None) if own is None else int(own)
 
 

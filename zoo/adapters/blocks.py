@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from reduction.eager import undisturbed
-from zoo.adapters.attention import projection
+from zoo.adapters.attention import projection, through
 from zoo.errors import UnsupportedModel
 from zoo.fast_linear import FastLinear
 
@@ -111,7 +111,7 @@ def mlp(block: nn.Module, x: Tensor) -> Tensor:
         return m(x)
     approximate = "tanh" if type(m.act) is GELUTanh else getattr(m.act, "approximate", "none")
     hidden = torch.ops.aten.gelu_(m.fc1(x), approximate=approximate)
-    return m.drop2(m.fc2(m.norm(m.drop1(hidden))))
+    return through(m.drop2, m.fc2(through(m.norm, through(m.drop1, hidden))))
 
 
 def _overwritable(m: nn.Module) -> bool:
@@ -133,34 +133,34 @@ def hooked(*modules: nn.Module) -> bool:
 
 def _block_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
     out, signals = attend(b.attn, b.norm1(x))
-    return b.drop_path1(b.ls1(out)), signals
+    return through(b.drop_path1, through(b.ls1, out)), signals
 
 
 def _block_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    return residual(b, x, b.drop_path2(b.ls2(mlp(b, b.norm2(x)))))
+    return residual(b, x, through(b.drop_path2, through(b.ls2, mlp(b, b.norm2(x)))))
 
 
 def _post_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
     out, signals = attend(b.attn, x)
-    return b.drop_path1(b.norm1(out)), signals
+    return through(b.drop_path1, b.norm1(out)), signals
 
 
 def _post_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    return residual(b, x, b.drop_path2(b.norm2(mlp(b, x))))
+    return residual(b, x, through(b.drop_path2, b.norm2(mlp(b, x))))
 
 
 def _eva_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
     out, signals = attend(b.attn, b.norm1(x))
     if b.gamma_1 is not None:
         out = b.gamma_1 * out
-    return b.drop_path1(out), signals
+    return through(b.drop_path1, out), signals
 
 
 def _eva_mlp(b: nn.Module, x: Tensor) -> Tensor:
     out = mlp(b, b.norm2(x))
     if b.gamma_2 is not None:
         out = b.gamma_2 * out
-    return residual(b, x, b.drop_path2(out))
+    return residual(b, x, through(b.drop_path2, out))
 
 
 register_block(Block, BlockAdapter(_block_attn, _block_mlp, rope=False))
