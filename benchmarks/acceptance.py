@@ -93,6 +93,7 @@ class Suite:
         common = {"batch": images.shape[0], "threads": torch.get_num_threads(), "device": "cpu"}
         common |= {"dtype": "float32", "compile": False, "seed": 0}
         settings = {"mode": mode, "rounds": self.rounds, "warmup": 2, "suite": "acceptance"}
+        settings["allocator"] = self.options.allocator
         for name, model in models.items():
             row = make_row(name, model, times, memory or {}, common, settings)
             plain = times.get(f"plain {name}")
@@ -132,10 +133,10 @@ def inference(suite: Suite, backbone: str, batch: int, plainly: bool) -> None:
     models = {DENSE: reduced(plain, None, own_kernels=True)}
     for name in METHODS:
         models[name] = reduced(plain, name, schedule_of(name, backbone_name(backbone)))
-    idle = {
-        "wrapper": reduced(plain, None),
-        "wrapper, keep 1.0": reduced(plain, "topk", {"name": "keep_rate", "rate": 1.0}),
-    }
+    idle = {}
+    if plainly:
+        idle["wrapper"] = reduced(plain, None)
+        idle["wrapper, keep 1.0"] = reduced(plain, "topk", {"name": "keep_rate", "rate": 1.0})
     steps = {TIMM: tasks.inference(plain, images)}
     steps |= {n: tasks.inference(m, images) for n, m in {**models, **idle}.items()}
     if plainly:
@@ -145,7 +146,7 @@ def inference(suite: Suite, backbone: str, batch: int, plainly: bool) -> None:
                 gap = (models[name](images[:2]) - other(images[:2])).abs().max().item()
             suite.add(f"{name}: difference to the straightforward form", gap, 1e-5, at_most=True)
             steps[f"plain {name}"] = tasks.inference(other, images)
-    for name in (DENSE, *METHODS):
+    for name in (DENSE, *METHODS) if batch == 1 else ():
         steps[f"products {name}"] = tasks.linear_layers(models[name], batch)
     times = suite.turns(steps)
     dense = faster_dense({n: times[n] for n in (TIMM, DENSE)})

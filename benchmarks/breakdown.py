@@ -30,7 +30,7 @@ import zoo.reduced
 from benchmarks import tasks
 from benchmarks.models import backbone_name, plain_backbone, reduced, schedule_of
 from benchmarks.speed import DENSE
-from benchmarks.timing import Step
+from benchmarks.timing import Step, keep_pages
 
 PARTS = ("linear layers", "attention", "reducer", "norm, activation", "embedding", "other")
 BETWEEN = "between operations"
@@ -116,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usage.add_argument("--rounds", type=int, default=9)
     options = usage.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    keep_pages()
     plain = plain_backbone(options.backbone)
     models = {DENSE: reduced(plain, None, own_kernels=True)}
     for name in options.reducers.split(","):

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from benchmarks import reference, tasks
 from benchmarks.models import backbone_name, plain_backbone, reduced, schedule_of
-from benchmarks.timing import Step, in_turns
+from benchmarks.timing import Step, in_turns, keep_pages
 from reduction.assignment import Fuse, Merge, apply
 from reduction.functional import clustering, density, kernels
 from reduction.functional.attention import class_row
@@ -28,6 +29,7 @@ from reduction.functional.masking import policy_softmax
 from reduction.functional.matching import bipartite_matching, head_sum
 from reduction.tokens import Tokens, take_rows
 from zoo import fast_linear
+from zoo.adapters.blocks import mlp
 
 WIDTH, HEADS, N = 384, 6, 197
 CPU = torch.device("cpu")
@@ -67,6 +69,7 @@ def pieces(batch: int) -> list[Piece]:
     distance = clustering.squared_distances(x[:, 1:])
     first = clustering.heaviest(weight, 137)
     layer = torch.nn.Linear(WIDTH, 4 * WIDTH)
+    block = Block(WIDTH, HEADS).eval()
     few = 120
     bias = torch.rand(batch, 1, 1, few)
 
@@ -173,6 +176,13 @@ def pieces(batch: int) -> list[Piece]:
             24 * 0.62,
         ),
         Piece(
+            "MLP: activation over its input / in a new tensor",
+            lambda: block.mlp(x),
+            lambda: mlp(block, x),
+            "tome",
+            12 * 0.62,
+        ),
+        Piece(
             "K-Medoids 196 -> 137: rows at once / loop over clusters",
             lambda: reference.kmedoids(distance, first, weight, 5),
             lambda: clustering.kmedoids(distance, first, weight, 5),
@@ -217,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usage.add_argument("--rounds", type=int, default=9)
     options = usage.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    keep_pages()
     plain = plain_backbone("deit_small")
     images = torch.randn(options.batch, 3, 224, 224)
     models: dict[str, Step] = {}

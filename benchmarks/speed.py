@@ -28,7 +28,15 @@ from torch import nn
 import zoo
 from benchmarks import tasks
 from benchmarks.models import backbone_name, parse_schedule, plain_backbone, reduced, schedule_of
-from benchmarks.timing import Times, in_turns, is_out_of_memory, peak_memory, ratio, release
+from benchmarks.timing import (
+    Times,
+    in_turns,
+    is_out_of_memory,
+    keep_pages,
+    peak_memory,
+    ratio,
+    release,
+)
 from reduction.functional import kernels
 from zoo import fast_linear
 from zoo.errors import ZooError
@@ -46,6 +54,9 @@ TIMM, DENSE = "timm", "dense"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line."""
     options = parser().parse_args(arguments)
+    if options.allocator == "keep" and not keep_pages():
+        print("this C library cannot be told to keep pages: --allocator default", file=sys.stderr)
+        options.allocator = "default"
     try:
         if options.suite:
             from benchmarks.acceptance import run
@@ -89,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=9)
     add("--warmup", type=int, default=2)
     add("--min-time", type=float, default=0.2, help="seconds that a turn lasts at least")
+    add("--allocator", choices=("keep", "default"), default="keep", help="keep freed memory?")
     add("--no-memory", action="store_true", help="skip the peak memory")
     add("--quick", action="store_true", help="3 rounds, no memory; with a suite: DeiT-S only")
     add("--suite", choices=("acceptance",))
@@ -156,6 +168,7 @@ def _measure(
         "warmup": options.warmup,
         "cuda_graphs": options.cuda_graphs,
         "bias": options.bias,
+        "allocator": options.allocator,
     }
     rows = [
         make_row(name, model, times, memory, common, settings)

@@ -7,6 +7,7 @@ compared.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 from collections.abc import Callable, Mapping
@@ -121,6 +122,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def keep_pages() -> bool:
+    """Tell glibc to keep the memory that is freed, as the allocators of servers do.
+
+    By default it gives every large block back to the system and gets it again page by page, which
+    hits whoever runs after a model of other sizes. Returns whether it could be told.
+    """
+    try:
+        set_ = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_TOP_PAD of malloc.h
+    return all([set_(-1, 2_000_000_000), set_(-3, 1_000_000_000), set_(-2, 1 << 28)])
 
 
 def release(device: torch.device) -> None:

@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import zoo
-from benchmarks import breakdown, speed, tasks
+from benchmarks import breakdown, speed, table, tasks
 from benchmarks.acceptance import AT_1, AT_16, Line
 from benchmarks.models import parse_schedule, reduced, schedule_of
 from benchmarks.reference import METHODS, kmedoids, straightforward
@@ -203,3 +203,31 @@ def test_a_breakdown_names_every_part(capsys: pytest.CaptureFixture[str]) -> Non
     line = table.strip().splitlines()[-1].split("|")[3:]
     excess = sum(float(c.split("(")[1].split(" %")[0]) for c in line[:-2])
     assert float(line[-2]) == pytest.approx(1 / (1 + excess / 100), abs=0.01)
+
+
+ACCEPTANCE = table.PAGE.parents[1] / "results" / "speed" / "acceptance.jsonl"
+
+
+def test_the_page_shows_the_committed_rows() -> None:
+    page, rows = table.PAGE.read_text(encoding="utf-8"), read_rows(ACCEPTANCE)
+    assert table.inserted(page, table.table(rows)) == page
+    assert not any(row["dirty"] for row in rows) and len({row["git"] for row in rows}) == 1
+
+
+def test_a_table_tells_met_from_missed() -> None:
+    rows = [
+        {
+            "backbone": "deit_small_patch16_224",
+            "batch": batch,
+            "method": "topk",
+            "runtime": None,
+            "peak_mem_mb": 8.0,
+            "peak_mem_mb_dense": 10.0,
+            "bench": {"mode": "inference", "efficiency": 0.95, "over_straightforward": 1.1},
+        }
+        for batch in (16, 1)
+    ]
+    line = next(x for x in table.table(rows).splitlines() if x.startswith("| topk"))
+    assert line == "| topk | 0.950 (**<** 1) | 0.950 (≥ 0.92) |  |  | 1.100, 1.100 | 0.800 |"
+    page = f"a\n{table.BEGIN}\nold\n{table.END}\nb"
+    assert table.inserted(page, "new") == f"a\n{table.BEGIN}\nnew\n{table.END}\nb"

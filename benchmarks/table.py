@@ -1,0 +1,85 @@
+"""The table of efficiencies in docs/performance.md, from the rows of the acceptance suite.
+
+`python -m benchmarks.table results/speed/acceptance.jsonl` prints it, `--write` puts it into the
+page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.acceptance import AT_1, AT_16, BASE, METHODS, SMALL
+from benchmarks.models import backbone_name
+from zoo.rows import read_rows
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+BEGIN, END = "<!-- efficiencies: python -m benchmarks.table -->", "<!-- end of efficiencies -->"
+
+Row = Mapping[str, Any]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: one line per method, inference without run-time options."""
+    found = {
+        (row["backbone"], row["batch"], row["method"]): row
+        for row in rows
+        if row["bench"]["mode"] == "inference" and not row["runtime"]
+    }
+    places = [(backbone, batch) for backbone in (SMALL, BASE) for batch in (16, 1)]
+    names = {SMALL: "DeiT-S", BASE: "DeiT-B"}
+    head = ["method", *(f"{names[backbone]}, batch {batch}" for backbone, batch in places)]
+    head += ["over the straightforward form, batch 16, 1", "peak memory / dense"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for method in METHODS:
+        mine = {(b, n): found.get((backbone_name(b), n, method)) for b, n in places}
+        cells = [method]
+        for (_, batch), row in mine.items():
+            target = (AT_16 if batch > 1 else AT_1)[method]
+            cells.append(_efficiency(row, target))
+        small = [row["bench"] for batch in (16, 1) if (row := mine[SMALL, batch])]
+        cells.append(", ".join(f"{bench['over_straightforward']:.3f}" for bench in small))
+        cells.append(_memory(mine[SMALL, 16]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _efficiency(row: Row | None, target: float) -> str:
+    if row is None:
+        return ""
+    value = row["bench"]["efficiency"]
+    return f"{value:.3f} ({'≥' if value >= target else '**<**'} {target:g})"
+
+
+def _memory(row: Row | None) -> str:
+    if row is None or not row["peak_mem_mb"]:
+        return ""
+    return f"{row['peak_mem_mb'] / row['peak_mem_mb_dense']:.3f}"
+
+
+def inserted(page: str, text: str) -> str:
+    """The page with the table between its marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line."""
+    usage = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
+    usage.add_argument("rows", type=Path)
+    usage.add_argument("--write", action="store_true", help="change docs/performance.md")
+    options = usage.parse_args(arguments)
+    text = table(read_rows(options.rows))
+    if options.write:
+        PAGE.write_text(inserted(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
