@@ -137,15 +137,18 @@ def inference(suite: Suite, backbone: str, batch: int, plainly: bool) -> None:
     if plainly:
         idle["wrapper"] = reduced(plain, None)
         idle["wrapper, keep 1.0"] = reduced(plain, "topk", {"name": "keep_rate", "rate": 1.0})
-    steps = {TIMM: tasks.inference(plain, images)}
-    steps |= {n: tasks.inference(m, images) for n, m in {**models, **idle}.items()}
+    steps = {DENSE: tasks.inference(models[DENSE], images), TIMM: tasks.inference(plain, images)}
     if plainly:
-        for name in METHODS:
+        steps["wrapper"] = tasks.inference(idle["wrapper"], images)
+    for name in METHODS:
+        steps[name] = tasks.inference(models[name], images)
+        if plainly:  # the pair of every round
             other = reference.straightforward(models[name])
             with torch.inference_mode():
                 gap = (models[name](images[:2]) - other(images[:2])).abs().max().item()
             suite.add(f"{name}: difference to the straightforward form", gap, 1e-5, at_most=True)
             steps[f"plain {name}"] = tasks.inference(other, images)
+    steps |= {n: tasks.inference(m, images) for n, m in idle.items() if n not in steps}
     for name in (DENSE, *METHODS) if batch == 1 else ():
         steps[f"products {name}"] = tasks.linear_layers(models[name], batch)
     times = suite.turns(steps)

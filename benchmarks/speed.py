@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=9)
     add("--warmup", type=int, default=2)
     add("--min-time", type=float, default=0.2, help="seconds that a turn lasts at least")
-    add("--allocator", choices=("keep", "default"), default="keep", help="keep freed memory?")
+    add("--allocator", choices=("keep", "default"), default="default", help="keep freed memory?")
     add("--no-memory", action="store_true", help="skip the peak memory")
     add("--quick", action="store_true", help="3 rounds, no memory; with a suite: DeiT-S only")
     add("--suite", choices=("acceptance",))

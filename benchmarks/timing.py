@@ -27,8 +27,8 @@ class Times:
     Attributes:
         seconds: One entry per round.
         error: Why there are none.
-        beside: What the model that it is compared with took just before and after, mean of both,
-            one entry per round; empty if it was not run there.
+        beside: What the model that it is compared with took shortly before and after, mean of
+            both, one entry per round; empty if it was not run there.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -73,7 +73,7 @@ def in_turns(
     min_time: float = 0.1,
     beside: str | None = None,
 ) -> dict[str, Times]:
-    """Time candidates in turns.
+    """Time candidates in turns; each turn begins with a call that is not timed.
 
     Args:
         steps: What to call, by name.
@@ -81,8 +81,8 @@ def in_turns(
         rounds: Turns of each.
         warmup: Calls before the first round, which allocate, compile and choose kernels.
         min_time: Seconds that a turn lasts at least.
-        beside: One of the candidates that also runs before and after every other one, because a
-            machine shared with others changes its speed within seconds.
+        beside: One of the candidates that also runs before and after every two of the others,
+            because a machine shared with others changes its speed within seconds.
 
     Returns:
         The times by name; of a candidate that failed, its error.
@@ -99,21 +99,28 @@ def in_turns(
             found[name].error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             if is_out_of_memory(error):
                 raise
-    names = list(numbers)
+    others = [n for n in numbers if n != beside]
     if beside in numbers:
-        others = [n for n in names if n != beside]
-        names = [beside, *(n for other in others for n in (other, beside))]
-    turns = take_turns([steps[n] for n in names], [numbers[n] for n in names], rounds, device)
-    for i, name in enumerate(names):
-        if name != beside:
-            found[name].seconds = turns[i]
-            if beside in numbers:
-                around = zip(turns[i - 1], turns[i + 1], strict=True)
-                found[name].beside = [(before + after) / 2 for before, after in around]
-    if beside in numbers:
-        all_ = (took for i, took in enumerate(turns) if names[i] == beside)
-        found[beside].seconds = [statistics.median(r) for r in zip(*all_, strict=True)]
-        found[beside].beside = found[beside].seconds
+        pairs = [others[i : i + 2] for i in range(0, len(others), 2)]
+        order = [beside, *(name for pair in pairs for name in (*pair, beside))]
+    else:
+        order = others
+    turns = take_turns(
+        [steps[n] for n in order], [numbers[n] for n in order], rounds, device, untimed=1
+    )
+    marks = [i for i, name in enumerate(order) if name == beside]
+    for i, name in enumerate(order):
+        if name == beside:
+            continue
+        found[name].seconds = turns[i]
+        if marks:
+            before, after = max(m for m in marks if m < i), min(m for m in marks if m > i)
+            around = zip(turns[before], turns[after], strict=True)
+            found[name].beside = [(a + b) / 2 for a, b in around]
+    if marks:
+        together = zip(*(turns[i] for i in marks), strict=True)
+        found[order[0]].seconds = [statistics.median(round_) for round_ in together]
+        found[order[0]].beside = found[order[0]].seconds
     return found
 
 

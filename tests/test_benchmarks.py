@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -70,15 +72,39 @@ def test_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     steps = {name: lambda name=name: calls.append(name) for name in "ab"}
     times = in_turns(steps, CPU, rounds=3, warmup=1, min_time=0.0)
-    assert "".join(calls) == "aabb" + "ab" + "ba" + "ab"
+    assert "".join(calls) == "aabb" + "aabb" + "bbaa" + "aabb"
     assert all(len(t.seconds) == 3 for t in times.values())
+
+
+@pytest.fixture(autouse=True)
+def memory_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Telling the C library is for a whole process, here that of all tests."""
+    monkeypatch.setattr("benchmarks.speed.keep_pages", lambda: True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_freed_pages_are_kept() -> None:
+    code = """
+import resource, torch
+from benchmarks.timing import keep_pages
+def faults():
+    torch.ones(1 << 23)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(1 << 23)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first = faults()
+print(int(keep_pages()), first > 4 * 1024, faults() < 64)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["1", "True", "True"]
 
 
 def test_one_candidate_runs_beside_all_others() -> None:
     calls = []
-    steps = {name: lambda name=name: calls.append(name) for name in "dab"}
+    steps = {name: lambda name=name: calls.append(name) for name in "dabc"}
     times = in_turns(steps, CPU, rounds=2, warmup=0, min_time=0.0, beside="d")
-    assert "".join(calls) == "dab" + "dadbd" + "dbdad"
+    assert "".join(calls) == "dabc" + "ddaabbddccdd" + "ddccddbbaadd"
     assert all(len(t.seconds) == len(t.beside) == 2 for t in times.values())
     assert times["d"].relative == [1.0, 1.0]
     slow = Times([2.0, 20.0], beside=[1.0, 10.0])

@@ -156,6 +156,7 @@ def take_turns(
     numbers: Sequence[int],
     rounds: int,
     device: torch.device,
+    untimed: int = 0,
 ) -> list[list[float]]:
     """Time warm candidates in turns, forwards and backwards.
 
@@ -164,6 +165,8 @@ def take_turns(
         numbers: Calls per turn of each.
         rounds: Turns of each.
         device: Where they run: decides on the clock.
+        untimed: Calls at the start of each turn that do not count, so that memory has the sizes of
+            this model and not those of another one.
 
     Returns:
         Seconds per call: one list per step, one entry per round.
@@ -172,6 +175,8 @@ def take_turns(
     turn = list(zip(steps, numbers, times, strict=True))
     for _ in range(rounds):
         for step, number, found in turn:
+            for _ in range(untimed):
+                step()
             found.append(seconds(step, number, device) / number)
         turn.reverse()
     return times
