@@ -12,7 +12,6 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from benchmarks import reference, tasks
 from benchmarks.models import backbone_name, plain_backbone, reduced, schedule_of
@@ -92,7 +91,7 @@ class Suite:
         """Append the rows of a part."""
         common = {"batch": images.shape[0], "threads": torch.get_num_threads(), "device": "cpu"}
         common |= {"dtype": "float32", "compile": False, "seed": 0}
-        settings = {"mode": mode, "rounds": self.rounds, "warmup": 2, "suite": "acceptance"}
+        settings = {"mode": mode, "rounds": self.rounds, "warmup": 1, "suite": "acceptance"}
         settings["allocator"] = self.options.allocator
         for name, model in models.items():
             row = make_row(name, model, times, memory or {}, common, settings)
@@ -133,13 +132,10 @@ def inference(suite: Suite, backbone: str, batch: int, plainly: bool) -> None:
     models = {DENSE: reduced(plain, None, own_kernels=True)}
     for name in METHODS:
         models[name] = reduced(plain, name, schedule_of(name, backbone_name(backbone)))
-    idle = {}
-    if plainly:
-        idle["wrapper"] = reduced(plain, None)
-        idle["wrapper, keep 1.0"] = reduced(plain, "topk", {"name": "keep_rate", "rate": 1.0})
+    idle = ("wrapper", "wrapper, keep 1.0") if plainly else ()
     steps = {DENSE: tasks.inference(models[DENSE], images), TIMM: tasks.inference(plain, images)}
     if plainly:
-        steps["wrapper"] = tasks.inference(idle["wrapper"], images)
+        steps["wrapper"] = tasks.inference(reduced(plain, None), images)
     for name in METHODS:
         steps[name] = tasks.inference(models[name], images)
         if plainly:  # the pair of every round
@@ -148,7 +144,9 @@ def inference(suite: Suite, backbone: str, batch: int, plainly: bool) -> None:
                 gap = (models[name](images[:2]) - other(images[:2])).abs().max().item()
             suite.add(f"{name}: difference to the straightforward form", gap, 1e-5, at_most=True)
             steps[f"plain {name}"] = tasks.inference(other, images)
-    steps |= {n: tasks.inference(m, images) for n, m in idle.items() if n not in steps}
+    if plainly:
+        everything = reduced(plain, "topk", {"name": "keep_rate", "rate": 1.0})
+        steps["wrapper, keep 1.0"] = tasks.inference(everything, images)
     for name in (DENSE, *METHODS) if batch == 1 else ():
         steps[f"products {name}"] = tasks.linear_layers(models[name], batch)
     times = suite.turns(steps)
@@ -261,17 +259,17 @@ def runtime_options(suite: Suite, batch: int) -> None:
         "fast_linear=auto": {"fast_linear": "auto"},
         "both": {"last_block": "class_token", "fast_linear": "auto"},
     }
+    # The arithmetic is that of the full blocks on both sides, whatever the options.
+    schedules = {n: schedule_of(n, backbone_name(SMALL)) for n in ("tome", "topk")}
+    whole = _gmacs(reduced(plain, None))
+    saved = {n: whole / _gmacs(reduced(plain, n, s)) for n, s in schedules.items()}
     for label, options in groups.items():
         models = {DENSE: reduced(plain, None, own_kernels=True, **options)}
-        for name in ("tome", "topk"):
-            schedule = schedule_of(name, backbone_name(SMALL))
-            models[name] = reduced(plain, name, schedule, **options)
+        models |= {n: reduced(plain, n, s, **options) for n, s in schedules.items()}
         steps = {TIMM: tasks.inference(plain, images)}
         times = suite.turns(steps | {n: tasks.inference(m, images) for n, m in models.items()})
-        for name in ("tome", "topk"):
-            # The arithmetic is that of the full blocks on both sides.
-            full = reduced(plain, name, models[name].schedule)
-            same = ratio(times[DENSE], times[name]) * _gmacs(full) / _dense_gmacs(plain)
+        for name in schedules:
+            same = ratio(times[DENSE], times[name]) / saved[name]
             print(
                 f"{label:<24} {name:<6} {_ms(times[name]):>20}  efficiency, same options: "
                 f"{same:.3f}  speed-up over untouched timm: {ratio(times[TIMM], times[name]):.3f}"
@@ -295,10 +293,6 @@ def _gmacs(model: ReducedViT) -> float:
     import zoo
 
     return zoo.profile(model).gmacs
-
-
-def _dense_gmacs(backbone: nn.Module) -> float:
-    return _gmacs(reduced(backbone, None))
 
 
 def _ms(times: Times) -> str:

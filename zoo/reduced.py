@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from reduction.assignment import unmerge
 from reduction.base import AttentionInput, AttentionOutput, Outcome, Reducer, Spec, Step
-from reduction.eager import traced, undisturbed
+from reduction.eager import autocasting, traced, undisturbed
 from reduction.errors import UnreachableBudget
 from reduction.functional.attention import attention_bias
 from reduction.functional.carriers import append, reduce_sparing, trim
@@ -443,7 +443,7 @@ class ReducedViT(TimmContract):
             # Nobody listens: run the block as it is.
             extra: dict[str, Any] = {"rope": rope} if adapter.rope else {}
             if bias is not None:
-                extra["attn_mask"] = bias if _autocast(t.x) else bias.to(t.x.dtype)
+                extra["attn_mask"] = bias if autocasting(t.x) else bias.to(t.x.dtype)
             if free and not torch.is_grad_enabled():
                 # The same operations, some of them written over what nobody needs any more.
                 y, _ = adapter.attn_branch(block, t.x, partial(_called, extra))
@@ -609,11 +609,6 @@ def _first(t: Tokens, rows: int) -> Tokens:
 def _called(extra: dict[str, Any], attn: nn.Module, x: Tensor) -> tuple[Tensor, None]:
     """An attention module as it is, in the form that block adapters want."""
     return attn(x, **extra), None
-
-
-def _autocast(x: Tensor) -> bool:
-    # The meta device, on which costs are counted, knows no autocast and says so by raising.
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _checkpointed(function: Callable[..., Any], fast_linear: Mode) -> Callable[..., Any]:

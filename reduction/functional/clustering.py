@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reduction.eager import eager_on_cpu
+from reduction.eager import autocasting, eager_on_cpu
 from reduction.tokens import take_rows
 
 
@@ -260,5 +260,5 @@ def _precise(x: Tensor) -> Tensor:
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Run the products inside in the precision of their operands, whatever autocast says."""
-    on = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    on = autocasting(x)
     return torch.autocast(x.device.type, enabled=False) if on else nullcontext()

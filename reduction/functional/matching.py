@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reduction.eager import arange, undisturbed
+from reduction.eager import arange, autocasting, undisturbed
 
 
 class Matching(NamedTuple):
@@ -84,9 +84,7 @@ def most_similar(source: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     """
     exact = torch.promote_types(source.dtype, torch.float32)
     near, far = _reciprocal_length(source, exact), _reciprocal_length(goal, exact)
-    device = source.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    if source.dtype == exact and not autocast:
+    if source.dtype == exact and not autocasting(source):
         # Scaling the products is cheaper than scaling copies of both sides.
         cosine = source @ goal.transpose(1, 2) * far.transpose(1, 2)
         best, index = cosine.max(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -20,6 +19,7 @@ from reduction.base import (
     Step,
 )
 from reduction.errors import ZooError
+from reduction.functional.clustering import no_autocast
 from reduction.functional.matching import bipartite_matching, split_sizes, unit
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
@@ -232,7 +232,7 @@ class DTEM(Reducer):
         if r <= 0:
             return t
         embedding = self.embed(t, s, step)[:, :active]
-        with _no_autocast(t.x):
+        with no_autocast(t.x):
             order, merged = self._soft_merge(t, embedding.to(t.size.dtype), r)
         rest = torch.arange(active, t.n, device=order.device).expand(order.shape[0], -1)
         sorted_ = apply(merged, Keep(torch.cat([order, rest], 1)))
@@ -288,8 +288,3 @@ def _active(t: Tokens, count: int) -> dict[str, Tensor]:
 def size_dtype(t: Tokens) -> torch.dtype:
     """What soft merging computes in: at least float32."""
     return torch.promote_types(t.x.dtype, t.size.dtype)
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    on = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
