@@ -25,12 +25,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import zoo
-import zoo.adapters.attention
-import zoo.reduced
 from benchmarks import tasks
 from benchmarks.models import backbone_name, plain_backbone, reduced, schedule_of
 from benchmarks.speed import DENSE
 from benchmarks.timing import Step, keep_pages
+from reduction import create_reducer, list_methods
+from reduction.base import Reducer
+from reduction.functional import kernels
+from reduction.functional.attention import signals
+from zoo.adapters.attention import run_attention
 
 PARTS = ("linear layers", "attention", "reducer", "norm, activation", "embedding", "other")
 BETWEEN = "between operations"
@@ -55,11 +58,21 @@ def marked() -> Iterator[None]:
 
         return inner
 
-    attention, reduce = zoo.adapters.attention.run_attention, zoo.reduced.reduce_sparing
-    with (
-        mock.patch("zoo.adapters.attention.run_attention", under("attention", attention)),
-        mock.patch("zoo.reduced.reduce_sparing", under("reducer", reduce)),
-    ):
+    def chosen(*args: Any) -> Callable[..., Any]:
+        return under("attention", kernels.choose(*args))
+
+    kinds = [type(create_reducer(name)) for name in list_methods()]
+    overriding = {kind for kind in (Reducer, *kinds) if "reduce" in vars(kind)}
+    with contextlib.ExitStack() as stack:
+        for place, call in (
+            ("zoo.adapters.attention.run_attention", under("attention", run_attention)),
+            ("zoo.adapters.straight.choose", chosen),
+            ("zoo.adapters.straight.fused", under("attention", kernels.fused)),
+            ("zoo.adapters.straight.signals", under("attention", signals)),
+        ):
+            stack.enter_context(mock.patch(place, call))
+        for kind in overriding:
+            stack.enter_context(mock.patch.object(kind, "reduce", under("reducer", kind.reduce)))
         yield
 
 

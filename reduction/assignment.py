@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reduction.eager import arange, row_offsets
-from reduction.tokens import Tokens, take_rows
+from reduction.tokens import Tokens, flat_rows, take_rows
 
 
 class Keep(NamedTuple):
@@ -152,7 +151,7 @@ def _with_prefix(index: Tensor, prefix: int) -> Tensor:
     """Turn indices of reducible tokens into rows of the whole sequence, prefix in front."""
     if not prefix:
         return index
-    head = arange(index, prefix)
+    head = torch.arange(prefix, device=index.device)
     if index.dim() == 2:
         head = head.expand(index.shape[0], -1)
     return torch.cat([head, index + prefix], dim=-1)
@@ -162,7 +161,8 @@ def _slots_of(index: Tensor, batch: int, n: int) -> Tensor:
     """Invert a `(B, M)` list of kept tokens into `(B, N)` slots, -1 for the others."""
     index = index.expand(batch, -1)
     slot = index.new_full((batch, n), -1)
-    return slot.scatter(1, index, arange(index, index.shape[1]).expand_as(index))
+    order = torch.arange(index.shape[1], device=index.device)
+    return slot.scatter(1, index, order.expand_as(index))
 
 
 def _follow(source: Tensor | None, slot: Tensor) -> Tensor | None:
@@ -229,9 +229,8 @@ def _fold(t: Tokens, a: Merge) -> Tokens:
     delta = (take_rows(t.x, origin_rows) - take_rows(x, goal)).to(dtype) * share.unsqueeze(-1)
     delta = delta.to(x.dtype)
     batch, m, width = x.shape
-    flat = (goal + row_offsets(x, batch, m)).reshape(-1)
     # The rows are fresh and were read above, so this may write into them.
-    merged = x.view(batch * m, width).index_add_(0, flat, delta.view(-1, width))
+    merged = x.view(batch * m, width).index_add_(0, flat_rows(goal, m), delta.view(-1, width))
     map_ = t.source
     if map_ is not None:
         slot = _slots_of(a.leader, batch, t.n).scatter(1, source, target)
@@ -251,9 +250,8 @@ def _group_sum(values: Tensor, slot: Tensor, m: int) -> Tensor:
     bins = torch.where(slot < 0, m, slot)
     if values.dim() == 2:
         return values.new_zeros(batch, m + 1).scatter_add(1, bins, values)[:, :m]
-    flat = (bins + row_offsets(values, batch, m + 1)).reshape(-1)
     out = values.new_zeros(batch * (m + 1), values.shape[2])
-    out = out.index_add_(0, flat, values.reshape(-1, values.shape[2]))
+    out = out.index_add_(0, flat_rows(bins, m + 1), values.reshape(-1, values.shape[2]))
     return out.view(batch, m + 1, -1)[:, :m]
 
 

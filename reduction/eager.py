@@ -1,12 +1,10 @@
-"""What only plain eager code may do: keep small constants, write into buffers, choose kernels.
+"""What only plain eager code may do: write into buffers, choose kernels.
 
 A tracer, an exporter, a compiler, a counter of operations or a function transform must see the same
 plain operations every time, so all of this asks here first.
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -50,33 +48,3 @@ def autocasting(x: Tensor) -> bool:
 def recording(*tensors: Tensor | None) -> bool:
     """Whether an operation on these would be recorded for a backward pass."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def arange(like: Tensor, end: int, start: int = 0, step: int = 1) -> Tensor:
-    """`torch.arange` on the device of `like`, remembered where that is safe.
-
-    The result may be shared: read it, never write into it.
-    """
-    if undisturbed(like):
-        return _arange(int(start), int(end), int(step))
-    return torch.arange(start, end, step, device=like.device)
-
-
-def row_offsets(like: Tensor, batch: int, rows: int) -> Tensor:
-    """Where each image begins when `(batch, rows)` is flattened, `(batch, 1)`; read only."""
-    if undisturbed(like):
-        return _offsets(int(batch), int(rows))
-    return torch.arange(batch, device=like.device).unsqueeze(1) * rows
-
-
-@lru_cache(maxsize=2048)
-def _arange(start: int, end: int, step: int) -> Tensor:
-    # Outside inference mode, or training could not save it for the backward pass.
-    with torch.inference_mode(False):
-        return torch.arange(start, end, step, device="cpu")
-
-
-@lru_cache(maxsize=1024)
-def _offsets(batch: int, rows: int) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.arange(batch, device="cpu").unsqueeze(1) * rows

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reduction.eager import row_offsets, traced
+from reduction.eager import traced
 
 NO_MEMORY: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -123,7 +123,13 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     if x.dim() == 2:
         return x.gather(1, index)
     batch, n, width = x.shape
-    if not traced() and batch == 1:
-        return x[0].index_select(0, index.reshape(-1)).unsqueeze(0)
-    flat = (index + row_offsets(x, batch, n)).reshape(-1)
-    return x.reshape(batch * n, width).index_select(0, flat).view(batch, index.shape[1], width)
+    rows = x.reshape(batch * n, width).index_select(0, flat_rows(index, n))
+    return rows.view(batch, index.shape[1], width)
+
+
+def flat_rows(index: Tensor, n: int) -> Tensor:
+    """Rows `(B, M)` of images with n rows each as rows `(B * M,)` of all images together."""
+    if index.shape[0] == 1 and not traced():  # A tracer would fix the size of the batch.
+        return index.reshape(-1)
+    start = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * n
+    return (index + start).reshape(-1)

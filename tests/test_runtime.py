@@ -8,19 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import GELUTanh
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from benchmarks.timing import peak_memory
-from reduction.eager import arange, row_offsets
 from reduction.functional import kernels
 from reduction.functional.attention import attention
 from reduction.functional.masking import policy_softmax
 from tests.cases import ALL, METHODS, Row, backbone, images, model
 from zoo import fast_linear
-from zoo.adapters.blocks import mlp
 from zoo.errors import ZooError
 from zoo.fast_linear import FastLinear
 from zoo.flops import fvcore_gmacs, torch_gmacs
@@ -357,58 +353,3 @@ def test_a_changed_reducer_is_planned_again() -> None:
         assert m(images(), return_info=True)[1].tokens != fused
         m.schedule.rate = 0.5
         assert m(images(), return_info=True)[1].tokens == tuple(m.token_counts())
-
-
-def test_hooks_see_outputs_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zoo.adapters.blocks.LARGE", 0)
-    m, seen = model(METHODS[0]), []
-    with torch.no_grad():
-        expected = m(images())
-        layer = m.backbone.blocks[1].mlp.fc2
-        layer.register_forward_hook(lambda a, b, out: seen.append((out, out.clone())))
-        assert torch.equal(m(images()), expected)
-    assert torch.equal(*seen[0])
-
-
-@pytest.mark.parametrize("watched", ["fc1", "act", ""])
-def test_hooks_see_the_hidden_layer(watched: str) -> None:
-    m, seen = model(METHODS[0]), []
-    with torch.no_grad():
-        expected = m(images())
-        part = m.backbone.blocks[1].mlp.get_submodule(watched)
-        part.register_forward_hook(lambda a, b, out: seen.append((out, out.clone())))
-        assert torch.equal(m(images()), expected)
-    assert len(seen) == 1 and torch.equal(*seen[0])
-
-
-@pytest.mark.parametrize("act", [nn.GELU(), nn.GELU("tanh"), GELUTanh(), nn.SiLU(), nn.ReLU()])
-def test_an_activation_in_place_changes_nothing(act: nn.Module) -> None:
-    block = backbone("plain").blocks[0]
-    block.mlp.act = act
-    x = torch.randn(2, 5, block.norm1.weight.shape[0])
-    before = x.clone()
-    expected = block.mlp(x).detach()
-    with torch.no_grad():
-        assert torch.equal(mlp(block, x), expected) and torch.equal(x, before)
-    assert mlp(block, x).requires_grad
-
-
-def test_a_hidden_layer_is_held_once() -> None:
-    block = backbone("plain").blocks[0]
-    x = torch.randn(8, 64, block.norm1.weight.shape[0])
-    output = 4 * x.numel() / 2**20
-    hidden = output * block.mlp.fc1.out_features / x.shape[2]
-    with torch.inference_mode():
-        ours = peak_memory(lambda: mlp(block, x), torch.device("cpu"))
-        theirs = peak_memory(lambda: block.mlp(x), torch.device("cpu"))
-    assert theirs == pytest.approx(2 * hidden, rel=0.01)
-    assert ours == pytest.approx(hidden + output, rel=0.01)
-
-
-def test_constants_may_be_trained_with() -> None:
-    with torch.inference_mode():
-        index, offsets = arange(torch.zeros(1), 7, 2), row_offsets(torch.zeros(1), 5, 11)
-    assert not index.is_inference() and not offsets.is_inference()
-    assert index.tolist() == [2, 3, 4, 5, 6] and offsets[:, 0].tolist() == [0, 11, 22, 33, 44]
-    x = torch.randn(9, requires_grad=True)
-    x.index_select(0, index).sum().backward()

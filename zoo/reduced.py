@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from reduction.assignment import unmerge
-from reduction.base import AttentionInput, AttentionOutput, Outcome, Reducer, Spec, Step
-from reduction.eager import autocasting, traced, undisturbed
+from reduction.base import Outcome, Reducer, Spec
+from reduction.eager import traced
 from reduction.errors import UnreachableBudget
-from reduction.functional.attention import attention_bias
-from reduction.functional.carriers import append, reduce_sparing, trim
 from reduction.schedule import KeepRate, Schedule
 from reduction.target import Target, TargetGmacs
 from reduction.tokens import Signals, Tokens
-from zoo.adapters.attention import Shift, attend, projection, ready
 from zoo.adapters.backbones import (
-    Embedded,
     check_backbone,
     check_images,
-    class_tokens,
     embed,
     grid_size,
     has_class_token,
     head,
     pools,
-    rope_for,
 )
-from zoo.adapters.blocks import attn_makers, block_adapter, hooked, residual
-from zoo.adapters.parts import without_keys, without_values
 from zoo.adapters.standalone import as_standalone, check_alone
+from zoo.block import checkpointed, prepare, run_block
 from zoo.contract import TimmContract
 from zoo.errors import ZooError
-from zoo.fast_linear import Mode, install, using
+from zoo.fast_linear import install, using
 from zoo.latency import TargetTime
 from zoo.plan import Plan, check_plugins, make_plan, only_prefix_at_the_end
 from zoo.plugins.base import Plugin
@@ -388,108 +379,30 @@ class ReducedViT(TimmContract):
             t = t._replace(x=m.norm_pre(t.x))
         if reducer is not None:
             t = reducer.start(t)
-        run: Callable[..., tuple[Tokens, Signals]] = self._block
+        run: Callable[..., tuple[Tokens, Signals]] = run_block
         if getattr(m, "grad_checkpointing", False) and torch.is_grad_enabled():
-            run = _checkpointed(self._block, self.runtime.fast_linear)
+            run = checkpointed(run_block, self.runtime.fast_linear)
         counts, states = [], []
         signals = Signals()
         moved = t.n != n
+        shared = prepare(self, t, embedded)
         for i, plan in enumerate(self._planned(grid, n, schedule or self.schedule, short)):
             entering = t.x.shape[1]
-            t, signals = run(i, t, signals, embedded, plan, moved)
+            t, signals = run(i, t, signals, plan, moved, shared)
             length = t.x.shape[1]
-            for j, plugin in enumerate(self.plugins):
+            for j, plugin in enumerate(shared.plugins):
                 t, memories[j] = plugin.after(i, t, memories[j])
             added = t.x.shape[1] - length
             moved = moved or plan.step is not None or added > 0
             if added and reducer is not None:
                 t = reducer.extended(t, added)
-            counts.append((entering, t.x.shape[1]))
+            counts.append((entering, length + added))
             if trace:
                 states.append(t)
         if reducer is not None:
             t = reducer.finish(t)
         source = t.source if t.source is not None else t.size.new_zeros(0)
         return t, Info(tuple(counts), t.size, source, grid, tuple(states), t), memories
-
-    def _block(
-        self,
-        i: int,
-        t: Tokens,
-        signals: Signals,
-        embedded: Embedded,
-        plan: Plan,
-        moved: bool,
-    ) -> tuple[Tokens, Signals]:
-        """One block with its reduction: the unit of gradient checkpointing."""
-        block, reducer, step = self.backbone.blocks[i], self.reducer, plan.step
-        adapter = block_adapter(block)
-        site = None if reducer is None or step is None else reducer.site
-        if site == "pre":
-            t = reduce_sparing(reducer, t, signals, step, plan.spared)
-            moved = True
-        guests = None if reducer is None or step is None else reducer.guests(t, step)
-        all_ = t if guests is None else append(t, guests)
-        own = _own_attention(reducer, all_, step)
-        sizes = all_.size if reducer is not None and reducer.prop_attn and not t.unit else None
-        bias = attention_bias(sizes, all_.mask, t.x.dtype)
-        rope = rope_for(embedded, i, all_, moved or guests is not None)
-        shift = _shift(self.plugins, i, self.schedule) if self.plugins else None
-        quiet = own is None and t.policy is None and guests is None and shift is None
-        quiet = quiet and not plan.need and site not in ("mid", "attn") and plan.rows is None
-        # Once tokens have changed, nothing has to equal timm's kernels to the last bit.
-        free = undisturbed(t.x) and not hooked(block, block.attn)
-        if quiet and not (free and (moved or self.runtime.own_kernels)):
-            # Nobody listens: run the block as it is.
-            extra: dict[str, Any] = {"rope": rope} if adapter.rope else {}
-            if bias is not None:
-                extra["attn_mask"] = bias if autocasting(t.x) else bias.to(t.x.dtype)
-            if free and not torch.is_grad_enabled():
-                # The same operations, some of them written over what nobody needs any more.
-                y, _ = adapter.attn_branch(block, t.x, partial(_called, extra))
-                x = residual(t.x, y, attn_makers(block))
-                t = t._replace(x=adapter.mlp_half(block, x))
-            else:
-                t = t._replace(x=block(t.x, **extra))
-            seen = Signals()
-        else:
-            listened = plan.need or own is not None
-            listen = partial(
-                attend,
-                prefix=t.prefix,
-                rope=rope,
-                bias=bias,
-                policy=all_.policy,
-                need=plan.need,
-                class_tokens=max(1, class_tokens(self.backbone)) if listened else 1,
-                own=own,
-                rows=plan.rows,
-                shift=shift,
-                **_rereading(reducer, block, i, site, embedded, shift),
-            )
-            branch, result = adapter.attn_branch(block, all_.x, listen)
-            if guests is not None:
-                length = t.x.shape[1]
-                branch = branch[:, :length]
-                result = result._replace(signals=trim(result.signals, length))
-            t = t if result.tokens is None else result.tokens
-            if plan.rows is not None:
-                t = _first(t, plan.rows)
-            t, seen = t._replace(x=residual(t.x, branch, attn_makers(block))), result.signals
-            # The MLP is where memory peaks: hold nothing that it does not need.
-            del branch, result, listen, own, all_
-            if site == "mid":
-                t = reduce_sparing(reducer, t, seen, step, plan.spared)
-                if type(reducer).observe is Reducer.observe:
-                    seen = Signals()
-            t = t._replace(x=adapter.mlp_half(block, t.x))
-        if site == "post":
-            t = reduce_sparing(reducer, t, seen, step, plan.spared)
-        if reducer is not None and plan.need:
-            t = reducer.observe(t, seen, i)
-        if reducer is not None and plan.restore:
-            t = reducer.restore(t)
-        return t, seen
 
     def _head(self, t: Tokens, memories: Sequence[Any]) -> Tensor:
         for plugin, memory in zip(self.plugins, memories, strict=True):
@@ -541,84 +454,3 @@ class ReducedViT(TimmContract):
         """What losses may look at, with the final norm applied."""
         final = info.final._replace(x=self.backbone.norm(info.final.x))
         return Outcome(info.trace, final, logits, targets, teacher)
-
-
-def _shift(plugins: Iterable[Any], block: int, schedule: Schedule | None) -> Shift | None:
-    """What all plugins together add to queries and values."""
-    # Neither := in a comprehension nor a closure: they keep a graph from being captured whole.
-    given = [p.shift(block, schedule) for p in plugins]
-    shifts = [s for s in given if s is not None]
-    if len(shifts) < 2:
-        return shifts[0] if shifts else None
-    return partial(_total, shifts)
-
-
-def _total(shifts: Sequence[Shift], x: Tensor) -> tuple[Tensor, Tensor]:
-    q, v = shifts[0](x)
-    for further in shifts[1:]:
-        more_q, more_v = further(x)
-        q, v = q + more_q, v + more_v
-    return q, v
-
-
-def _rereading(
-    reducer: Reducer | None,
-    block: nn.Module,
-    i: int,
-    site: str | None,
-    embedded: Embedded,
-    shift: Shift | None,
-) -> dict[str, Any]:
-    """Arguments of `attend` for a reducer that changes tokens between keys and values."""
-    if reducer is None or site != "attn" or reducer.rereads == "no":
-        return {}
-    adapter, attn = block_adapter(block), block.attn
-
-    def again(t: Tokens, values_only: bool) -> AttentionInput:
-        x = adapter.attn_input(block, t.x)
-        if shift is not None:
-            q, k, v = projection(attn)(attn, x, shift)
-        else:
-            q, k, v = (without_keys if values_only else projection(attn))(attn, x)
-        rope = None if values_only else rope_for(embedded, i, t, True)
-        q, k, v = ready(attn, q, k, v, t.prefix, rope)
-        sizes = t.size if reducer.prop_attn and not t.unit else None
-        bias = attention_bias(sizes, t.mask, t.x.dtype)
-        dropout = attn.attn_drop.p if attn.training else 0.0
-        return AttentionInput(q, k, v, attn.scale, bias, dropout, attn.fused_attn, frozenset())
-
-    return {"project": without_values, "again": again}
-
-
-def _own_attention(
-    reducer: Reducer | None, t: Tokens, step: Step | None
-) -> Callable[[AttentionInput], AttentionOutput | None] | None:
-    """The reducer's attention, if its class brings one."""
-    if reducer is None or type(reducer).attend is Reducer.attend:
-        return None
-    return lambda given: reducer.attend(given, t, step)
-
-
-def _first(t: Tokens, rows: int) -> Tokens:
-    """Prefix tokens alone, for a head that reads nothing else."""
-    mask = None if t.mask is None else t.mask[:, :rows]
-    origin = None if t.origin is None else t.origin[:, :0]
-    return t._replace(x=t.x[:, :rows], size=t.size[:, :rows], mask=mask, origin=origin)
-
-
-def _called(extra: dict[str, Any], attn: nn.Module, x: Tensor) -> tuple[Tensor, None]:
-    """An attention module as it is, in the form that block adapters want."""
-    return attn(x, **extra), None
-
-
-def _checkpointed(function: Callable[..., Any], fast_linear: Mode) -> Callable[..., Any]:
-    def whole(*args: Any) -> Any:
-        # The backward pass runs it again, from wherever that is called.
-        with using(fast_linear):
-            return function(*args)
-
-    def run(*args: Any) -> Any:
-        inner = function if fast_linear == "off" else whole
-        return checkpoint(inner, *args, use_reentrant=False)
-
-    return run

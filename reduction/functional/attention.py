@@ -64,7 +64,19 @@ def attention(
             attn=map_ if "attn" in need else None,
         )
     out = dot_product_attention(q, k, v, scale, bias, dropout)
-    return out, Signals(
+    return out, signals(q, k, scale, bias, need, class_tokens)
+
+
+def signals(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    need: frozenset[str],
+    class_tokens: int = 1,
+) -> Signals:
+    """What `need` names of "cls_row" and "column", without the map; arguments as of `attention`."""
+    return Signals(
         cls_row=class_row(q, k, scale, bias, class_tokens) if "cls_row" in need else None,
         column=column_mean(q, k, scale, bias) if "column" in need else None,
     )

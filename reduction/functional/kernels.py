@@ -14,7 +14,6 @@ Shapes: B batch, H heads, N queries, M keys, d head width.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from torch import Tensor
 from reduction.eager import autocasting, recording, undisturbed
 from reduction.errors import ZooError
 
-Kernel = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+Kernel = Callable[..., Tensor]  # (q, k, v, scale, bias)
 
 MODES = ("auto", "sdpa", "explicit", "fold")
 #: Products in the two halves of an attention below which no choice is worth its bookkeeping.
@@ -38,6 +37,7 @@ SAMPLE = 16
 
 _CHOSEN: dict[tuple[object, ...], Kernel] = {}
 _forced: list[str] = []
+_wished: list[str] = []
 
 
 def dot_product_attention(
@@ -56,8 +56,8 @@ def dot_product_attention(
     asked = mode()
     if bias is not None and asked == "fold" and bias.shape[1:3] == (1, 1):
         return folded(q, k, v, scale, bias, dropout)
-    if not dropout and asked in ("auto", "explicit") and _free_to_choose(q, bias):
-        return _kernel(q, k, v, scale, bias)(q, k, v, scale, bias)
+    if not dropout and q.dtype == torch.float32 and undisturbed(q) and not autocasting(q):
+        return choose(q, k, v, scale, bias)(q, k, v, scale, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
 
 
@@ -67,15 +67,14 @@ def mode() -> str:
     Raises:
         ZooError: If it is none of `MODES`.
     """
-    return _forced[-1] if _forced else _wish()
-
-
-@functools.lru_cache(maxsize=1)
-def _wish() -> str:
-    value = os.environ.get("ZOO_ATTN") or "auto"
-    if value not in MODES:
-        raise ZooError(f"ZOO_ATTN must be one of {', '.join(MODES)}, got {value!r}")
-    return value
+    if _forced:
+        return _forced[-1]
+    if not _wished:
+        value = os.environ.get("ZOO_ATTN") or "auto"
+        if value not in MODES:
+            raise ZooError(f"ZOO_ATTN must be one of {', '.join(MODES)}, got {value!r}")
+        _wished.append(value)
+    return _wished[0]
 
 
 @contextlib.contextmanager
@@ -94,7 +93,7 @@ def forced(name: str | None) -> Iterator[None]:
 def forget() -> None:
     """Forget all choices, so that they are measured again, and what `ZOO_ATTN` said."""
     _CHOSEN.clear()
-    _wish.cache_clear()
+    _wished.clear()
 
 
 def choices() -> dict[tuple[object, ...], str]:
@@ -102,15 +101,19 @@ def choices() -> dict[tuple[object, ...], str]:
     return {key: kernel.__name__.strip("_") for key, kernel in _CHOSEN.items()}
 
 
-def _free_to_choose(q: Tensor, bias: Tensor | None) -> bool:
-    if q.dtype != torch.float32 or not undisturbed(q) or autocasting(q):
-        return False
-    batch, heads, n, width = q.shape
-    return batch * heads * n**2 * width >= SMALL and (bias is None or bias.shape[1:3] == (1, 1))
+def choose(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Kernel:
+    """The fastest kernel for these tensors in plain eager code on a CPU, measured if need be.
 
-
-def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Kernel:
+    The caller knows that the code is that plain, see `undisturbed`, and autocast off.
+    """
     batch, heads, n, width = q.shape
+    asked, small = mode(), batch * heads * n**2 * width < SMALL
+    if bias is not None and bias.shape[1:3] != (1, 1):
+        return fused
+    if asked == "fold" and bias is not None:
+        return folded
+    if small or q.dtype != torch.float32 or asked not in ("auto", "explicit"):
+        return fused
     train = recording(q, k, v, bias)
     if torch.is_grad_enabled() and (not train or _saved_tensors_hooks()):
         # Gradient checkpointing counts what is saved, so nothing may be measured under it.
@@ -118,10 +121,10 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) 
     threads = torch.get_num_threads()
     key = (train, batch > 1, heads, width, -(-n // 32), threads, bias is not None)
     if key not in _CHOSEN:
-        rivals: tuple[Kernel, ...] = (plain,) if train else (by_image,)
-        if not train and batch > 1 and n <= 64:
-            rivals = (by_image, at_once)
-        if mode() == "auto":
+        rivals: tuple[Kernel, ...] = (plain,) if train else (by_image, at_once)
+        if not train and (batch == 1 or n > 64):
+            rivals = (at_once,) if batch == 1 else (by_image,)
+        if asked == "auto":
             rivals = (fused, *rivals)
         _CHOSEN[key] = rivals[0] if len(rivals) == 1 else _fastest(rivals, q, k, v, scale, bias)
     return _CHOSEN[key]
@@ -182,12 +185,12 @@ def by_image(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None)
 def at_once(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """All images in one product of `(B * H, N, d)`. Records nothing."""
     batch, heads, n, width = q.shape
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
     if bias is None:
-        map_ = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+        map_ = q.new_empty(batch * heads, n, k.shape[2]).baddbmm_(q, k, beta=0, alpha=scale)
     else:
         bias = bias.expand(batch, heads, 1, -1).reshape(batch * heads, 1, -1)
-        map_ = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+        map_ = torch.baddbmm(bias, q, k, alpha=scale)
     torch.softmax(map_, -1, out=map_)
     return torch.bmm(map_, v).view(batch, heads, n, width)
 

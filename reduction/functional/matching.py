@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reduction.eager import arange, autocasting, undisturbed
+from reduction.eager import autocasting, eager_on_cpu
 
 
 class Matching(NamedTuple):
@@ -38,10 +38,9 @@ def head_sum(k: Tensor) -> Tensor:
 
     Cosine similarity does not see the factor between sum and mean. For many images on a CPU,
     adding the strided slices of a fused qkv projection takes two thirds of the time of reducing
-    over them; both give the same bits.
+    over them, for one image as long; both give the same bits.
     """
-    # Asked first, because a compiler would fix the size of the batch.
-    if not undisturbed(k) or k.shape[0] < 4 or k.shape[1] == 1:
+    if k.shape[1] == 1 or not eager_on_cpu(k):
         return k.sum(1)
     total = k[:, 0] + k[:, 1]
     for head in range(2, k.shape[1]):
@@ -100,7 +99,6 @@ def _reciprocal_length(x: Tensor, dtype: torch.dtype) -> Tensor:
     return length.clamp_min(1e-12).reciprocal()
 
 
-@torch.no_grad()
 def bipartite_matching(metric: Tensor, r: int, prefix: int) -> Matching:
     """Match every other token with its most similar neighbour and merge the r best pairs.
 
@@ -122,7 +120,7 @@ def bipartite_matching(metric: Tensor, r: int, prefix: int) -> Matching:
     """
     n = metric.shape[1]
     r = max(min(r, n // 2), 0)
-    metric = unit(metric)
+    metric = unit(metric.detach())
     first = prefix & 1
     senders, receivers = metric[:, first::2], metric[:, 1 - first :: 2]
     if r == 0 or receivers.shape[1] == 0:
@@ -135,7 +133,7 @@ def bipartite_matching(metric: Tensor, r: int, prefix: int) -> Matching:
     source, stay = tokens[:, :r], tokens[:, r:]
     if prefix:
         stay = stay.sort(dim=-1).values
-    odd = arange(metric, 2 * receivers.shape[1], 1 - first, 2)
+    odd = torch.arange(1 - first, 2 * receivers.shape[1], 2, device=metric.device)
     leader = torch.cat([stay, odd.expand(metric.shape[0], -1)], dim=1)
     return Matching(leader, source, goal)
 

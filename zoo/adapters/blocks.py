@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import GELU, Attention, GELUTanh, Mlp
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
-from reduction.eager import undisturbed
 from zoo.adapters.attention import projection, through
 from zoo.errors import UnsupportedModel
-from zoo.fast_linear import FastLinear
 
 #: Runs an attention module on its normalised input; returns the output and anything else.
 Attend = Callable[[nn.Module, Tensor], tuple[Tensor, Any]]
@@ -75,71 +72,6 @@ def _itself(b: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-#: Numbers from which on sparing a temporary is worth looking for hooks.
-LARGE = 1 << 19
-
-
-def residual(x: Tensor, y: Tensor, makers: Sequence[nn.Module | None]) -> Tensor:
-    """`x + y`, written into `y` where nobody can tell: no gradient, no hook on who made it.
-
-    Args:
-        x: Residual stream; stays as it is.
-        y: A new tensor that nobody else holds.
-        makers: Modules that may have put out `y`.
-    """
-    if (
-        y.numel() < LARGE
-        or torch.is_grad_enabled()
-        or y.dtype != x.dtype
-        or y.shape != x.shape
-        or not undisturbed(y)
-        or y.data_ptr() == x.data_ptr()
-        or hooked(*(part for m in makers if m is not None for part in _last(m)))
-    ):
-        return x + y
-    return y.add_(x)
-
-
-def _last(m: nn.Module) -> Iterable[nn.Module]:
-    """The parts of a module whose output may be the module's own."""
-    forward = type(m).forward
-    # All parts of a module could be, but asking them all takes long.
-    if forward is Mlp.forward and type(m.fc2) in (nn.Linear, FastLinear):
-        return (m, m.fc2, m.drop2)
-    if forward is Attention.forward and type(m.proj) in (nn.Linear, FastLinear):
-        return (m, m.proj, m.proj_drop)
-    return m.modules()
-
-
-def attn_makers(b: nn.Module) -> Sequence[nn.Module | None]:
-    """Modules that may have put out what the attention of a block adds to the residual stream."""
-    return (b.attn, b._modules.get("ls1"), b._modules.get("norm1"), b._modules.get("drop_path1"))
-
-
-def mlp(block: nn.Module, x: Tensor) -> Tensor:
-    """`block.mlp(x)`, the activation written over its input where nobody can tell.
-
-    The hidden layer is the largest tensor of a block: a second one costs more than its memory,
-    because it comes from the system page by page.
-    """
-    m = block.mlp
-    if torch.is_grad_enabled() or not undisturbed(x) or not _overwritable(m):
-        return m(x)
-    approximate = "tanh" if type(m.act) is GELUTanh else getattr(m.act, "approximate", "none")
-    hidden = torch.ops.aten.gelu_(m.fc1(x), approximate=approximate)
-    return through(m.drop2, m.fc2(through(m.norm, through(m.drop1, hidden))))
-
-
-def _overwritable(m: nn.Module) -> bool:
-    """Whether an MLP is timm's plain one, and nobody sees what its first layer gives."""
-    return (
-        type(m).forward is Mlp.forward
-        and type(m.act) in (nn.GELU, GELU, GELUTanh)
-        and type(m.fc1) in (nn.Linear, FastLinear)
-        and not hooked(m, m.fc1, m.act)
-    )
-
-
 def hooked(*modules: nn.Module) -> bool:
     """Whether somebody waits for one of these modules to be called."""
     return bool(torch.nn.modules.module._global_forward_hooks) or any(
@@ -153,8 +85,7 @@ def _block_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
 
 
 def _block_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    y = through(b.drop_path2, through(b.ls2, mlp(b, b.norm2(x))))
-    return residual(x, y, (b.mlp, b.ls2, b.drop_path2))
+    return x + through(b.drop_path2, through(b.ls2, b.mlp(b.norm2(x))))
 
 
 def _post_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
@@ -163,8 +94,7 @@ def _post_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
 
 
 def _post_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    y = through(b.drop_path2, b.norm2(mlp(b, x)))
-    return residual(x, y, (b.norm2, b.drop_path2))
+    return x + through(b.drop_path2, b.norm2(b.mlp(x)))
 
 
 def _eva_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
@@ -175,10 +105,10 @@ def _eva_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
 
 
 def _eva_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    out = mlp(b, b.norm2(x))
+    out = b.mlp(b.norm2(x))
     if b.gamma_2 is not None:
         out = b.gamma_2 * out
-    return residual(x, through(b.drop_path2, out), (b.mlp, b.drop_path2))
+    return x + through(b.drop_path2, out)
 
 
 register_block(Block, BlockAdapter(_block_attn, _block_mlp, rope=False))
