@@ -31,8 +31,7 @@ class Pass(NamedTuple):
     """What the blocks of one forward pass share.
 
     Attributes:
-        backbone: Whose blocks they are.
-        blocks: Those blocks.
+        blocks: Of the backbone.
         reducer: Of the model, or None.
         plugins: Of the model.
         schedule: Of the model, or None.
@@ -41,9 +40,9 @@ class Pass(NamedTuple):
         straight: Blocks as their parameters, None in place of those that have to be called.
         whole: Whether nothing but straight lines and `Reducer.reduce` is needed where there are
             such: no plugin, rotary table, or attention of the reducer's own.
+        class_tokens: Leading tokens that act as the class token, at least 1.
     """
 
-    backbone: nn.Module
     blocks: Sequence[nn.Module]
     reducer: Reducer | None
     plugins: Sequence[Any]
@@ -52,6 +51,7 @@ class Pass(NamedTuple):
     embedded: Embedded
     straight: Sequence[Straight | None]
     whole: bool
+    class_tokens: int
 
 
 def prepare(model: ReducedViT, t: Tokens, embedded: Embedded) -> Pass:
@@ -66,7 +66,6 @@ def prepare(model: ReducedViT, t: Tokens, embedded: Embedded) -> Pass:
     kind = Reducer if reducer is None else type(reducer)
     usual = kind.attend is Reducer.attend and kind.guests is Reducer.guests
     return Pass(
-        model.backbone,
         blocks,
         reducer,
         plugins,
@@ -75,6 +74,7 @@ def prepare(model: ReducedViT, t: Tokens, embedded: Embedded) -> Pass:
         embedded,
         straight_blocks(blocks, t.x),
         whole=usual and not plugins and embedded.rope is None,
+        class_tokens=max(1, class_tokens(model.backbone)),
     )
 
 
@@ -116,8 +116,8 @@ def _straight(
     if t.mask is not None or (reducer.prop_attn and not t.unit):
         sizes = t.size if reducer.prop_attn and not t.unit else None
         bias = attention_bias(sizes, t.mask, t.x.dtype)
-    slots = max(1, class_tokens(shared.backbone)) if need else 1
-    x, seen = block.attention(t.x, bias, need, slots, moved or shared.own_kernels)
+    own = moved or shared.own_kernels
+    x, seen = block.attention(t.x, bias, need, shared.class_tokens, own)
     t = t._replace(x=x)
     # The MLP is where memory peaks: hold nothing that it does not need.
     del x
@@ -166,7 +166,6 @@ def _through_modules(
         t = t._replace(x=block(t.x, **extra))
         seen = Signals()
     else:
-        listened = plan.need or own is not None
         listen = partial(
             attend,
             prefix=t.prefix,
@@ -174,7 +173,7 @@ def _through_modules(
             bias=bias,
             policy=all_.policy,
             need=plan.need,
-            class_tokens=max(1, class_tokens(shared.backbone)) if listened else 1,
+            class_tokens=shared.class_tokens,
             own=own,
             rows=plan.rows,
             shift=shift,
