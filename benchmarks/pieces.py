@@ -29,7 +29,7 @@ from reduction.functional.masking import policy_softmax
 from reduction.functional.matching import bipartite_matching, head_sum
 from reduction.tokens import Tokens, take_rows
 from zoo import fast_linear
-from zoo.adapters.blocks import mlp
+from zoo.adapters.straight import straight_blocks
 
 WIDTH, HEADS, N = 384, 6, 197
 CPU = torch.device("cpu")
@@ -69,7 +69,9 @@ def pieces(batch: int) -> list[Piece]:
     distance = clustering.squared_distances(x[:, 1:])
     first = clustering.heaviest(weight, 137)
     layer = torch.nn.Linear(WIDTH, 4 * WIDTH)
-    block = Block(WIDTH, HEADS).eval()
+    blocks = [Block(WIDTH, HEADS).eval() for _ in range(12)]
+    block, parts = blocks[0], straight_blocks(blocks[:1], x)[0]
+    assert parts is not None
     few = 120
     bias = torch.rand(batch, 1, 1, few)
 
@@ -100,6 +102,19 @@ def pieces(batch: int) -> list[Piece]:
         extra = reference.gather(x[:, 1:], rest) * score.gather(1, rest).unsqueeze(-1)
         rows = reference.gather(x[:, 1:], kept)
         return torch.cat([x[:, :1], rows, extra.sum(1, keepdim=True)], 1)
+
+    def modules() -> Tensor:
+        y = x[:1]
+        for one in blocks:
+            y = one(y)
+        return y
+
+    def straight() -> Tensor:
+        y = x[:1]
+        for one in straight_blocks(blocks, y):
+            assert one is not None
+            y = one.mlp(one.attention(y, None, frozenset(), 1, False)[0])
+        return y
 
     def masked(own: bool) -> Step:
         logits = torch.randn(batch // 2 or 1, HEADS, N, N)
@@ -176,12 +191,13 @@ def pieces(batch: int) -> list[Piece]:
             24 * 0.62,
         ),
         Piece(
-            "MLP: activation over its input / in a new tensor",
-            lambda: block.mlp(x),
-            lambda: mlp(block, x),
+            "MLP: temporaries written over / in new tensors",
+            lambda: x + block.mlp(block.norm2(x)),
+            lambda: parts.mlp(x),
             "tome",
             12 * 0.62,
         ),
+        Piece("twelve blocks, one image: in a straight line / their modules", modules, straight),
         Piece(
             "K-Medoids 196 -> 137: rows at once / loop over clusters",
             lambda: reference.kmedoids(distance, first, weight, 5),
@@ -235,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         schedule = schedule_of(name, backbone_name("deit_small"))
         models[name] = tasks.inference(reduced(plain, name, schedule), images)
     whole = in_turns(models, CPU, options.rounds, warmup=1)
-    print(f"{'piece':<64} {'plain ms':>9} {'ours ms':>9} {'share':>8}")
+    print("| piece | plain ms | here ms | share of the model |\n|---|---|---|---|")
     with torch.inference_mode():
         for piece in pieces(options.batch):
             found = in_turns({"plain": piece.plain, "fast": piece.fast}, CPU, options.rounds)
@@ -244,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if piece.model is not None:
                 share = f"{100 * (a - b) * piece.calls / whole[piece.model].median:.1f} %"
             label = f"{piece.name} ({piece.model})" if piece.model else piece.name
-            print(f"{label:<64} {1e3 * a:>9.3f} {1e3 * b:>9.3f} {share:>8}", flush=True)
+            print(f"| {label} | {1e3 * a:.3f} | {1e3 * b:.3f} | {share} |", flush=True)
     return 0
 
 

@@ -16,6 +16,7 @@ import zoo
 from benchmarks import breakdown, speed, table, tasks
 from benchmarks.acceptance import AT_1, AT_16, Line
 from benchmarks.models import parse_schedule, reduced, schedule_of
+from benchmarks.pieces import pieces
 from benchmarks.reference import METHODS, kmedoids, straightforward
 from benchmarks.timing import Times, in_turns, peak_memory, ratio
 from reduction.functional import clustering, kernels
@@ -259,3 +260,10 @@ def test_a_table_tells_met_from_missed() -> None:
     assert line == "| topk | 0.950 (**<** 1) | 0.950 (≥ 0.92) |  |  | 1.100, 1.100 | 0.800 |"
     page = f"a\n{table.BEGIN}\nold\n{table.END}\nb"
     assert table.inserted(page, "new") == f"a\n{table.BEGIN}\nnew\n{table.END}\nb"
+
+
+def test_every_piece_runs() -> None:
+    with torch.inference_mode():
+        for piece in pieces(1):
+            piece.plain()
+            piece.fast()
