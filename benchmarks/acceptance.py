@@ -72,9 +72,16 @@ class Suite:
         self.lines.append(Line(*line, **more))
         print(self.lines[-1], flush=True)
 
-    def turns(self, steps: dict[str, Any], beside: str = DENSE) -> dict[str, Times]:
+    def rounds_at(self, batch: int) -> int:
+        """Rounds for a batch size: a single image is over sooner and disturbed more easily."""
+        return self.rounds * (3 if batch == 1 and not self.quick else 1)
+
+    def turns(
+        self, steps: dict[str, Any], beside: str = DENSE, batch: int = 16
+    ) -> dict[str, Times]:
         """Time candidates; all must run."""
-        found = in_turns(steps, CPU, self.rounds, warmup=1, min_time=0.2, beside=beside)
+        rounds = self.rounds_at(batch)
+        found = in_turns(steps, CPU, rounds, warmup=1, min_time=0.2, beside=beside)
         for name, times in found.items():
             if times.error:
                 raise RuntimeError(f"{name}: {times.error}")
@@ -91,8 +98,8 @@ class Suite:
         """Append the rows of a part."""
         common = {"batch": images.shape[0], "threads": torch.get_num_threads(), "device": "cpu"}
         common |= {"dtype": "float32", "compile": False, "seed": 0}
-        settings = {"mode": mode, "rounds": self.rounds, "warmup": 1, "suite": "acceptance"}
-        settings["allocator"] = self.options.allocator
+        settings = {"mode": mode, "rounds": self.rounds_at(images.shape[0]), "warmup": 1}
+        settings |= {"suite": "acceptance", "allocator": self.options.allocator}
         for name, model in models.items():
             row = make_row(name, model, times, memory or {}, common, settings)
             plain = times.get(f"plain {name}")
@@ -126,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
 
 def inference(suite: Suite, backbone: str, batch: int, plainly: bool) -> None:
     """Efficiency, the straightforward forms, the wrapper alone, peak memory."""
-    print(f"\n== {backbone}, inference, batch {batch}, {suite.rounds} rounds", flush=True)
+    print(f"\n== {backbone}, inference, batch {batch}, {suite.rounds_at(batch)} rounds", flush=True)
     plain = plain_backbone(backbone)
     images = torch.randn(batch, 3, 224, 224)
     models = {DENSE: reduced(plain, None, own_kernels=True)}
@@ -149,7 +156,7 @@ def inference(suite: Suite, backbone: str, batch: int, plainly: bool) -> None:
         steps["wrapper, keep 1.0"] = tasks.inference(everything, images)
     for name in (DENSE, *METHODS) if batch == 1 else ():
         steps[f"products {name}"] = tasks.linear_layers(models[name], batch)
-    times = suite.turns(steps)
+    times = suite.turns(steps, batch=batch)
     dense = faster_dense({n: times[n] for n in (TIMM, DENSE)})
     whole = _gmacs(models[DENSE])
     place = f"{backbone} b{batch}"
@@ -267,7 +274,8 @@ def runtime_options(suite: Suite, batch: int) -> None:
         models = {DENSE: reduced(plain, None, own_kernels=True, **options)}
         models |= {n: reduced(plain, n, s, **options) for n, s in schedules.items()}
         steps = {TIMM: tasks.inference(plain, images)}
-        times = suite.turns(steps | {n: tasks.inference(m, images) for n, m in models.items()})
+        steps |= {n: tasks.inference(m, images) for n, m in models.items()}
+        times = suite.turns(steps, batch=batch)
         for name in schedules:
             same = ratio(times[DENSE], times[name]) / saved[name]
             print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,18 +221,35 @@ def test_targets() -> None:
 def test_a_breakdown_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     m = backbone("plain")
     models = {speed.DENSE: reduced(m, None, own_kernels=True), "tome": reduced(m, "tome", R9)}
-    steps = {n: tasks.inference(x, images()) for n, x in models.items()}
-    found = breakdown.measure(steps, rounds=2)
+    calls = {n: tasks.inference(x, images()) for n, x in models.items()}
+    with breakdown.marked():
+        found = breakdown.measure(
+            {n: partial(breakdown.parts_of, c) for n, c in calls.items()}, rounds=2
+        )
     assert found["tome"]["reducer"] > 0 and found[speed.DENSE]["reducer"] == 0
     for parts in found.values():
-        assert set(parts) == {*breakdown.PARTS, breakdown.BETWEEN}
+        assert set(parts) == set(breakdown.PARTS)
         assert all(parts[p] > 0 for p in parts if p != "reducer")
-    breakdown.print_table(found, {speed.DENSE: 1.0, "tome": 1.3}, "tiny")
+    breakdown.print_table(found, {speed.DENSE: 1.0, "tome": 1.3}, "tiny", breakdown.PARTS)
     table = capsys.readouterr().out
     # The parts add up to what separates the efficiency from one.
     line = table.strip().splitlines()[-1].split("|")[3:]
     excess = sum(float(c.split("(")[1].split(" %")[0]) for c in line[:-2])
     assert float(line[-2]) == pytest.approx(1 / (1 + excess / 100), abs=0.01)
+
+
+def test_a_training_step_has_three_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    models = {
+        n: reduced(backbone("plain"), m, R9) for n, m in ((speed.DENSE, None), ("tome", "tome"))
+    }
+    steps = {n: breakdown.parts_of_training(m, images()) for n, m in models.items()}
+    before = models["tome"].backbone.head.weight.detach().clone()
+    found = breakdown.measure(steps, rounds=2)
+    assert not torch.equal(models["tome"].backbone.head.weight, before)
+    assert all(set(p) == set(breakdown.TRAINING) and min(p.values()) > 0 for p in found.values())
+    saved = {speed.DENSE: 1.0, "tome": 1.3}
+    breakdown.print_table(found, saved, "tiny", breakdown.TRAINING)
+    assert capsys.readouterr().out.count("| ") > 10
 
 
 ACCEPTANCE = table.PAGE.parents[1] / "results" / "speed" / "acceptance.jsonl"

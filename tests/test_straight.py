@@ -107,6 +107,17 @@ def _parametrised(m: nn.Module) -> None:
     assert parametrize.is_parametrized(m.blocks[1].mlp.fc1)
 
 
+def _compiled(m: nn.Module) -> None:
+    m.blocks[1].mlp.compile()
+
+
+def _flattened(m: nn.Module) -> None:
+    layer = m.blocks[1].mlp.fc2
+    weight = layer.weight.data
+    del layer._parameters["weight"]
+    layer.weight = weight
+
+
 def _mixed_types(m: nn.Module) -> None:
     m.blocks[1].norm2.double()
 
@@ -122,14 +133,8 @@ def _dropout(m: nn.Module) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        _hook,
-        _pre_hook,
-        _replaced_function,
-        _adapter,
-        _parametrised,
-        _mixed_types,
-        _unfused,
-        _dropout,
+        *(_hook, _pre_hook, _replaced_function, _adapter, _parametrised, _compiled, _flattened),
+        *(_mixed_types, _unfused, _dropout),
     ],
 )
 def test_a_changed_block_is_called(change: Callable[[nn.Module], None]) -> None:

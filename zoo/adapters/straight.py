@@ -31,8 +31,6 @@ from reduction.functional.kernels import choose, fused
 from reduction.tokens import Signals
 from zoo.fast_linear import FastLinear, linear
 
-#: Signals that need no map of the whole attention.
-CHEAP = frozenset({"k", "v", "cls_row", "column", "x_norm"})
 _MODULES = nn.modules.module
 _NONE = Signals()
 
@@ -83,7 +81,7 @@ class Straight(NamedTuple):
         Args:
             x: `(B, N, C)`; stays as it is.
             bias: Added to the logits, `(B, 1, 1, N)`, or None.
-            need: Any of `CHEAP`.
+            need: Any signals that need no map of the whole attention, so all but "attn".
             class_tokens: Leading tokens that together act as the class token.
             own: Whether the kernel may be another than timm's.
         """
@@ -181,10 +179,11 @@ def _resolve(block: nn.Module, dtype: torch.dtype) -> Straight | None:
 
 
 def _watched(m: nn.Module | None) -> bool:
-    """Whether somebody waits for a module to be called, or has replaced its function."""
-    return m is not None and bool(
-        m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__
-    )
+    """Whether somebody waits for a module to be called, or has replaced what a call does."""
+    if m is None:
+        return False
+    changed = "forward" in m.__dict__ or "_compiled_call_impl" in m.__dict__
+    return changed or bool(m._forward_hooks or m._forward_pre_hooks)
 
 
 def _idle(m: nn.Module | None) -> bool:
@@ -194,8 +193,9 @@ def _idle(m: nn.Module | None) -> bool:
 
 
 def _ordinary(m: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether all parameters are plain ones of this type, so that temporaries are, too."""
-    return all(
+    """Whether all parameters are there and plain ones of this type; temporaries are so, too."""
+    names = ("gamma",) if type(m) is LayerScale else ("weight", "bias")
+    return all(name in m._parameters for name in names) and all(
         p is None or (p.dtype is dtype and type(p) in (Tensor, nn.Parameter))
         for p in m._parameters.values()
     )
