@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -278,6 +279,18 @@ def test_a_table_tells_met_from_missed() -> None:
     assert line == "| topk | 0.950 (**<** 1) | 0.950 (≥ 0.92) |  |  | 1.100, 1.100 | 0.800 |"
     page = f"a\n{table.BEGIN}\nold\n{table.END}\nb"
     assert table.inserted(page, "new") == f"a\n{table.BEGIN}\nnew\n{table.END}\nb"
+
+
+def test_the_page_shows_the_committed_latency_rows() -> None:
+    page = table.PAGE.read_text(encoding="utf-8")
+    rows = read_rows(ACCEPTANCE.with_name("latency.jsonl"))
+    for row in rows:
+        saved = 1 - row["gmacs"]["total"] / row["gmacs_dense"]
+        measured = re.search(r"\((\d\.\d\dx)\) at batch (\d+)", row["notes"])
+        assert measured is not None and not row["dirty"]
+        line = next(x for x in page.splitlines() if x.endswith(f"| {100 * saved:.1f} % |"))
+        assert measured[1] in line and f"| {measured[2]} |" in line
+    assert len(rows) == 4
 
 
 def test_every_piece_runs() -> None:
