@@ -198,6 +198,7 @@ def test_trained_means_trained_with_this_reducer(run, tmp_path):
     assert [row["trained"] for row in rows(tmp_path)] == [True, False, False]
 
 
+@pytest.mark.slow  # every method once: half a minute
 def test_the_whole_zoo_includes_the_dense_model(run, tmp_path):
     code, _, err = run(
         "eval -m backbone=test_vit 'reducer=glob(*)' schedule=target_gmacs schedule.fraction=0.7 "
