@@ -144,6 +144,11 @@ def test_a_changed_block_is_called(change: Callable[[nn.Module], None]) -> None:
     assert [i for i, b in enumerate(straight(m)) if b is None] == [1]
 
 
+def test_a_block_of_another_class_is_left_alone() -> None:
+    with torch.no_grad():
+        assert straight_blocks([nn.Identity()], torch.zeros(1, 5, 8)) == [None]
+
+
 def test_whoever_watches_gets_modules() -> None:
     m = backbone("plain").eval()
     x = torch.zeros(1, 5, m.embed_dim)

@@ -112,10 +112,8 @@ def _straight(
     site = None if step is None else reducer.site
     if site == "pre":
         t, moved = reducer.reduce(t, signals, step), True
-    bias = None
-    if t.mask is not None or (reducer.prop_attn and not t.unit):
-        sizes = t.size if reducer.prop_attn and not t.unit else None
-        bias = attention_bias(sizes, t.mask, t.x.dtype)
+    sizes = t.size if reducer.prop_attn and not t.unit else None
+    bias = attention_bias(sizes, t.mask, t.x.dtype)
     own = moved or shared.own_kernels
     x, seen = block.attention(t.x, bias, need, shared.class_tokens, own)
     t = t._replace(x=x)

@@ -51,11 +51,15 @@ def projection(attn: nn.Module) -> Projection:
     return project
 
 
+def idle(m: nn.Module | None) -> bool:
+    """Whether a module does nothing now; an absent one does not."""
+    kind = type(m)
+    return m is None or kind is nn.Identity or (kind in (nn.Dropout, DropPath) and not m.training)
+
+
 def through(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, without the call where the module does nothing and nobody watches it."""
-    kind = type(module)
-    idle = kind is nn.Identity or (kind in (nn.Dropout, DropPath) and not module.training)
-    if idle and not (module._forward_hooks or module._forward_pre_hooks or _GLOBAL_HOOKS):
+    if idle(module) and not (module._forward_hooks or module._forward_pre_hooks or _GLOBAL_HOOKS):
         return x
     return module(x)  # type: ignore[no-any-return]
 

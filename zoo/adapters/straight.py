@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GELU, Attention, DropPath, GELUTanh, LayerNorm, LayerScale, Mlp
+from timm.layers import GELU, Attention, GELUTanh, LayerNorm, LayerScale, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from reduction.eager import autocasting, undisturbed
 from reduction.functional.attention import signals
 from reduction.functional.kernels import choose, fused
 from reduction.tokens import Signals
+from zoo.adapters.attention import idle
 from zoo.fast_linear import FastLinear, linear
 
 _MODULES = nn.modules.module
@@ -139,20 +140,22 @@ def straight_blocks(blocks: Iterable[nn.Module], x: Tensor) -> list[Straight | N
 
 def _resolve(block: nn.Module, dtype: torch.dtype) -> Straight | None:
     # Dictionaries are read directly: asking a module for its parts takes several times as long.
+    if type(block) is not Block:
+        return None
     b = block._modules
     attn, mlp = b["attn"], b["mlp"]
-    if type(block) is not Block or type(attn) is not Attention or type(mlp) is not Mlp:
+    if type(attn) is not Attention or type(mlp) is not Mlp:
         return None
     a, m = attn._modules, mlp._modules
     watched = any(map(_watched, (block, *b.values(), *a.values(), *m.values())))
     if watched or a.get("gate") is not None or not attn.fused_attn:
         return None
-    idle = (b["drop_path1"], b["drop_path2"], a["attn_drop"], a.get("norm"), a["proj_drop"])
-    if not all(map(_idle, (*idle, m["drop1"], m["norm"], m["drop2"]))):
+    unused = (b["drop_path1"], b["drop_path2"], a["attn_drop"], a.get("norm"), a["proj_drop"])
+    if not all(map(idle, (*unused, m["drop1"], m["norm"], m["drop2"]))):
         return None
-    norms = (b["norm1"], b["norm2"], *(n for n in (a["q_norm"], a["k_norm"]) if not _idle(n)))
+    norms = (b["norm1"], b["norm2"], *(n for n in (a["q_norm"], a["k_norm"]) if not idle(n)))
     layers = (a["qkv"], a["proj"], m["fc1"], m["fc2"])
-    scales = [s for s in (b["ls1"], b["ls2"]) if not _idle(s)]
+    scales = [s for s in (b["ls1"], b["ls2"]) if not idle(s)]
     if not (
         all(type(n) is nn.LayerNorm or (type(n) is LayerNorm and not n._fast_norm) for n in norms)
         and all(type(f) in (nn.Linear, FastLinear) for f in layers)
@@ -163,17 +166,17 @@ def _resolve(block: nn.Module, dtype: torch.dtype) -> Straight | None:
     return Straight(
         norm1=_norm(b["norm1"]),
         qkv=_layer(a["qkv"]),
-        q_norm=None if _idle(a["q_norm"]) else _norm(a["q_norm"]),
-        k_norm=None if _idle(a["k_norm"]) else _norm(a["k_norm"]),
+        q_norm=None if idle(a["q_norm"]) else _norm(a["q_norm"]),
+        k_norm=None if idle(a["k_norm"]) else _norm(a["k_norm"]),
         heads=attn.num_heads,
         scale=attn.scale,
         proj=_layer(a["proj"]),
-        gamma1=None if _idle(b["ls1"]) else b["ls1"]._parameters["gamma"],
+        gamma1=None if idle(b["ls1"]) else b["ls1"]._parameters["gamma"],
         norm2=_norm(b["norm2"]),
         fc1=_layer(m["fc1"]),
         act=_activation(m["act"]),
         fc2=_layer(m["fc2"]),
-        gamma2=None if _idle(b["ls2"]) else b["ls2"]._parameters["gamma"],
+        gamma2=None if idle(b["ls2"]) else b["ls2"]._parameters["gamma"],
         product=linear if any(type(f) is FastLinear for f in layers) else F.linear,
     )
 
@@ -184,12 +187,6 @@ def _watched(m: nn.Module | None) -> bool:
         return False
     changed = "forward" in m.__dict__ or "_compiled_call_impl" in m.__dict__
     return changed or bool(m._forward_hooks or m._forward_pre_hooks)
-
-
-def _idle(m: nn.Module | None) -> bool:
-    """Whether a module does nothing now."""
-    kind = type(m)
-    return m is None or kind is nn.Identity or (kind in (nn.Dropout, DropPath) and not m.training)
 
 
 def _ordinary(m: nn.Module, dtype: torch.dtype) -> bool:
