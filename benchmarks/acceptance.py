@@ -18,8 +18,8 @@ from benchmarks.models import backbone_name, plain_backbone, reduced, schedule_o
 from benchmarks.speed import DENSE, TIMM, faster_dense, make_row
 from benchmarks.timing import Times, in_turns, peak_memory, ratio, release
 from reduction.functional import clustering
-from zoo.reduced import ReducedViT
-from zoo.rows import append_row
+from zoo.model.reduced import ReducedViT
+from zoo.results.rows import append_row
 
 CPU = torch.device("cpu")
 SMALL, BASE = "deit_small", "deit_base"

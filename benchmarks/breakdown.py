@@ -75,9 +75,9 @@ def marked() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for place, call in (
             ("zoo.adapters.attention.run_attention", under("attention", run_attention)),
-            ("zoo.adapters.straight.choose", chosen),
-            ("zoo.adapters.straight.fused", under("attention", kernels.fused)),
-            ("zoo.adapters.straight.signals", under("attention", signals)),
+            ("zoo.model.straight.choose", chosen),
+            ("zoo.model.straight.fused", under("attention", kernels.fused)),
+            ("zoo.model.straight.signals", under("attention", signals)),
         ):
             stack.enter_context(mock.patch(place, call))
         for kind in overriding:

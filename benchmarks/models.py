@@ -12,7 +12,7 @@ from torch import nn
 
 import zoo
 from zoo.errors import ZooError
-from zoo.reduced import ReducedViT
+from zoo.model.reduced import ReducedViT
 
 _STAGES: dict[str, Any] = {"name": "keep_rate", "rate": 0.7, "blocks": [3, 6, 9]}
 _EVERY: dict[str, Any] = {

@@ -28,8 +28,8 @@ from reduction.functional.attention import class_row
 from reduction.functional.masking import policy_softmax
 from reduction.functional.matching import bipartite_matching, head_sum
 from reduction.tokens import Tokens, take_rows
-from zoo import fast_linear
-from zoo.adapters.straight import straight_blocks
+from zoo.adapters import fast_linear
+from zoo.model.straight import straight_blocks
 
 WIDTH, HEADS, N = 384, 6, 197
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reduction.base import Step
+from reduction.counts import Step
 
 
 class State(NamedTuple):

@@ -9,8 +9,8 @@
 Dense is measured twice: timm's model untouched, and in this package's wrapper with the very kernels
 and options that the reduced models get. Efficiency is (dense time / reduced time) over (dense GMACs
 / reduced GMACs), against the faster of the two; 1 means that the speed-up is all that the
-arithmetic promises. Rows go to a `.jsonl` file in the schema of `zoo.rows`, with what it lacks
-under `bench`.
+arithmetic promises. Rows go to a `.jsonl` file in the schema of `zoo.results.rows`, with what it
+lacks under `bench`.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from benchmarks.timing import (
     release,
 )
 from reduction.functional import kernels
-from zoo import fast_linear
+from zoo.adapters import fast_linear
 from zoo.errors import ZooError
-from zoo.reduced import ReducedViT
-from zoo.rows import append_row, new_row
-from zoo.run.evaluate import count_costs, describe
-from zoo.runtime import Runtime
+from zoo.measure.describe import describe
+from zoo.model.reduced import ReducedViT
+from zoo.model.runtime import Runtime
+from zoo.results.rows import append_row, new_row
+from zoo.run.evaluate import count_costs
 
 USUAL = (
     "tome,topk,evit,pitome,tofu,diffrate,token_pooling,dpcknn,patchmerger"  # those with a target

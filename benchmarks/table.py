@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.acceptance import AT_1, AT_16, BASE, METHODS, SMALL
 from benchmarks.models import backbone_name
-from zoo.rows import read_rows
+from zoo.results.rows import read_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- efficiencies: python -m benchmarks.table -->", "<!-- end of efficiencies -->"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from zoo.throughput import seconds, take_turns
+from zoo.measure.throughput import seconds, take_turns
 
 Step = Callable[[], object]
 

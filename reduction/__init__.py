@@ -4,32 +4,32 @@ This package knows nothing of timm or Lightning: tokens, assignments, reducers a
 on tensors. `zoo` attaches them to models.
 """
 
-from reduction.assignment import Assignment, Keep, Merge, Mix, apply, unmerge
+from reduction.assignment import Assignment, Fuse, Keep, Merge, Mix, apply, unmerge
 from reduction.base import (
     AttentionInput,
     AttentionOutput,
-    Budget,
     Card,
-    Dims,
     Outcome,
     Reducer,
     ScoreReducer,
-    Spec,
-    Step,
 )
+from reduction.counts import Budget, Dims, Spec, Step
 from reduction.errors import UnknownName, UnreachableBudget, ZooError
-from reduction.geometric import Geometric
-from reduction.registry import card, create, create_reducer, list_methods, register
-from reduction.schedule import (
-    ConstantR,
-    KeepRate,
-    PerBlock,
-    Schedule,
+from reduction.registry import (
+    card,
+    create,
+    create_reducer,
     create_schedule,
+    list_methods,
     list_schedules,
-    parse_r,
+    register,
 )
-from reduction.target import Target, TargetGmacs, register_family
+from reduction.schedules.base import Schedule
+from reduction.schedules.constant_r import ConstantR, parse_r
+from reduction.schedules.geometric import Geometric
+from reduction.schedules.keep_rate import KeepRate
+from reduction.schedules.per_block import PerBlock
+from reduction.schedules.target import Target, TargetGmacs, register_family
 from reduction.tokens import Signals, Tokens
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -10,11 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from torch import Tensor, nn
 
 from reduction.assignment import Assignment, Keep, apply
+from reduction.config import Configured
+from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.tokens import SIGNALS, Signals, Tokens
 
 if TYPE_CHECKING:
-    from reduction.schedule import Schedule
+    from reduction.schedules.base import Schedule
 
 Site = Literal["pre", "attn", "mid", "post"]
 
@@ -46,70 +47,6 @@ class Card:
     kind: str
     training: str
     note: str = ""
-
-
-class Budget(NamedTuple):
-    """What a schedule allows one block.
-
-    Attributes:
-        keep: Reducible tokens to keep.
-        prune: Tokens that survive pruning before merging, for methods that do both.
-    """
-
-    keep: int
-    prune: int | None = None
-
-
-class Step(NamedTuple):
-    """Where in the network a reduction happens. Plain integers, known before any data.
-
-    Attributes:
-        block: Index of the block, from 0.
-        depth: Number of blocks.
-        budget: What the schedule allows here; `keep` is already clipped to what is possible.
-        grid: Patch grid `(rows, columns)` of the input.
-    """
-
-    block: int
-    depth: int
-    budget: Budget
-    grid: tuple[int, int]
-
-    @property
-    def keep(self) -> int:
-        """Reducible tokens to keep."""
-        return self.budget.keep
-
-
-class Spec(NamedTuple):
-    """The model that a reducer is attached to: what learned parts are sized by.
-
-    Attributes:
-        width: C, features per token.
-        heads: H, attention heads.
-        head_dim: d, features per head.
-        depth: Number of blocks.
-        prefix: P, prefix tokens.
-        grid: Patch grid `(rows, columns)`.
-        classes: Number of classes, 0 for a model without classifier.
-        steps: The reduction of each block, None where nothing happens.
-        reads: What the classifier pools: "class" (the class token) or "patches".
-    """
-
-    width: int
-    heads: int
-    head_dim: int
-    depth: int
-    prefix: int
-    grid: tuple[int, int]
-    classes: int
-    steps: tuple[Step | None, ...]
-    reads: str = "class"
-
-    @property
-    def stages(self) -> list[Step]:
-        """The blocks that reduce, in order."""
-        return [s for s in self.steps if s is not None]
 
 
 class AttentionInput(NamedTuple):
@@ -160,22 +97,6 @@ class Outcome(NamedTuple):
     teacher: Outcome | None = None
 
 
-class Dims(NamedTuple):
-    """Widths that decide what a reducer's own products cost.
-
-    Attributes:
-        width: C, features per token.
-        heads: H, attention heads.
-        head_dim: d, features per head.
-        class_tokens: Leading tokens that together act as the class token.
-    """
-
-    width: int
-    heads: int
-    head_dim: int
-    class_tokens: int = 1
-
-
 class AttentionOutput(NamedTuple):
     """Result of an attention that a reducer computed itself.
 
@@ -190,7 +111,7 @@ class AttentionOutput(NamedTuple):
     tokens: Tokens | None = None
 
 
-class Reducer(nn.Module):
+class Reducer(Configured, nn.Module):
     """Base of all methods. A subclass writes `assign` and states what it needs.
 
     Constructor arguments must be stored under their own names: `config` reads them back, and with
@@ -382,14 +303,6 @@ class Reducer(nn.Module):
     def after_step(self) -> None:
         """After each step of the optimiser: bring parameters back to where they have a meaning."""
 
-    def config(self) -> dict[str, Any]:
-        """Registry name and constructor arguments: enough to build the reducer again."""
-        return {"name": self.name or _qualified_name(self), **constructor_arguments(self)}
-
-    def extra_repr(self) -> str:
-        """Constructor arguments, for printing."""
-        return ", ".join(f"{k}={v!r}" for k, v in constructor_arguments(self).items())
-
 
 class ScoreReducer(Reducer):
     """Keep the tokens with the highest score. A subclass writes `score`."""
@@ -432,23 +345,6 @@ def score_signal(score_from: str) -> frozenset[str]:
     if score_from not in SCORES:
         raise ZooError(f"score_from must be one of {SCORES}, got {score_from!r}")
     return frozenset({"cls_row" if score_from == "class" else "column"})
-
-
-def constructor_arguments(obj: object) -> dict[str, Any]:
-    """Values of an object's constructor arguments, read from attributes of the same names."""
-    names = list(inspect.signature(type(obj).__init__).parameters.values())[1:]
-    plain = [p for p in names if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return {p.name: _plain(getattr(obj, p.name)) for p in plain}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _qualified_name(obj: object) -> str:
-    return f"{type(obj).__module__}.{type(obj).__qualname__}"
 
 
 def check_needs(reducer: Reducer) -> None:

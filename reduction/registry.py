@@ -1,22 +1,141 @@
-"""Names of methods: what is written to disk and shown in listings.
+"""Names of methods, schedules and plugins: what is written to disk and shown in listings.
 
-Every module in `reduction.methods` is imported on first use, so adding a method means adding a
-file and editing no list.
+One `Registry` holds one kind of part. The modules of its package are imported on first use, so
+adding a method means adding a file and editing no list.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from reduction.base import Card, Reducer, check_needs
 from reduction.errors import UnknownName, ZooError
+from reduction.schedules.base import SCHEDULES, Schedule
+from reduction.schedules.constant_r import ConstantR
 
-_METHODS: dict[str, type[Reducer]] = {}
+_T = TypeVar("_T")
 _R = TypeVar("_R", bound=type[Reducer])
+
+
+class Registry(Generic[_T]):
+    """The classes of one kind of part, by name, and the parser of `name | mapping | instance`.
+
+    Args:
+        kind: What a part is called in messages: "reducer", "schedule", "plugin".
+        base: Class of all parts.
+        package: Package whose modules register parts when they are imported.
+        example: A mapping for messages.
+        classes: Parts that are known already; the registry keeps this dictionary.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        base: type[_T],
+        package: str,
+        example: str,
+        classes: dict[str, type[_T]] | None = None,
+    ) -> None:
+        self.kind, self.base, self.package, self.example = kind, base, package, example
+        self.classes: dict[str, type[_T]] = {} if classes is None else classes
+
+    def add(self, name: str, cls: type[_T]) -> None:
+        """Give a class its name.
+
+        Args:
+            name: Lower case letters, digits and underscores.
+            cls: The class.
+
+        Raises:
+            ValueError: If the name is malformed or taken, or the class has no `card` where others
+                of its kind have one.
+        """
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ValueError(f"expected a name like 'token_pooling', got {name!r}")
+        other = self.classes.get(name)
+        # The same class may come twice, e.g. when a notebook cell or a module is reloaded.
+        if other is not None and other.__qualname__ != cls.__qualname__:
+            raise ValueError(f"the name {name!r} already belongs to {other.__qualname__}")
+        if not isinstance(getattr(cls, "card", None), Card):
+            raise ValueError(f"{cls.__name__} needs a class attribute `card = Card(...)`")
+        cls.name = name  # type: ignore[attr-defined]
+        self.classes[name] = cls
+
+    def load(self) -> dict[str, type[_T]]:
+        """All classes by name, after every module of the package was imported."""
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        return self.classes
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self.load())
+
+    def get(self, name: str, also: Sequence[str] = ()) -> type[_T]:
+        """Class of a name.
+
+        Args:
+            name: Registry name.
+            also: Words that mean something where the name was typed, for the message.
+
+        Raises:
+            UnknownName: With the nearest names.
+        """
+        classes = self.classes if name in self.classes else self.load()
+        if name not in classes:
+            raise UnknownName(self.kind, name, [*classes, *also])
+        return classes[name]
+
+    def build(self, name: str, args: Mapping[str, Any], also: Sequence[str] = ()) -> _T:
+        """Build a part.
+
+        Raises:
+            UnknownName: If there is no such part.
+            ZooError: If an argument is unknown or has a bad value.
+        """
+        cls = self.get(name, also)
+        try:
+            return cls(**args)
+        except TypeError as error:
+            raise ZooError(f"{self.kind} {name!r}: {argument_error(cls, error)}") from error
+
+    def parse(
+        self, spec: str | Mapping[str, Any] | _T, also: Sequence[str] = ()
+    ) -> tuple[str, dict[str, Any]] | _T:
+        """Read `name | mapping | instance`: an instance, or name and arguments.
+
+        Raises:
+            ZooError: If the specification is none of these.
+        """
+        if isinstance(spec, self.base):
+            return spec
+        if isinstance(spec, str):
+            return spec, {}
+        if isinstance(spec, Mapping) and "name" in spec:
+            args = {str(k): v for k, v in spec.items()}
+            return args.pop("name"), args
+        raise ZooError(
+            f"expected a {self.kind} name, instance or mapping like {self.example}, got {spec!r}"
+        )
+
+
+def argument_error(cls: type, error: TypeError) -> str:
+    """What is wrong with the arguments of a constructor, and which it takes."""
+    accepted = list(inspect.signature(cls).parameters)
+    text = re.sub(r"^.*__init__\(\) ", "", str(error))
+    return f"{text}; it takes {accepted or 'no arguments'}"
+
+
+METHODS: Registry[Reducer] = Registry("reducer", Reducer, "reduction.methods", "{'name': 'tome'}")
+_SCHEDULES: Registry[Schedule] = Registry(
+    "schedule", Schedule, "reduction.schedules", "{'name': 'constant_r', 'r': 13}", SCHEDULES
+)
 
 
 def register(name: str) -> Callable[[_R], _R]:
@@ -28,33 +147,17 @@ def register(name: str) -> Callable[[_R], _R]:
     Raises:
         ValueError: If the name is malformed or taken, or the class has no `card`.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"expected a name like 'token_pooling', got {name!r}")
 
     def wrap(cls: _R) -> _R:
-        other = _METHODS.get(name)
-        # The same class may come twice, e.g. when a notebook cell or a module is reloaded.
-        if other is not None and other.__qualname__ != cls.__qualname__:
-            raise ValueError(f"the name {name!r} already belongs to {other.__qualname__}")
-        if not isinstance(getattr(cls, "card", None), Card):
-            raise ValueError(f"{cls.__name__} needs a class attribute `card = Card(...)`")
-        cls.name = name
-        _METHODS[name] = cls
+        METHODS.add(name, cls)
         return cls
 
     return wrap
 
 
-def _load() -> dict[str, type[Reducer]]:
-    package = importlib.import_module("reduction.methods")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"reduction.methods.{module.name}")
-    return _METHODS
-
-
 def list_methods() -> list[str]:
     """Registry names of all methods, sorted."""
-    return sorted(_load())
+    return METHODS.names()
 
 
 def method(name: str) -> type[Reducer]:
@@ -63,10 +166,7 @@ def method(name: str) -> type[Reducer]:
     Raises:
         UnknownName: With the nearest names.
     """
-    methods = _METHODS if name in _METHODS else _load()
-    if name not in methods:
-        raise UnknownName("reducer", name, [*methods, "none"])
-    return methods[name]
+    return METHODS.get(name, also=["none"])
 
 
 def card(name: str) -> Card:
@@ -85,11 +185,7 @@ def create(name: str, **args: Any) -> Reducer:
         UnknownName: If there is no such method.
         ZooError: If an argument is unknown or has a bad value.
     """
-    cls = method(name)
-    try:
-        reducer = cls(**args)
-    except TypeError as error:
-        raise ZooError(f"reducer {name!r}: {_argument_error(cls, error)}") from error
+    reducer = METHODS.build(name, args, also=["none"])
     check_needs(reducer)
     return reducer
 
@@ -100,29 +196,44 @@ def create_reducer(spec: str | Mapping[str, Any] | Reducer | None) -> Reducer | 
     Raises:
         ZooError: If the specification is none of these.
     """
-    if spec is None or (isinstance(spec, str) and spec == "none"):
+    if spec is None:
         return None
-    if isinstance(spec, Reducer):
-        check_needs(spec)
-        return spec
-    if isinstance(spec, str):
-        return create(spec)
-    if isinstance(spec, Mapping) and "name" in spec:
-        args = {str(k): v for k, v in spec.items()}
-        name = args.pop("name")
-        return None if name in (None, "none") else create(name, **args)
-    raise ZooError(
-        f"expected a reducer name, instance or mapping like {{'name': 'tome'}}, got {spec!r}"
-    )
-
-
-def _argument_error(cls: type, error: TypeError) -> str:
-    import inspect
-
-    accepted = list(inspect.signature(cls).parameters)
-    text = re.sub(r"^.*__init__\(\) ", "", str(error))
-    return f"{text}; it takes {accepted or 'no arguments'}"
+    parsed = METHODS.parse(spec)
+    if isinstance(parsed, Reducer):
+        check_needs(parsed)
+        return parsed
+    name, args = parsed
+    return None if name in (None, "none") else create(name, **args)
 
 
 def no_reducer() -> None:
     """The dense model; what `reducer=none` builds."""
+
+
+def create_schedule(spec: str | Mapping[str, Any] | Schedule | None) -> Schedule | None:
+    """Build a schedule from a name, a mapping `{"name": ..., **args}`, or pass an instance on.
+
+    Raises:
+        UnknownName: With the nearest names.
+        ZooError: If an argument is unknown or has a bad value.
+    """
+    if spec is None:
+        return None
+    parsed = _SCHEDULES.parse(spec)
+    if isinstance(parsed, Schedule):
+        return parsed
+    name, args = parsed
+    if name not in SCHEDULES:
+        METHODS.load()  # methods may bring schedules of their own
+    return _SCHEDULES.build(name, args)
+
+
+def list_schedules() -> list[str]:
+    """Registry names of all schedules, sorted; methods may bring their own."""
+    METHODS.load()
+    return _SCHEDULES.names()
+
+
+def default_schedule(r: float | Sequence[int] | None = None) -> Schedule | None:
+    """`schedule.r=13` on a command line without choosing a schedule; None leaves the default."""
+    return None if r is None else ConstantR(r)

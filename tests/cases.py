@@ -19,8 +19,8 @@ from torch import nn
 
 import reduction
 import zoo
+from zoo.model.reduced import ReducedViT
 from zoo.models.jumbo import Jumbo
-from zoo.reduced import ReducedViT
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ MOVING = {"scale": 3.0, "center": 2.0}
 
 def avit(
     name: str = "plain", schedule: dict | None = None, **args: object
-) -> zoo.reduced.ReducedViT:
+) -> zoo.model.reduced.ReducedViT:
     return zoo.wrap(backbone(name), {"name": "avit", **args}, schedule or UNLIMITED).eval()
 
 

@@ -24,7 +24,7 @@ from benchmarks.timing import Times, in_turns, peak_memory, ratio
 from reduction.functional import clustering, kernels
 from tests.cases import backbone, images
 from zoo.errors import ZooError
-from zoo.rows import FIELDS, read_rows
+from zoo.results.rows import FIELDS, read_rows
 
 CPU = torch.device("cpu")
 STAGES = {"name": "keep_rate", "rate": 0.6, "blocks": [1, 2, 3]}

@@ -159,8 +159,8 @@ class _Learned(ScoreReducer):
 def learned(monkeypatch):
     from reduction import registry
 
-    methods = dict(registry._load())
-    monkeypatch.setattr(registry, "_METHODS", methods)
+    methods = dict(registry.METHODS.load())
+    monkeypatch.setattr(registry.METHODS, "classes", methods)
     reduction.register("learned_for_test")(_Learned)
     yield
     _Learned.name = ""

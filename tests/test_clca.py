@@ -12,8 +12,8 @@ import zoo
 from reduction.tokens import Tokens
 from tests.cases import METHODS, Row, backbone, images
 from zoo.errors import ZooError
+from zoo.model.reduced import ReducedViT
 from zoo.plugins.base import create_plugins
-from zoo.reduced import ReducedViT
 
 STAGES = {"name": "keep_rate", "rate": 0.6, "blocks": [1, 3]}
 

@@ -19,9 +19,9 @@ import zoo
 from tests.cases import METHODS, Row, backbone, images
 from tests.parity.clca_build import official_counts
 from tests.test_clca import STAGES, plugged
-from zoo.flops import fvcore_gmacs, torch_gmacs
+from zoo.cost.counters import fvcore_gmacs, torch_gmacs
+from zoo.model.reduced import ReducedViT
 from zoo.plugins.base import create_plugins, list_plugins
-from zoo.reduced import ReducedViT
 
 PLUGINS = ["cla", "clc", "clca", "ifa"]
 #: One of every kind: pairs, fusing, soft, clusters, masks in training, inside the attention, none.
@@ -197,7 +197,7 @@ def test_optimisers_know_the_clr_and_the_unused_head() -> None:
 
 
 def test_the_summary_of_a_run_names_the_plugin() -> None:
-    from zoo.rows import summary_line
+    from zoo.results.rows import summary_line
 
     m = plugged("clca", "evit")
     row = {"backbone": "vit", "method": "evit", "schedule": STAGES, "recipe": m.recipe}
@@ -216,7 +216,7 @@ def test_training_leaves_the_unused_head_alone() -> None:
 
 
 def test_the_page_lists_every_option() -> None:
-    from zoo.docs import _yaml
+    from zoo.cli.docs import _yaml
 
     page = Path(zoo.__file__).parents[1] / "docs" / "plugins" / "clca.md"
     if not page.is_file():

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import zoo
-from zoo.cli import main
-from zoo.rows import read_rows
+from zoo.cli.main import main
+from zoo.results.rows import read_rows
 from zoo.run.messages import unknown_flag
 
 ROOT = Path(zoo.__file__).resolve().parents[1]
@@ -255,7 +255,7 @@ def test_answers_at_once_import_nothing_heavy(tmp_path):
     """--help, --cfg job, typos and tab completion never wait for torch."""
     program = """
 import os, sys
-from zoo.cli import main
+from zoo.cli.main import main
 assert main(["--help"]) == 0
 for command in ("eval", "train"):
     assert main([command, "--help"]) == 0

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import zoo
-from zoo.cli import main
+from zoo.cli.main import main
 from zoo.errors import ZooError
-from zoo.rows import FIELDS, append_row, new_row, read_rows
-from zoo.run.evaluate import top_k
-from zoo.throughput import measure
+from zoo.measure.accuracy import top_k
+from zoo.measure.throughput import measure
+from zoo.results.rows import FIELDS, append_row, new_row, read_rows
 
 
 @pytest.fixture
@@ -177,12 +177,12 @@ def test_results_that_cannot_be_written_are_known_before_the_work(run, tmp_path,
 
 
 def test_row_that_cannot_be_written_after_the_work_is_printed(run, tmp_path, monkeypatch):
-    import zoo.rows
+    import zoo.results.rows
 
     def full(path, row):
         raise ZooError("no space left on device")
 
-    monkeypatch.setattr(zoo.rows, "append_row", full)
+    monkeypatch.setattr(zoo.results.rows, "append_row", full)
     code, out, err = run("eval backbone=test_vit task=flops")
     assert code == 2 and "no space left" in err
     assert json.loads(out.splitlines()[1])["gmacs"]["total"] > 0
@@ -226,7 +226,7 @@ def test_report_command_draws_the_rows_again(run, tmp_path):
 )
 def test_sweeps_do_not_start_themselves_again(run, monkeypatch, strategy, devices, refused):
     import zoo.run.train
-    from zoo.rows import new_row
+    from zoo.results.rows import new_row
 
     monkeypatch.setattr(zoo.run.train, "train", lambda cfg: new_row(method="none", backbone="x"))
     code, _, err = run(f"train -m seed=0,1 trainer.strategy={strategy} 'trainer.devices={devices}'")
@@ -265,7 +265,7 @@ class Takes(nn.Module):
 
 @pytest.fixture
 def clock(monkeypatch):
-    monkeypatch.setattr("zoo.throughput.time.perf_counter", lambda: Takes.now)
+    monkeypatch.setattr("zoo.measure.throughput.time.perf_counter", lambda: Takes.now)
 
 
 def test_throughput_is_images_per_second_of_both_models(clock):
@@ -317,12 +317,12 @@ def test_throughput_in_the_row(run, tmp_path):
 
 
 def test_doctor_finds_a_model_that_is_not_timm_s(run, monkeypatch):
-    import zoo.doctor
+    import zoo.cli.doctor
 
-    monkeypatch.setattr(zoo.doctor, "shipped", lambda: iter([(True, "vit_digits", "left out")]))
+    monkeypatch.setattr(zoo.cli.doctor, "shipped", lambda: iter([(True, "vit_digits", "left out")]))
     code, out, _ = run("doctor")
     assert code == 0 and "all is well" in out and "FAIL" not in out
-    monkeypatch.setattr(zoo.doctor, "_gap", lambda *models: 1e-3)
+    monkeypatch.setattr(zoo.cli.doctor, "_gap", lambda *models: 1e-3)
     code, out, _ = run("doctor")
     assert code == 1 and "FAIL VisionTransformer, class token: 1.0e-03" in out
 

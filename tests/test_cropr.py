@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import zoo
 from tests.cases import backbone, images
 from zoo.errors import ZooError
-from zoo.reduced import ReducedViT
+from zoo.model.reduced import ReducedViT
 
 
 def cropr(r: object = 8, depth: int = 5, name: str = "plain", **args: object) -> ReducedViT:

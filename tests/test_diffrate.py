@@ -17,12 +17,12 @@ from torch import Tensor
 import reduction
 import zoo
 from reduction import Budget, Signals, Step, Tokens
-from reduction.functional.flops import effective_counts
+from reduction.functional.diffrate_cost import effective_counts
 from reduction.functional.matching import most_similar
 from reduction.methods.diffrate import DiffRate
 from tests.cases import backbone, images
 from zoo.errors import UnsupportedModel, ZooError
-from zoo.rows import new_row, summary_line
+from zoo.results.rows import new_row, summary_line
 from zoo.run.messages import config_folder
 
 PUBLISHED = json.loads(
@@ -286,7 +286,8 @@ def test_published_schedule(model: str, option: str, target: str, configs: None)
 
 
 def test_both_counts_are_reported(configs: None) -> None:
-    from zoo.run.evaluate import count_costs, describe
+    from zoo.measure.describe import describe
+    from zoo.run.evaluate import count_costs
 
     net = ghost("deit_small_patch16_224")
     schedule = PUBLISHED["ViT-S-DeiT"]["schedules"]["2.9"]

@@ -17,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
 import zoo
+from reduction.functional.diffrate_cost import effective_counts, vit_macs
 from reduction.functional.diffrate_search import (
     Cost,
     RateProxies,
@@ -24,7 +25,6 @@ from reduction.functional.diffrate_search import (
     search_macs,
     straight_mask,
 )
-from reduction.functional.flops import effective_counts, vit_macs
 from tests.cases import backbone, images
 from zoo.errors import ZooError
 from zoo.lit.diffrate_search import DiffRateSearch, cost_of

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import reduction
 import zoo
-from zoo import docs
+from zoo.cli import docs
 from zoo.run.messages import config_folder
 
 ROOT = Path(zoo.__file__).resolve().parents[1]
@@ -111,7 +111,7 @@ def test_command_exists(page, line, hydra_configs):
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2]) is not None
     elif words[0] == "zoo":
-        from zoo.cli import _parser
+        from zoo.cli.main import _parser
 
         _parser(words[1]).parse_args(words[2:])
     elif words[0] == "make":
@@ -143,14 +143,14 @@ def check_overrides(root: str, words: list[str]) -> None:
 
 
 def test_generated_parts_are_up_to_date():
-    assert docs.main(["--check"]) == 0, "run `python -m zoo.docs`"
+    assert docs.main(["--check"]) == 0, "run `python -m zoo.cli.docs`"
 
 
 def test_check_notices_a_stale_table(tmp_path, monkeypatch, capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (tmp_path / "README.md").write_text(readme.replace("| [`tome`]", "| [`tomo`]"))
     (tmp_path / "docs" / "methods").mkdir(parents=True)
-    monkeypatch.setattr(docs, "__file__", str(tmp_path / "zoo" / "docs.py"))
+    monkeypatch.setattr(docs, "__file__", str(tmp_path / "zoo" / "cli" / "docs.py"))
     assert docs.main(["--check"]) == 1
     assert "README.md" in capsys.readouterr().err
     assert docs.main([]) == 0
@@ -172,7 +172,7 @@ def test_every_method_has_a_page_that_says_where_it_is_from(name):
         assert f"https://arxiv.org/abs/{card.arxiv}" in text and "```bibtex" in text
     if card.code:
         assert card.code in text
-    from zoo.catalogue import describe
+    from zoo.cli.catalogue import describe
 
     for argument, default in describe(name)["arguments"].items():
         assert f"| `{argument}` | `{docs._yaml(default)}` |" in text, f"{page}: {argument}"

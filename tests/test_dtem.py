@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import zoo
-from reduction.base import AttentionInput, Budget, Step
+from reduction.base import AttentionInput
+from reduction.counts import Budget, Step
 from reduction.functional.matching import unit
 from reduction.methods.dtem import active_tokens, relaxed_top_r, sized_attention, soft_assignment
 from reduction.tokens import Signals, Tokens

@@ -9,8 +9,9 @@ import pytest
 
 import reduction
 from tests.parity.runner import main, methods_of, recorded
-from zoo import catalogue, docs, evidence
+from zoo.cli import catalogue, docs
 from zoo.errors import ZooError
+from zoo.results import evidence
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -109,7 +110,7 @@ def test_a_fixture_belongs_to_what_it_is_named_after_and_what_it_builds() -> Non
 def test_the_committed_parity_file_knows_every_fixture() -> None:
     stored = json.loads((evidence.RESULTS / "parity.json").read_text())["fixtures"]
     assert set(stored) == {p.stem for p in GOLDEN.glob("*.json")}, (
-        "run `python -m tests.parity tests/golden --write`, then `python -m zoo.docs`"
+        "run `python -m tests.parity tests/golden --write`, then `python -m zoo.cli.docs`"
     )
 
 

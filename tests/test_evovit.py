@@ -14,7 +14,7 @@ STAGES = {"name": "per_block", "keep": [None, 20, None, 30]}
 
 def evovit(
     name: str = "mae", schedule: dict | None = None, **args: object
-) -> zoo.reduced.ReducedViT:
+) -> zoo.model.reduced.ReducedViT:
     return zoo.wrap(backbone(name), {"name": "evovit", **args}, schedule or STAGES).eval()
 
 

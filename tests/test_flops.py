@@ -8,8 +8,8 @@ import torch
 
 import zoo
 from tests.cases import ALL, METHODS, Row, backbone, images, model
+from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 from zoo.errors import ZooError
-from zoo.flops import fvcore_gmacs, torch_gmacs
 
 
 def deit(**kwargs):

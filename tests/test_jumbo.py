@@ -17,8 +17,8 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor
 
 import zoo
+from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 from zoo.errors import ZooError
-from zoo.flops import fvcore_gmacs, torch_gmacs
 from zoo.models.jumbo import Jumbo
 
 # Width, J, heads, parameters, GMACs at 224 and 128 pixels, millions of parameters unshared.

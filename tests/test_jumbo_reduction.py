@@ -7,14 +7,15 @@ import torch
 
 import reduction
 import zoo
-from reduction.base import Dims
+from reduction.counts import Dims
 from reduction.tokens import Tokens
 from tests.cases import METHODS, Row, backbone, images, model
 from tests.test_jumbo import make, pictures
 from tests.test_metamorphic import two_textures
 from zoo.adapters.attention import attend
-from zoo.adapters.backbones import class_tokens, head
-from zoo.flops import fvcore_gmacs, torch_gmacs
+from zoo.adapters.backbones import class_tokens
+from zoo.adapters.heads import head
+from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 
 REDUCERS = ["tome", "topk", "evit", "random", "heuristic"]
 NOTHING = {

@@ -7,8 +7,8 @@ import torch
 
 import zoo
 from reduction import UnreachableBudget, ZooError, create_schedule, list_schedules
-from zoo import latency
-from zoo.flops import block_costs
+from zoo.budget import time as latency
+from zoo.cost.analytic import block_costs
 
 BACKBONE = "vit_tiny_patch16_224"
 
@@ -20,7 +20,7 @@ def clock(monkeypatch):
 
     def run(models, images, rounds, threads=None):
         def seconds(model):
-            costs = block_costs(model, model.schedule)
+            costs = block_costs(model.anatomy, model.schedule)
             macs = sum(c.linear + c.mlp + 2 * c.attention + 3 * c.reducer for c in costs)
             fee = sum(c.tokens_in != c.tokens_out for c in costs) * 2e-4
             return len(images) * (1e-11 * macs + fee + 1e-3)

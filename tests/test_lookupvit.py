@@ -19,8 +19,8 @@ from torch import nn
 
 import zoo
 from tests.cases import images
+from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 from zoo.errors import UnsupportedModel, ZooError
-from zoo.flops import fvcore_gmacs, torch_gmacs
 from zoo.models.lookupvit import (
     LookupBlock,
     LookupViT,
@@ -540,8 +540,9 @@ def test_saved_models_keep_their_grid(tmp_path) -> None:
 
 
 def test_rows_name_the_architecture_and_its_grid(tmp_path) -> None:
+    from zoo.measure.describe import describe
     from zoo.report.words import summary_line
-    from zoo.run.evaluate import count_costs, describe
+    from zoo.run.evaluate import count_costs
 
     m = zoo.create_model("lookupvit_digits", compressed_grid=(2, 4)).eval()
     row = {**describe(m), **count_costs(m)}

@@ -17,7 +17,8 @@ from reduction import UnreachableBudget
 from reduction.tokens import Tokens
 from tests.cases import ALL, METHODS, Row, backbone, images, model, pairs, refused
 from zoo.errors import ZooError
-from zoo.reduced import Info, ReducedViT
+from zoo.model.reduced import ReducedViT
+from zoo.model.stream import Info
 
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
 

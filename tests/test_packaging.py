@@ -74,7 +74,10 @@ def test_metadata(wheel):
 def test_installed_command_works_away_from_the_checkout(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    program = "import sys, zoo, zoo.cli; print(zoo.__file__); sys.exit(zoo.cli.main(sys.argv[1:]))"
+    program = (
+        "import sys, zoo; from zoo.cli.main import main; print(zoo.__file__); "
+        "sys.exit(main(sys.argv[1:]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program, "eval", "reducer=tome", "--cfg", "job"],
         cwd=tmp_path,

@@ -237,4 +237,4 @@ class TestRegistry:
         finally:
             from reduction import registry
 
-            del registry._METHODS["toy_norm"]
+            del registry.METHODS.classes["toy_norm"]

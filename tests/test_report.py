@@ -12,7 +12,7 @@ from zoo.errors import ZooError
 from zoo.report import table, write_report
 from zoo.report.colors import INK, method_colors
 from zoo.report.compare import compare
-from zoo.rows import append_row, new_row, wilson_interval
+from zoo.results.rows import append_row, new_row, wilson_interval
 
 HOSTILE = "</script><script>alert(1)</script>|*a*_b_`c`"
 CLOCK = itertools.count()

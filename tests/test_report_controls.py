@@ -10,14 +10,14 @@ from torch import nn
 
 import zoo
 from tests.test_report import dense, row
-from zoo.cli import main
+from zoo.cli.main import main
 from zoo.errors import ZooError
+from zoo.measure.fidelity import compare_answers
 from zoo.report.compare import compare
 from zoo.report.controls import LONGER, RESOLUTION, SMALLER
 from zoo.report.tables import csv_table, markdown_table
-from zoo.rows import read_rows
+from zoo.results.rows import read_rows
 from zoo.run.controls import lower_sizes
-from zoo.run.fidelity import compare_answers
 
 
 @pytest.fixture

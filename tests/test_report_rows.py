@@ -11,12 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import zoo.rows
+import zoo.results.rows
 from zoo.errors import ZooError
 from zoo.report.words import describe_budget, describe_tokens, format_gmacs
-from zoo.rows import FIELDS, append_row, new_row, read_rows, summary_line, wilson_interval
+from zoo.results.rows import (
+    FIELDS,
+    append_row,
+    new_row,
+    read_rows,
+    summary_line,
+    wilson_interval,
+)
 
-ROOT = Path(zoo.rows.__file__).resolve().parents[1]
+ROOT = Path(zoo.results.rows.__file__).resolve().parents[1]
 
 
 def run_python(code, *arguments, cwd=ROOT):
@@ -62,14 +69,14 @@ def test_rows_become_plain_json():
 
 
 def test_commit_only_of_our_own_checkout(monkeypatch, tmp_path):
-    zoo.rows._checkout.cache_clear()
-    monkeypatch.setattr(zoo.rows, "__file__", str(tmp_path / "site" / "zoo" / "rows.py"))
+    zoo.results.rows._checkout.cache_clear()
+    monkeypatch.setattr(zoo.results.rows, "__file__", str(tmp_path / "site" / "zoo" / "rows.py"))
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # somebody else's repository
     try:
         row = new_row()
         assert row["git"] is None and row["dirty"] is None
     finally:
-        zoo.rows._checkout.cache_clear()
+        zoo.results.rows._checkout.cache_clear()
 
 
 def test_commit_and_state_of_a_checkout(monkeypatch, tmp_path):
@@ -78,7 +85,7 @@ def test_commit_and_state_of_a_checkout(monkeypatch, tmp_path):
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr(zoo.rows, "__file__", str(tmp_path / "zoo" / "rows.py"))
+    monkeypatch.setattr(zoo.results.rows, "__file__", str(tmp_path / "zoo" / "rows.py"))
     (tmp_path / "zoo").mkdir()
     (tmp_path / "zoo" / "rows.py").write_text("1")
     git("init", "-q")
@@ -88,16 +95,16 @@ def test_commit_and_state_of_a_checkout(monkeypatch, tmp_path):
     for change in (None, "notes.txt", "zoo/new.py"):
         if change:
             (tmp_path / change).write_text("x")
-        zoo.rows._checkout.cache_clear()
-        states.append(zoo.rows._checkout())
-    zoo.rows._checkout.cache_clear()
+        zoo.results.rows._checkout.cache_clear()
+        states.append(zoo.results.rows._checkout())
+    zoo.results.rows._checkout.cache_clear()
     commit = git("rev-parse", "HEAD")
     assert states == [(commit, False), (commit, False), (commit, True)]
 
 
 def test_rows_need_no_torch(tmp_path):
     code = (
-        "import sys, zoo.rows as r; r.append_row(sys.argv[1], r.new_row(method='tome'));"
+        "import sys, zoo.results.rows as r; r.append_row(sys.argv[1], r.new_row(method='tome'));"
         "r.read_rows(sys.argv[1]); heavy = {'torch', 'timm', 'lightning', 'pandas'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -133,7 +140,7 @@ def test_append_to_what_cannot_be_written(tmp_path):
 def test_processes_append_to_one_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     code = (
-        "import sys; from zoo.rows import append_row\n"
+        "import sys; from zoo.results.rows import append_row\n"
         "for i in range(150): append_row(sys.argv[1], {'seed': i, 'notes': sys.argv[2] * 9000})"
     )
     workers = [run_python(code, path, letter) for letter in "abc"]
@@ -275,7 +282,7 @@ def test_words_survive_strange_values():
 
 def test_command_of_a_module_is_no_path(tmp_path):
     (tmp_path / "some_module.py").write_text(
-        "from zoo.rows import new_row\nprint(new_row()['command'])\n"
+        "from zoo.results.rows import new_row\nprint(new_row()['command'])\n"
     )
     command = [sys.executable, "-m", "some_module", "a b"]
     paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])

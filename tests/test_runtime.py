@@ -16,11 +16,12 @@ from reduction.functional import kernels
 from reduction.functional.attention import attention
 from reduction.functional.masking import policy_softmax
 from tests.cases import ALL, METHODS, Row, backbone, images, model
-from zoo import fast_linear
+from zoo.adapters import fast_linear
+from zoo.adapters.fast_linear import FastLinear
+from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 from zoo.errors import ZooError
-from zoo.fast_linear import FastLinear
-from zoo.flops import fvcore_gmacs, torch_gmacs
-from zoo.runtime import why_all_tokens
+from zoo.model import plan as planning
+from zoo.model.runtime import why_all_tokens
 
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
 HEADS = {name: not why_all_tokens(zoo.wrap(backbone(name), None)) for name in ALL}
@@ -328,13 +329,13 @@ def test_masked_softmax_has_the_same_gradients(scale: float) -> None:
 
 def test_the_plan_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     m, calls = model(METHODS[0]), []
-    real = type(m)._plan
+    real = planning.make_plan
 
-    def counted(self: Any, *given: Any, **named: Any) -> Any:
+    def counted(*given: Any, **named: Any) -> Any:
         calls.append(1)
-        return real(self, *given, **named)
+        return real(*given, **named)
 
-    monkeypatch.setattr(type(m), "_plan", counted)
+    monkeypatch.setattr(planning, "make_plan", counted)
     with torch.no_grad():
         m(images())
         m(images(3))

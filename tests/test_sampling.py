@@ -10,11 +10,11 @@ import torch
 import reduction
 import zoo
 from tests.cases import METHODS, Row, backbone, images, model
-from zoo.cli import main
+from zoo.cli.main import main
 from zoo.errors import ZooError
 from zoo.report.compare import compare
 from zoo.report.tables import csv_table, table
-from zoo.rows import new_row, read_rows, summary_line
+from zoo.results.rows import new_row, read_rows, summary_line
 
 ADAPTIVE = [r for r in METHODS if reduction.create(**r.reducer()).adaptive]
 rows = pytest.mark.parametrize("row", ADAPTIVE, ids=lambda r: r.id)

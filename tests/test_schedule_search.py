@@ -9,7 +9,7 @@ import torch
 
 import zoo
 from reduction import ZooError
-from zoo.schedule_search import ScheduleSearch
+from zoo.budget.search import ScheduleSearch
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_what_cannot_be_searched_is_refused(images) -> None:
 
 
 def test_the_experiment_writes_a_schedule_that_eval_reads(tmp_path, monkeypatch, capsys) -> None:
-    from zoo.cli import main
+    from zoo.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     line = "train experiment=schedule_search reducer=topk schedule.fraction=0.4 output_dir=run"
@@ -126,10 +126,10 @@ def test_the_experiment_writes_a_schedule_that_eval_reads(tmp_path, monkeypatch,
     assert main([*line.split(), *options]) == 0, capsys.readouterr().err
     written = json.loads((tmp_path / "run" / "schedule.json").read_text())
     assert len((tmp_path / "run" / "search.jsonl").read_text().splitlines()) == 7
-    row = zoo.rows.read_rows(tmp_path / "results")[-1]
+    row = zoo.results.rows.read_rows(tmp_path / "results")[-1]
     assert row["trained"] is False and row["top1_start"] is not None
     assert "6 schedules on 16 images" in row["notes"]
     evaluate = "eval weights=vit_digits reducer=topk schedule=per_block task=flops"
     assert main([*evaluate.split(), "schedule.file=run/schedule.json"]) == 0
-    again = zoo.rows.read_rows(tmp_path / "results")[-1]
+    again = zoo.results.rows.read_rows(tmp_path / "results")[-1]
     assert again["gmacs"]["total"] == pytest.approx(written["gmacs"])

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import zoo
 from benchmarks.timing import peak_memory
 from tests.cases import ALL, METHODS, Row, backbone, images, model
-from zoo.adapters.straight import Straight, straight_blocks
+from zoo.model.straight import Straight, straight_blocks
 
 #: Backbones of the tests all of whose blocks may run in a straight line.
 STRAIGHT = {"plain", "distilled", "registers", "dinov2", "gap", "mae", "map", "avgmax", "clip"}
@@ -32,7 +32,7 @@ def by_modules(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, Tensor],
 
     def run(m: nn.Module, x: Tensor) -> Tensor:
         with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr("zoo.block.straight_blocks", lambda blocks, x: [None] * len(blocks))
+            patch.setattr("zoo.model.block.straight_blocks", lambda blocks, x: [None] * len(blocks))
             return m(x)
 
     return run

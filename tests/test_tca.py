@@ -11,8 +11,8 @@ import zoo
 from reduction import Budget, Signals, Step, Tokens, create
 from reduction.functional.carriers import append
 from tests.cases import backbone, images
+from zoo.cost.counters import fvcore_gmacs
 from zoo.errors import ZooError
-from zoo.flops import fvcore_gmacs
 
 NINTHS = {"name": "keep_rate", "rounding": "ceil", "of": "current", "blocks": [3, 6, 9]}
 

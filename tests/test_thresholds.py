@@ -16,7 +16,7 @@ from tests.cases import backbone, images
 from zoo.errors import ZooError
 from zoo.lit.classifier import Classifier
 from zoo.lit.optim import create_optimizer
-from zoo.reduced import ReducedViT
+from zoo.model.reduced import ReducedViT
 
 NAMES = ("ltmp", "ltm", "ltp")
 R8 = {"name": "constant_r", "r": 8}

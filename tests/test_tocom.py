@@ -10,11 +10,11 @@ from hydra.core.global_hydra import GlobalHydra
 
 import zoo
 from tests.cases import backbone, images
+from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 from zoo.errors import ZooError
-from zoo.flops import fvcore_gmacs, torch_gmacs
 from zoo.lit.tocom import TokenCompensation
+from zoo.model.reduced import ReducedViT
 from zoo.plugins.tocom import ToCom
-from zoo.reduced import ReducedViT
 from zoo.run.messages import config_folder
 
 FAMILIES = ["plain", "gap", "registers", "qk_norm", "eva02", "eva02_fused", "dinov3", "rope_mixed"]

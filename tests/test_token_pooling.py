@@ -39,7 +39,7 @@ from reduction.functional.clustering import (
     weighted_means,
 )
 from tests.cases import backbone, images
-from zoo.flops import fvcore_gmacs, torch_gmacs
+from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 
 SIZES = [1, 2, 20, 98, 195, 196]
 

@@ -8,7 +8,7 @@ import torch
 import zoo
 from tests.cases import backbone, images
 from zoo.errors import ZooError
-from zoo.reduced import ReducedViT
+from zoo.model.reduced import ReducedViT
 
 LATE = {"name": "per_block", "keep": [None, None, 6, None]}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from zoo.version import __version__
 
 __all__ = [
     "ReducedViT",
@@ -25,7 +25,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from zoo.api import create_model, list_methods, list_models, load, profile, wrap
-    from zoo.reduced import ReducedViT
+    from zoo.model.reduced import ReducedViT
 
 
 def __getattr__(name: str) -> Any:
@@ -35,7 +35,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(zoo.api, name)
     if name == "ReducedViT":
-        from zoo.reduced import ReducedViT
+        from zoo.model.reduced import ReducedViT
 
         return ReducedViT
     raise AttributeError(f"module 'zoo' has no attribute {name!r}")

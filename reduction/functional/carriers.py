@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reduction.base import Reducer, Step
+from reduction.base import Reducer
+from reduction.counts import Step
 from reduction.tokens import Signals, Tokens
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from reduction.base import Reducer, Spec, Step
+from reduction.base import Reducer
+from reduction.counts import Spec, Step
 from reduction.errors import ZooError
 
 

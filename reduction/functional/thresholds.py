@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.assignment import Assignment, Keep, Merge, apply
-from reduction.base import AttentionInput, AttentionOutput, Dims, Outcome, Reducer, Spec, Step
+from reduction.base import AttentionInput, AttentionOutput, Outcome, Reducer
+from reduction.counts import Dims, Spec, Step
 from reduction.eager import traced
 from reduction.errors import ZooError
 from reduction.functional.attention import attention, column_mean

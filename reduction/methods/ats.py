@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Keep, apply
-from reduction.base import (
-    AttentionInput,
-    AttentionOutput,
-    Card,
-    Dims,
-    Reducer,
-    Step,
-)
+from reduction.base import AttentionInput, AttentionOutput, Card, Reducer
+from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.attention import attention, class_row
 from reduction.registry import register

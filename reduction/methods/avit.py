@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from reduction.assignment import Keep, apply
-from reduction.base import Card, Outcome, Reducer, Spec, Step
+from reduction.base import Card, Outcome, Reducer
+from reduction.counts import Spec, Step
 from reduction.errors import ZooError
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens

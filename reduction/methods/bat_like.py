@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Merge
-from reduction.base import Card, Dims, Reducer, Step, attention_score, score_signal
+from reduction.base import Card, Reducer, attention_score, score_signal
+from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import mean_shares
 from reduction.functional.density import density_peaks

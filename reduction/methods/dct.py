@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Mix
-from reduction.base import Card, Dims, Reducer, Step
+from reduction.base import Card, Reducer
+from reduction.counts import Dims, Step
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 

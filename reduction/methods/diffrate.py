@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from reduction.assignment import Assignment, Keep, Merge, apply
-from reduction.base import Card, Dims, Reducer, Spec, Step, attention_score, score_signal
+from reduction.base import Card, Reducer, attention_score, score_signal
+from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.diffrate_search import RateProxies, straight_mask
 from reduction.functional.matching import most_similar
 from reduction.functional.pooling import masked_average_head
 from reduction.registry import register
-from reduction.schedule import PerBlock
+from reduction.schedules.per_block import PerBlock
 from reduction.tokens import Signals, Tokens, take_rows
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from reduction.assignment import Merge
-from reduction.base import Card, Dims, Spec, Step
+from reduction.base import Card
+from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.density import density_peaks
 from reduction.functional.stages import StagedReducer

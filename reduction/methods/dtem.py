@@ -9,15 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.assignment import Keep, Merge, apply
-from reduction.base import (
-    AttentionInput,
-    AttentionOutput,
-    Card,
-    Dims,
-    Reducer,
-    Spec,
-    Step,
-)
+from reduction.base import AttentionInput, AttentionOutput, Card, Reducer
+from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import no_autocast
 from reduction.functional.matching import bipartite_matching, split_sizes, unit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Merge, apply
-from reduction.base import Dims, Step
+from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.squeezing import squeeze, squeeze_masked
 from reduction.methods.dynamicvit import DynamicViT, Predictor

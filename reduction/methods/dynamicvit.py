@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.assignment import Keep, apply
-from reduction.base import Card, Dims, Outcome, Spec, Step
+from reduction.base import Card, Outcome
+from reduction.counts import Dims, Spec, Step
 from reduction.functional.stages import StagedReducer
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens

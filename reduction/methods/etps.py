@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from reduction.assignment import Merge
-from reduction.base import Card, Dims, Reducer, Step, attention_score, score_signal
+from reduction.base import Card, Reducer, attention_score, score_signal
+from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.squeezing import squeeze
 from reduction.registry import register

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from reduction.assignment import Assignment, Fuse, Keep
-from reduction.base import Card, Dims, Reducer, Step, attention_score, score_signal
+from reduction.base import Card, Reducer, attention_score, score_signal
+from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens

@@ -9,16 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reduction.base import (
-    Card,
-    Dims,
-    Outcome,
-    Reducer,
-    Spec,
-    Step,
-    attention_score,
-    score_signal,
-)
+from reduction.base import Card, Outcome, Reducer, attention_score, score_signal
+from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reduction.assignment import Keep, Merge, apply
-from reduction.base import AttentionInput, AttentionOutput, Card, Dims, Reducer, Step
+from reduction.base import AttentionInput, AttentionOutput, Card, Reducer
+from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.attention import class_row_of
 from reduction.functional.graphs import neighbour_graph

@@ -7,10 +7,11 @@ import functools
 import torch
 
 from reduction.assignment import Keep
-from reduction.base import Budget, Card, Reducer, Step
+from reduction.base import Card, Reducer
+from reduction.counts import Budget, Step
 from reduction.errors import ZooError
 from reduction.registry import register
-from reduction.schedule import Schedule
+from reduction.schedules.base import Schedule
 from reduction.tokens import Signals, Tokens
 
 PATTERNS = ("l1", "l2", "linf")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Assignment, Keep, Merge
-from reduction.base import Card, Dims, Reducer, Step, attention_score, score_signal
+from reduction.base import Card, Reducer, attention_score, score_signal
+from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.matching import head_sum, most_similar
 from reduction.registry import register

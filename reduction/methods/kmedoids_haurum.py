@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Keep
-from reduction.base import Card, Dims, Reducer, Spec, Step
+from reduction.base import Card, Reducer
+from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import least_of_cluster, squared_distances
 from reduction.methods.token_pooling import check_iterations

@@ -7,24 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reduction.assignment import Merge, apply
-from reduction.base import (
-    AttentionInput,
-    AttentionOutput,
-    Budget,
-    Card,
-    Dims,
-    Outcome,
-    Reducer,
-    Site,
-    Step,
-)
+from reduction.base import AttentionInput, AttentionOutput, Card, Outcome, Reducer, Site
+from reduction.counts import Budget, Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.attention import attention, column_mean
 from reduction.functional.clustering import mean_shares
 from reduction.functional.fusion import fuse_map, two_way_matching
 from reduction.functional.matching import split_sizes, unit
 from reduction.registry import register
-from reduction.schedule import Schedule
+from reduction.schedules.base import Schedule
 from reduction.tokens import Signals, Tokens
 
 POOLING = ("attention", "size", "max", "mean")

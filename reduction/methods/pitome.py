@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Merge
-from reduction.base import Card, Dims, Reducer, Step
+from reduction.base import Card, Reducer
+from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.matching import head_sum, unit
 from reduction.registry import register

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Merge
-from reduction.base import Card, Dims, Reducer, Step, attention_score, score_signal
+from reduction.base import Card, Reducer, attention_score, score_signal
+from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.matching import bipartite_matching, head_sum, split_sizes
 from reduction.registry import register

@@ -7,7 +7,8 @@ import random as _random
 import torch
 
 from reduction.assignment import Keep
-from reduction.base import Card, Reducer, Step
+from reduction.base import Card, Reducer
+from reduction.counts import Step
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.assignment import Mix
-from reduction.base import Card, Dims, Spec, Step
+from reduction.base import Card
+from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.stages import QueryReducer
 from reduction.registry import register

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reduction.assignment import Merge
-from reduction.base import Card, Dims, Reducer, Spec, Step, attention_score, score_signal
+from reduction.base import Card, Reducer, attention_score, score_signal
+from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows

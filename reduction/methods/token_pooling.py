@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Assignment, Keep, Merge
-from reduction.base import Card, Dims, Reducer, Step
+from reduction.base import Card, Reducer
+from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import (
     Clusters,

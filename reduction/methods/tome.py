@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from reduction.assignment import Merge
-from reduction.base import Card, Dims, Reducer, Step
+from reduction.base import Card, Reducer
+from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.matching import bipartite_matching, head_sum, split_sizes
 from reduction.registry import register

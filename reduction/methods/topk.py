@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from reduction.base import Card, ScoreReducer, Step, attention_score, score_signal
+from reduction.base import Card, ScoreReducer, attention_score, score_signal
+from reduction.counts import Step
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 

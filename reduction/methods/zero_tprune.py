@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Keep
-from reduction.base import Card, Dims, Reducer, Step
+from reduction.base import Card, Reducer
+from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import no_autocast
 from reduction.functional.matching import most_similar

@@ -1,14 +1,14 @@
 """`python -m tests.parity DIR`: run every fixture in DIR through the public API.
 
 With `--write` the result also goes to results/parity.json, which the catalogue of methods reads;
-`python -m zoo.docs` then updates the tables.
+`python -m zoo.cli.docs` then updates the tables.
 """
 
 import sys
 from pathlib import Path
 
 from tests.parity.runner import main
-from zoo.evidence import RESULTS
+from zoo.results.evidence import RESULTS
 
 if __name__ == "__main__":
     words = sys.argv[1:]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from reduction.schedule import parse_r
+from reduction.schedules.constant_r import parse_r
 from tests.parity.fixture import Case, Fixture, gradient_check, labels
 from tests.parity.runner import handles
 from tests.parity.stages import build, check_blocks, check_counts, evaluated

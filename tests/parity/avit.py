@@ -13,7 +13,8 @@ from reduction.methods.avit import prior_divergence, prior_target
 from tests.parity.fixture import Case, Fixture, gradient_check
 from tests.parity.learned import compare_gradients
 from tests.parity.runner import handles
-from zoo.reduced import Info, ReducedViT
+from zoo.model.reduced import ReducedViT
+from zoo.model.stream import Info
 
 UNLIMITED = {"name": "keep_rate", "rate": 1.0}
 

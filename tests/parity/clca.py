@@ -14,7 +14,8 @@ from reduction.assignment import Fuse, Keep, Merge
 from tests.parity.clca_build import build
 from tests.parity.fixture import Case, Fixture, Unsupported
 from tests.parity.runner import handles
-from zoo.reduced import Info, ReducedViT
+from zoo.model.reduced import ReducedViT
+from zoo.model.stream import Info
 
 
 @handles("clca")

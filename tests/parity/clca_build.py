@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 import reduction
 import zoo
-from reduction.base import AttentionInput, AttentionOutput, Step
+from reduction.base import AttentionInput, AttentionOutput
+from reduction.counts import Step
 from reduction.tokens import Tokens
 from tests.parity.fixture import Fixture, Unsupported
 from zoo.adapters.attention import run_attention
+from zoo.model.reduced import ReducedViT
 from zoo.plugins.base import Plugin, create_plugins
 from zoo.plugins.cla import LayerMixHead
 from zoo.plugins.clc import CLC
 from zoo.plugins.clca import CLCA
-from zoo.reduced import ReducedViT
 
 #: Class of the official code: our method, and the prefix of its learned parts in a fixture.
 REDUCERS: dict[str, tuple[str | None, str]] = {

@@ -14,7 +14,8 @@ from tests.parity.fixture import Case, Fixture, gradient_check
 from tests.parity.learned import compare_gradients, load_parts, named
 from tests.parity.runner import handles
 from tests.parity.stages import check_blocks, check_counts
-from zoo.reduced import Info, ReducedViT
+from zoo.model.reduced import ReducedViT
+from zoo.model.stream import Info
 
 NAMES = {"cropr.": "stages."}
 FLAGS = ("pre_attn_norm", "q_proj", "k_proj", "v_proj", "mlp")

@@ -15,7 +15,8 @@ import zoo
 from reduction.functional.diffrate_search import Cost, search_macs
 from tests.parity.fixture import Case, Fixture
 from tests.parity.runner import handles
-from zoo.reduced import Info, ReducedViT
+from zoo.model.reduced import ReducedViT
+from zoo.model.stream import Info
 
 
 @handles("DiffRate (ICCV 2023)")

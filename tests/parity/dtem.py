@@ -13,7 +13,7 @@ from reduction.methods.dtem import DTEM, active_tokens
 from tests.parity.fixture import Case, Fixture, gradient_check
 from tests.parity.runner import handles
 from tests.parity.stages import check_blocks, check_counts
-from zoo.reduced import ReducedViT
+from zoo.model.reduced import ReducedViT
 
 
 class Recording(DTEM):

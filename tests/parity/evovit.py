@@ -13,7 +13,8 @@ from tests.parity.fixture import Case, Fixture, gradient_check
 from tests.parity.learned import load_parts, named
 from tests.parity.runner import handles
 from tests.parity.stages import check_blocks, check_counts, evaluated
-from zoo.reduced import Info, ReducedViT
+from zoo.model.reduced import ReducedViT
+from zoo.model.stream import Info
 
 NAMES = {"head_cls.": "head.", "norm_cls.": "norm."}
 

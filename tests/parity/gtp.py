@@ -14,7 +14,8 @@ from tests.parity.fixture import Case, Fixture, Unsupported, gradient_check
 from tests.parity.runner import handles
 from tests.parity.stages import check_blocks, check_counts, evaluated
 from zoo.adapters.backbones import embed
-from zoo.reduced import Info, ReducedViT
+from zoo.model.reduced import ReducedViT
+from zoo.model.stream import Info
 
 PROPAGATION = {"GraphProp": "graph", "Mean": "mean", "None": "none", None: "none"}
 

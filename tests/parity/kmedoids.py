@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 import zoo
-from reduction.base import Step
+from reduction.counts import Step
 from reduction.methods.kmedoids_haurum import KMedoidsHaurum
 from tests.parity.fixture import Case, Fixture
 from tests.parity.runner import handles
 from tests.parity.stages import run_cases
-from zoo.reduced import Info
+from zoo.model.stream import Info
 
 
 class Started(KMedoidsHaurum):

@@ -11,7 +11,8 @@ from torch import Tensor
 import zoo
 from tests.parity.fixture import Case, Fixture, gradient_check
 from tests.parity.stages import check_blocks, check_counts, evaluated
-from zoo.reduced import Info, ReducedViT
+from zoo.model.reduced import ReducedViT
+from zoo.model.stream import Info
 
 Names = dict[str, str]
 

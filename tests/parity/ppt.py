@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from reduction.base import Step, attention_score
+from reduction.base import attention_score
+from reduction.counts import Step
 from reduction.methods.ppt import PPT, significance
 from reduction.tokens import Signals, Tokens
 from tests.parity.fixture import Case, Fixture, gradient_check
 from tests.parity.runner import handles
 from tests.parity.stages import check_blocks, check_counts, evaluated
-from zoo.api import wrap
+from zoo.build import wrap
 
 
 class Watched(PPT):

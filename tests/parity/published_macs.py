@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import zoo
-from reduction.functional.flops import caformer_s36_macs, effective_counts, vit_macs
+from reduction.functional.diffrate_cost import caformer_s36_macs, effective_counts, vit_macs
 from tests.parity.fixture import Case, Fixture
 from tests.parity.runner import handles
 

@@ -15,7 +15,7 @@ from reduction.tokens import Tokens
 from tests.parity.fixture import Case, Fixture
 from tests.parity.learned import cases, check_alone, compare_gradients, load_parts
 from tests.parity.runner import handles
-from zoo.reduced import Info
+from zoo.model.stream import Info
 
 SCORE = {"score_predictor.": "stages."}
 

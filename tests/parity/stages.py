@@ -11,7 +11,8 @@ from torch import Tensor
 import zoo
 from reduction.tokens import Tokens
 from tests.parity.fixture import Case, Fixture, gradient_check, labels
-from zoo.reduced import Info, ReducedViT
+from zoo.model.reduced import ReducedViT
+from zoo.model.stream import Info
 
 
 def build(fx: Fixture, reducer: Any, schedule: Any, **extra: Any) -> ReducedViT:

@@ -11,7 +11,7 @@ import zoo
 from reduction import Signals, Step, Tokens
 from reduction.assignment import Merge
 from reduction.methods.tca import TCA
-from reduction.schedule import KeepRate
+from reduction.schedules.keep_rate import KeepRate
 from tests.parity.fixture import Case, Fixture
 from tests.parity.runner import handles
 from tests.parity.stages import check_blocks, check_counts, evaluated

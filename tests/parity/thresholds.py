@@ -14,7 +14,8 @@ from tests.parity.fixture import Case, Fixture, Unsupported, gradient_check
 from tests.parity.learned import check_alone
 from tests.parity.runner import handles
 from tests.parity.stages import check_blocks, evaluated
-from zoo.reduced import Info, ReducedViT
+from zoo.model.reduced import ReducedViT
+from zoo.model.stream import Info
 
 METHODS = ("ltmp", "ltm", "ltp")
 NAMES = {"merge_threshold": "merge_masker", "prune_threshold": "prune_masker"}

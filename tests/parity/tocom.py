@@ -10,7 +10,7 @@ import zoo
 from tests.parity.fixture import Case, Fixture, gradient_check
 from tests.parity.runner import handles
 from tests.parity.stages import check_blocks, check_counts
-from zoo.reduced import ReducedViT
+from zoo.model.reduced import ReducedViT
 
 NAMES = {"attn.q_tocom.adapter_": "q.", "attn.v_tocom.adapter_": "v."}
 RATES = 16

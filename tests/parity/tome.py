@@ -9,7 +9,7 @@ import torch
 
 from reduction.assignment import Merge, apply, unmerge
 from reduction.functional.matching import Matching, bipartite_matching, kth_matching
-from reduction.schedule import parse_r
+from reduction.schedules.constant_r import parse_r
 from reduction.tokens import Tokens
 from tests.parity.fixture import Case, Fixture
 from tests.parity.runner import handles

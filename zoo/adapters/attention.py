@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from reduction.base import AttentionInput, AttentionOutput
 from reduction.functional.attention import attention
 from reduction.tokens import Signals, Tokens
+from zoo.adapters.fast_linear import FastLinear, linear
 from zoo.errors import UnsupportedModel, ZooError
-from zoo.fast_linear import FastLinear, linear
 
 #: What to add to queries and values, `(B, N, H d)` each, given the normalised input `(B, N, C)`.
 Shift = Callable[[Tensor], tuple[Tensor, Tensor]]

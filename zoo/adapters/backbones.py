@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,6 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from reduction.functional.attention import attention_bias
 from reduction.tokens import Tokens
 from zoo.adapters.blocks import block_adapter
 from zoo.adapters.standalone import as_standalone
@@ -161,63 +159,7 @@ def rope_for(embedded: Embedded, block: int, t: Tokens, moved: bool) -> Tensor |
     return rows.unsqueeze(1) if rows.dim() == 3 else rows.transpose(0, 1)
 
 
-#: `(model, x, weight) -> pooled`: tokens `(B, P+N, C)`, and weights `(B, N)` that add up to one.
-Pool = Callable[[nn.Module, Tensor, Tensor], Tensor]
-_POOLS: dict[object, Pool] = {}
-
-
-def register_pool(cls: type[nn.Module], pool: Pool) -> None:
-    """Support a model class with a `pool` of its own: how it pools tokens of unequal size."""
-    _POOLS[cls.pool] = pool
-
-
-def _mean_weight(size: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Share of each token in an average, `(B, N)`."""
-    weight = size if mask is None else size * mask
-    weight = weight.to(torch.promote_types(dtype, weight.dtype))
-    return (weight / weight.sum(1, keepdim=True)).to(dtype)
-
-
-def head(m: nn.Module, t: Tokens, pre_logits: bool = False) -> Tensor:
-    """Pool, normalise and classify; averages weigh tokens by size.
-
-    Args:
-        m: The backbone.
-        t: Tokens after the final norm.
-        pre_logits: Stop before the classifier.
-    """
-    if t.unit and t.mask is None:
-        return m.forward_head(t.x, pre_logits=pre_logits)
-    kind = m.global_pool
-    map_pool = getattr(m, "attn_pool", None)
-    if kind in ("token", "") or type(m).forward_head not in (
-        VisionTransformer.forward_head,
-        Eva.forward_head,
-    ):
-        return m.forward_head(t.x, pre_logits=pre_logits)
-    first = 0 if getattr(m, "pool_include_prefix", False) else t.prefix
-    x = t.x[:, first:]
-    size = t.size[:, first:]
-    mask = None if t.mask is None else t.mask[:, first:]
-    if kind == "prr":
-        raise ZooError(
-            "global_pool='prr' attends among all tokens and takes no sizes; it works with methods "
-            "that only prune, or rebuild the model with global_pool='avg'"
-        )
-    own = _POOLS.get(getattr(type(m), "pool", None))
-    if own is not None:
-        pooled = own(m, t.x, _mean_weight(size, mask, x.dtype))
-    elif map_pool is not None:
-        # Equal to counting a merged token once for every patch in it.
-        bias = attention_bias(size, mask, x.dtype)
-        pooled = map_pool(x, attn_mask=None if bias is None else bias.to(x.dtype))
-    else:
-        mean = (x * _mean_weight(size, mask, x.dtype).unsqueeze(-1)).sum(1)
-        if kind == "avg":
-            pooled = mean
-        else:
-            top = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), -torch.inf)
-            peak = top.amax(1)
-            pooled = peak if kind == "max" else 0.5 * (peak + mean)
-    pooled = m.head_drop(m.fc_norm(pooled))
-    return pooled if pre_logits else m.head(pooled)
+def input_size(backbone: nn.Module) -> tuple[int, int, int]:
+    """Returns `(channels, height, width)` of the images that a model was built for."""
+    embed: Any = backbone.patch_embed
+    return (embed.proj.in_channels, *embed.img_size)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
-from zoo.cost import BlockCost
+from reduction.counts import BlockCost
 from zoo.errors import UnsupportedModel
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import BadCheckpoint, ZooError
+from zoo.version import __version__
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -59,9 +60,7 @@ def versions() -> dict[str, str]:
 
 def zoo_version() -> str:
     """Return this library's version."""
-    import zoo
-
-    return str(getattr(zoo, "__version__", "unknown"))
+    return __version__
 
 
 def plain(value: Any, where: str) -> Any:

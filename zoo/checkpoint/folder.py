@@ -17,7 +17,7 @@ from zoo.checkpoint.rebuild import cannot_rebuild
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
-    from zoo.reduced import ReducedViT
+    from zoo.model.reduced import ReducedViT
 
 
 def save_pretrained(

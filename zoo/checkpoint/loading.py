@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from zoo.build import wrap
 from zoo.checkpoint import config as cfg
 from zoo.checkpoint.files import file_sha256, first_line, read_any
 from zoo.checkpoint.weights import fit, flat_state, read_folder_state
 from zoo.errors import BadCheckpoint, UnknownName, ZooError
 
 if TYPE_CHECKING:
-    from zoo.reduced import ReducedViT
+    from zoo.model.reduced import ReducedViT
 
 
 _log = logging.getLogger(__name__)
@@ -168,8 +169,7 @@ def _build(
     import timm
 
     import reduction
-    import zoo.api
-    import zoo.models  # registers our own architectures with timm
+    import zoo.models  # noqa: F401  (registers our own architectures with timm)
 
     saved = config["backbone"]
     if not timm.is_model(saved["name"]):
@@ -198,9 +198,7 @@ def _build(
     schedule = saved_schedule if schedule is KEEP else schedule
     backbone = _backbone(saved, args, pretrained=state is None, origin=origin, config=config)
     try:
-        model = zoo.api.wrap(
-            backbone, reducer, schedule, config["plugins"] if plugins is KEEP else plugins
-        )
+        model = wrap(backbone, reducer, schedule, config["plugins"] if plugins is KEEP else plugins)
     except ZooError as error:
         if other_parts or schedule is not saved_schedule or overrides:
             raise  # the caller's own words, not the file's

@@ -35,7 +35,7 @@ def load_weights(
     the position embedding to another image size.
 
     Args:
-        model: a :class:`~zoo.reduced.ReducedViT` or a plain timm model; changed in place.
+        model: a :class:`~zoo.model.reduced.ReducedViT` or a plain timm model; changed in place.
         path: the file or model folder.
         ema: take the averaged weights where a training file holds both.
         new_head: keep the model's own classifier and leave the file's aside.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from zoo.data.checks import check_classes, data_config
@@ -270,3 +270,31 @@ class ImageData(pl.LightningDataModule):
         return DataLoader(
             data, batch_size=batch_size, num_workers=self.num_workers, pin_memory=self.pin_memory
         )
+
+
+#: Images that stand for a data set where it is not run through as a whole.
+IMAGES = 256
+
+
+def spread_images(data: ImageData, most: int = IMAGES) -> Iterator[Tensor]:
+    """Batches of at most so many images of the test split, from all over it.
+
+    Args:
+        data: After `setup("test")`.
+        most: How many; a stream gives its first ones.
+    """
+    from torch.utils.data import DataLoader, IterableDataset, Subset
+
+    whole = data.dataset("test")
+    if isinstance(whole, IterableDataset):
+        left = most
+        for images, _ in data.test_dataloader():
+            yield images[:left]
+            left -= len(images)
+            if left <= 0:
+                return
+        return
+    count = len(whole)  # type: ignore[arg-type]
+    places = [i * count // min(most, count) for i in range(min(most, count))]
+    for images, _ in DataLoader(Subset(whole, places), batch_size=data.eval_batch_size):
+        yield images

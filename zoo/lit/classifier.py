@@ -248,7 +248,7 @@ def _freeze_others(net: nn.Module, patterns: Sequence[str]) -> None:
 
 def _dense_copy(net: nn.Module) -> nn.Module:
     """The same backbone, frozen as it is now, with nothing reduced."""
-    from zoo.reduced import ReducedViT
+    from zoo.model.reduced import ReducedViT
 
     dense = ReducedViT(copy.deepcopy(net.backbone))
     return dense.eval().requires_grad_(False)

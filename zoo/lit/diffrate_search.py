@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from reduction.functional.diffrate_search import Cost, search_macs
 from reduction.methods.diffrate import DiffRate
-from reduction.schedule import PerBlock
-from reduction.target import TargetGmacs
+from reduction.schedules.per_block import PerBlock
+from reduction.schedules.target import TargetGmacs
+from zoo.cost.profile import profile
 from zoo.errors import ZooError
-from zoo.flops import profile
 from zoo.lit.classifier import Classifier
 
 if TYPE_CHECKING:
     from reduction.functional.diffrate_search import RateProxies
-    from zoo.cost import Profile
-    from zoo.reduced import ReducedViT
+    from zoo.cost.types import Profile
+    from zoo.model.reduced import ReducedViT
 
 # 1 GMAC in the paper's loss is this share of the model it was tuned on, DeiT-S.
 _SHARE = 1 / 4.6

@@ -13,15 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from reduction.base import AttentionInput, AttentionOutput, Reducer, Step
+from reduction.base import AttentionInput, AttentionOutput, Reducer
+from reduction.counts import Step
 from reduction.errors import UnreachableBudget
-from reduction.schedule import KeepRate, PerBlock, Schedule, create_schedule
-from reduction.target import TargetGmacs
+from reduction.registry import create_schedule
+from reduction.schedules.base import Schedule
+from reduction.schedules.keep_rate import KeepRate
+from reduction.schedules.per_block import PerBlock
+from reduction.schedules.target import TargetGmacs
 from reduction.tokens import Signals, Tokens
+from zoo.cost.analytic import gmacs
+from zoo.cost.profile import profile
 from zoo.errors import ZooError
-from zoo.flops import gmacs, profile
 from zoo.lit.classifier import Classifier
-from zoo.reduced import ReducedViT
+from zoo.model.reduced import ReducedViT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -261,7 +266,11 @@ def at_target(net: ReducedViT, keep: Sequence[int], patches: int) -> Schedule:
     if net.target is None:
         return PerBlock(keep, strict=False)
     assert isinstance(net.target, TargetGmacs)
-    dense = gmacs(net, None).total
+
+    def cost(schedule: Schedule | None) -> float:
+        return gmacs(net.anatomy, schedule, last_block=net.runtime.last_block).total
+
+    dense = cost(None)
     target = net.target.gmacs if net.target.gmacs is not None else net.target.fraction * dense
 
     def make(strength: float) -> Schedule:
@@ -271,14 +280,14 @@ def at_target(net: ReducedViT, keep: Sequence[int], patches: int) -> Schedule:
     low, high = 0.0, 1.0 - 1e-9
     if dense <= target:
         return make(low)
-    if gmacs(net, make(high)).total > target:
+    if cost(make(high)) > target:
         raise UnreachableBudget(
             f"target of {target:.4g} GMACs cannot be met with counts shaped like {list(keep)}; "
             "raise module.penalty or module.rate, or search for more epochs"
         )
     for _ in range(40):
         middle = (low + high) / 2
-        inside = gmacs(net, make(middle)).total <= target
+        inside = cost(make(middle)) <= target
         low, high = (low, middle) if inside else (middle, high)
     return make(high)
 

@@ -1,4 +1,4 @@
-"""The Lightning recipe around `zoo.schedule_search`."""
+"""The Lightning recipe around `zoo.budget.search`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from zoo.budget.search import Found, ScheduleSearch, check_searchable
 from zoo.errors import ZooError
 from zoo.lit.classifier import Classifier
-from zoo.schedule_search import Found, ScheduleSearch, check_searchable
 
 if TYPE_CHECKING:
-    from zoo.reduced import ReducedViT
+    from zoo.model.reduced import ReducedViT
 
 
 class SearchedSchedule(Classifier):
@@ -25,7 +25,7 @@ class SearchedSchedule(Classifier):
     Args:
         net: A model with a reducer of fixed counts and a schedule, whose cost is the budget.
         images: Calibration images.
-        objective: See `zoo.schedule_search.ScheduleSearch`.
+        objective: See `zoo.budget.search.ScheduleSearch`.
         evaluations: Likewise.
         seconds: Likewise.
         seed: Likewise.

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reduction.schedule import ConstantR, Schedule
+from reduction.schedules.base import Schedule
+from reduction.schedules.constant_r import ConstantR
 from zoo.errors import ZooError
 from zoo.lit.classifier import Classifier
 from zoo.plugins.tocom import ToCom
 
 if TYPE_CHECKING:
-    from zoo.reduced import ReducedViT
+    from zoo.model.reduced import ReducedViT
 
 
 class TokenCompensation(Classifier):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from reduction.tokens import take_rows
 from zoo.adapters.attention import projection
-from zoo.adapters.backbones import register_pool
+from zoo.adapters.heads import register_pool
 from zoo.errors import ZooError
 from zoo.models.jumbo_block import JumboBlock, PatchDrop, check_options, check_pool
 from zoo.models.jumbo_weights import check_release, checkpoint_filter_fn, infer_args

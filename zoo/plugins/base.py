@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from reduction.base import Card, constructor_arguments
-from reduction.schedule import Schedule
+from reduction.base import Card
+from reduction.config import Configured
+from reduction.registry import Registry
+from reduction.schedules.base import Schedule
 from reduction.tokens import Tokens
-from zoo.errors import UnknownName, ZooError
 
-_PLUGINS: dict[str, type[Plugin]] = {}
 _P = TypeVar("_P", bound=type["Plugin"])
 
 
-class Plugin(nn.Module):
+class Plugin(Configured, nn.Module):
     """Acts around the blocks while a reducer acts inside them.
 
     What a plugin remembers within a forward pass is returned and handed back to it as `memory`,
@@ -105,17 +103,19 @@ class Plugin(nn.Module):
         """Names of the plugin's parameters that optimisers should not decay."""
         return set()
 
-    def config(self) -> dict[str, Any]:
-        """Registry name and constructor arguments."""
-        return {"name": self.name, **constructor_arguments(self)}
+
+PLUGINS: Registry[Plugin] = Registry("plugin", Plugin, "zoo.plugins", "{'name': 'clca'}")
 
 
-def register_plugin(name: str) -> Any:
-    """Class decorator that gives a plugin its registry name."""
+def register_plugin(name: str) -> Callable[[_P], _P]:
+    """Class decorator that gives a plugin its registry name.
+
+    Raises:
+        ValueError: If the name is malformed or taken, or the class has no `card`.
+    """
 
     def wrap(cls: _P) -> _P:
-        cls.name = name
-        _PLUGINS[name] = cls
+        PLUGINS.add(name, cls)
         return cls
 
     return wrap
@@ -127,17 +127,12 @@ def plugin_class(name: str) -> type[Plugin]:
     Raises:
         UnknownName: With the nearest names.
     """
-    if name not in list_plugins():
-        raise UnknownName("plugin", name, list_plugins())
-    return _PLUGINS[name]
+    return PLUGINS.get(name)
 
 
 def list_plugins() -> list[str]:
     """Registry names of all plugins, sorted."""
-    package = importlib.import_module("zoo.plugins")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"zoo.plugins.{module.name}")
-    return sorted(_PLUGINS)
+    return PLUGINS.names()
 
 
 def create_plugins(specs: Sequence[str | Mapping[str, Any] | Plugin]) -> list[Plugin]:
@@ -151,16 +146,8 @@ def create_plugins(specs: Sequence[str | Mapping[str, Any] | Plugin]) -> list[Pl
         specs = [specs]
     plugins = []
     for spec in specs or ():
-        if isinstance(spec, Plugin):
-            plugins.append(spec)
-            continue
-        args = {"name": spec} if isinstance(spec, str) else {str(k): v for k, v in spec.items()}
-        name = args.pop("name", None)
-        cls = plugin_class(str(name))
-        try:
-            plugins.append(cls(**args))
-        except TypeError as error:
-            raise ZooError(f"plugin {name!r}: {str(error).split('__init__() ')[-1]}") from error
+        parsed = PLUGINS.parse(spec)
+        plugins.append(parsed if isinstance(parsed, Plugin) else PLUGINS.build(*parsed))
     return plugins
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from reduction.schedule import Schedule
+from reduction.schedules.base import Schedule
 from reduction.tokens import Tokens
 from zoo.adapters.backbones import class_tokens
 from zoo.errors import ZooError

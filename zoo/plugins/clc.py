@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reduction.functional.carriers import append
-from reduction.schedule import Schedule
+from reduction.schedules.base import Schedule
 from reduction.tokens import Tokens
 from zoo.adapters.backbones import class_tokens
 from zoo.errors import ZooError

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from reduction.schedule import Schedule
+from reduction.schedules.base import Schedule
 from reduction.tokens import Tokens
 from zoo.plugins.base import Plugin, register_plugin
 from zoo.plugins.cla import CLA

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from reduction.base import Card
-from reduction.schedule import Schedule
-from reduction.target import Target
+from reduction.schedules.base import Schedule
+from reduction.schedules.target import Target
 from zoo.errors import ZooError
 
 CLCA_CARD = Card(

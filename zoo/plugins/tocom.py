@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.base import Card
-from reduction.schedule import ConstantR, Schedule
+from reduction.schedules.base import Schedule
+from reduction.schedules.constant_r import ConstantR
 from zoo.errors import ZooError
 from zoo.plugins.base import Plugin, register_plugin
 

@@ -40,7 +40,7 @@ def write_report(
             installed, or ``out_dir`` cannot be written. Nothing is written then.
     """
     from zoo.errors import ZooError
-    from zoo.rows import plain, read_rows
+    from zoo.results.rows import plain, read_rows
 
     missing = [name for name in ("plotly", "matplotlib") if not importlib.util.find_spec(name)]
     if missing:
@@ -81,7 +81,7 @@ def write_report(
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
     """A plain-text table of rows for the console; see `zoo.report.tables.table`."""
     from zoo.report import tables
-    from zoo.rows import plain
+    from zoo.results.rows import plain
 
     return tables.table([plain(row) for row in rows])
 

@@ -10,11 +10,12 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from zoo.report import readings
 from zoo.report.controls import guests, main_dense, name_controls, was_trained_here
+from zoo.report.entry import Comparison, Entry, View
 from zoo.report.names import name_entries, plugins
 from zoo.report.notes import notes_on
 from zoo.report.pareto import pareto_front
@@ -28,102 +29,6 @@ from zoo.report.words import (
     number,
     total_gmacs,
 )
-
-
-@dataclass(eq=False)
-class Entry:
-    """One configuration with its latest measurements."""
-
-    id: int
-    row: Row
-    dense: bool
-    trained: bool
-    backbone: str
-    data: str
-    name: str
-    budget: str
-    gmacs: float | None
-    cost: Row  # the row that the cost is from
-    tokens: Any
-    top1: float | None
-    interval: tuple[float, float] | None
-    reference_id: int | None = None
-    reference_gmacs: float | None = None
-    reference_top1: float | None = None
-    control: str | None = None  # what kind of control, see `zoo.report.controls`
-    guest: bool = False  # shown beside the models of another backbone
-    fidelity: Mapping[str, float] = field(default_factory=dict)
-    reducer_share: float | None = None  # percent of the GMACs
-    speeds: dict[str, Speed] = field(default_factory=dict)
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether this is a dense model that others are compared with, rather than a control."""
-        return self.dense and self.control is None
-
-    @property
-    def label(self) -> str:
-        """Method and budget, e.g. ``'tome r=13'``."""
-        return f"{self.title} {self.budget}".rstrip()
-
-    @property
-    def title(self) -> str:
-        """Name, telling trained weights from off-the-shelf ones."""
-        return f"{self.name} (trained)" if self.trained and not self.control else self.name
-
-    @property
-    def delta(self) -> float | None:
-        """Points of top-1 above (or below) the dense model; None for the dense model itself."""
-        if self.is_reference or self.top1 is None or self.reference_top1 is None:
-            return None
-        return self.top1 - self.reference_top1
-
-    @property
-    def saved(self) -> float | None:
-        """Percent of the dense model's GMACs that are saved; None for the dense model itself."""
-        if self.is_reference or self.gmacs is None or not self.reference_gmacs:
-            return None
-        return 100 * (1 - self.gmacs / self.reference_gmacs)
-
-
-@dataclass(eq=False)
-class View:
-    """Entries that share their data, and so may be compared; fronts hold entries in cost order.
-
-    `front` and `speed_fronts` are over all entries, the ones ending in `_untrained` over those
-    whose weights nobody trained for the purpose.
-    """
-
-    label: str
-    entries: list[Entry]
-    dense: list[Entry]
-    front: list[Entry]
-    speed_fronts: dict[str, list[Entry]]
-    notes: list[str]
-    front_untrained: list[Entry]
-    failures: list[Row] = field(default_factory=list)
-    combined: bool = False  # over several backbones
-
-    @property
-    def reference(self) -> Entry | None:
-        """The dense model, where there is exactly one to compare with."""
-        return self.dense[0] if len(self.dense) == 1 else None
-
-    @property
-    def settings(self) -> list[str]:
-        """Hardware settings and batch sizes with a throughput, the one with most entries first."""
-        return list(self.speed_fronts)
-
-
-@dataclass(eq=False)
-class Comparison:
-    """All that a report shows: every row is an entry's, in `others`, or in `failed`."""
-
-    rows: list[Row]
-    entries: list[Entry]
-    views: list[View]
-    others: list[tuple[Row, Entry]]
-    failed: list[Row]
 
 
 def compare(rows: Iterable[Row]) -> Comparison:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from zoo.report.words import describe_tokens, number
 
 if TYPE_CHECKING:
-    from zoo.report.compare import Entry
+    from zoo.report.entry import Entry
 
 RESOLUTION, SMALLER, LONGER = "lower resolution", "smaller model", "dense, trained on"
 KINDS = (RESOLUTION, SMALLER, LONGER)

@@ -15,7 +15,8 @@ from importlib import resources
 from typing import Any
 
 from zoo.report.colors import method_colors
-from zoo.report.compare import Comparison, Entry, succeeded_later
+from zoo.report.compare import succeeded_later
+from zoo.report.entry import Comparison, Entry
 from zoo.report.notes import CONVENTION, environment
 from zoo.report.payload import counted, method_of, payload, time_of
 from zoo.report.readings import Speed, fidelity
@@ -33,7 +34,7 @@ from zoo.report.words import (
     format_rate,
     number,
 )
-from zoo.rows import Row
+from zoo.results.rows import Row
 
 _MEANINGS = {
     "Reducer": "share of the GMACs that are the reducer's own",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from zoo.report.words import plugins
 
 if TYPE_CHECKING:
-    from zoo.report.compare import Entry
+    from zoo.report.entry import Entry
 
 
 def name_entries(entries: Sequence[Entry]) -> None:

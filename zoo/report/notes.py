@@ -6,46 +6,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from zoo.report.readings import hardware
 from zoo.report.words import number
 
 if TYPE_CHECKING:
-    from zoo.report.compare import Entry
+    from zoo.report.entry import Entry
 
 CONVENTION = (
     "GMACs are 1e9 multiply-accumulates for one image: convolutions, linear layers, attention "
     "products and the reducer's own products (matching, scoring); patch embedding and head are "
     "included, norms, softmax and other elementwise work are not."
 )
-
-
-def setting(row: Mapping[str, Any]) -> str:
-    """The setting of a throughput, batch size included: only rates of one setting are compared."""
-    parts = [hardware(row), *_switched_on(row.get("runtime")), *_benchmark(row.get("bench"))]
-    if (batch := number(row.get("batch"))) is not None:
-        parts.append(f"batch {batch:.0f}")
-    return ", ".join(parts)
-
-
-def hardware(row: Mapping[str, Any]) -> str:
-    """Device, precision and compiler of a run."""
-    parts = [row.get("device") or "unknown device", row.get("dtype")]
-    return ", ".join([str(p) for p in parts if p] + ["compiled"] * bool(row.get("compile")))
-
-
-def _benchmark(settings: Any) -> list[str]:
-    """What a benchmark did otherwise than inference call by call."""
-    given = settings if isinstance(settings, Mapping) else {}
-    mode = str(given.get("mode") or "inference")
-    parts = [mode] if mode != "inference" else []
-    parts += ["folded size bias"] * (given.get("bias") == "fold")
-    return parts + ["CUDA graphs"] * bool(given.get("cuda_graphs"))
-
-
-def _switched_on(runtime: Any) -> list[str]:
-    """Runtime options of a row that are not at their defaults."""
-    given = runtime if isinstance(runtime, Mapping) else {}
-    usual = (None, False, "off", "full")
-    return [f"{key}={value}" for key, value in given.items() if value not in usual]
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zoo.report.compare import Comparison, Entry, View
 from zoo.report.controls import KINDS
+from zoo.report.entry import Comparison, Entry, View
 from zoo.report.readings import Row, Speed
 from zoo.report.tables import fidelity_cells, format_memory, format_share, format_times, signed
 from zoo.report.words import (
@@ -19,7 +19,7 @@ from zoo.report.words import (
     format_rate,
     number,
 )
-from zoo.rows import FIELDS
+from zoo.results.rows import FIELDS
 
 
 def method_of(entry: Entry) -> str:

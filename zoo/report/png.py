@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.report.colors import CONTROL, FRONT, INK, method_colors
-from zoo.report.compare import Comparison, Entry, View
 from zoo.report.controls import LONGER, RESOLUTION, SMALLER
+from zoo.report.entry import Comparison, Entry, View
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

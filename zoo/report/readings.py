@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zoo.report.notes import setting
 from zoo.report.words import is_dense, number, total_gmacs
 
 Row = dict[str, Any]
@@ -66,3 +65,33 @@ def reducer_share(row: Row) -> float | None:
     gmacs, total = row.get("gmacs"), total_gmacs(row)
     part = number(gmacs.get("reducer")) if isinstance(gmacs, Mapping) else None
     return None if part is None or not total or is_dense(row) else 100 * part / total
+
+
+def setting(row: Mapping[str, Any]) -> str:
+    """The setting of a throughput, batch size included: only rates of one setting are compared."""
+    parts = [hardware(row), *_switched_on(row.get("runtime")), *_benchmark(row.get("bench"))]
+    if (batch := number(row.get("batch"))) is not None:
+        parts.append(f"batch {batch:.0f}")
+    return ", ".join(parts)
+
+
+def hardware(row: Mapping[str, Any]) -> str:
+    """Device, precision and compiler of a run."""
+    parts = [row.get("device") or "unknown device", row.get("dtype")]
+    return ", ".join([str(p) for p in parts if p] + ["compiled"] * bool(row.get("compile")))
+
+
+def _benchmark(settings: Any) -> list[str]:
+    """What a benchmark did otherwise than inference call by call."""
+    given = settings if isinstance(settings, Mapping) else {}
+    mode = str(given.get("mode") or "inference")
+    parts = [mode] if mode != "inference" else []
+    parts += ["folded size bias"] * (given.get("bias") == "fold")
+    return parts + ["CUDA graphs"] * bool(given.get("cuda_graphs"))
+
+
+def _switched_on(runtime: Any) -> list[str]:
+    """Runtime options of a row that are not at their defaults."""
+    given = runtime if isinstance(runtime, Mapping) else {}
+    usual = (None, False, "off", "full")
+    return [f"{key}={value}" for key, value in given.items() if value not in usual]

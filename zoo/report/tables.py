@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from zoo.report.compare import Comparison, Entry, View, compare
+from zoo.report.compare import compare
+from zoo.report.entry import Comparison, Entry, View
 from zoo.report.notes import CONVENTION, environment
 from zoo.report.words import (
     describe_budget,
@@ -20,7 +21,7 @@ from zoo.report.words import (
     is_dense,
     summary_line,
 )
-from zoo.rows import FIELDS, Row
+from zoo.results.rows import FIELDS, Row
 
 _SPREAD: dict[str, tuple[tuple[str, Any], ...]] = {
     "gmacs": (
@@ -179,7 +180,7 @@ def table(rows: Iterable[Row]) -> str:
     """A plain-text table for the console; ``*`` marks the Pareto front.
 
     Args:
-        rows: Rows as `zoo.rows.read_rows` gives them.
+        rows: Rows as `zoo.results.rows.read_rows` gives them.
 
     Returns:
         Lines without a trailing newline; one block per backbone and data set, then failed runs.

@@ -10,7 +10,7 @@ from zoo.errors import BadCheckpoint, ZooError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from zoo.reduced import ReducedViT
+    from zoo.model.reduced import ReducedViT
 
 _ABSENT: Any = object()
 
@@ -48,7 +48,7 @@ def build_model(cfg: DictConfig, **backbone_args: Any) -> ReducedViT:
                 "hf-hub:ORG/NAME) or backbone=NAME, e.g. backbone=deit_small"
             )
         return _set_runtime(cfg, _checked(_load(str(weights), parts, args)))
-    from zoo.api import create_model
+    from zoo.build import create_model
 
     parts["plugins"] = parts.get("plugins") or ()
     pretrained = bool(backbone.get("pretrained")) and weights is None

@@ -28,7 +28,7 @@ KINDS = ("dense", "resolution")
 _FREE = ("reducer", "schedule", "plugin", "seed", "results", "paths", "control", "resolutions")
 _NOTHING = {
     "reducer": {"_target_": "reduction.registry.no_reducer"},
-    "schedule": {"_target_": "reduction.schedule.default_schedule", "r": None},
+    "schedule": {"_target_": "reduction.registry.default_schedule", "r": None},
     "plugin": {"_target_": "zoo.plugins.no_plugins"},
 }
 
@@ -78,7 +78,7 @@ def add_controls(config: DictConfig, rows: Path) -> None:
         config: The sweep's configuration, its part `hydra` included.
         rows: The sweep's file of rows.
     """
-    from zoo.rows import append_row, new_row, summary_line
+    from zoo.results.rows import append_row, new_row, summary_line
     from zoo.run.messages import explain
 
     jobs = [job for job in saved_jobs(Path(str(config.hydra.sweep.dir))) if "control" in job.cfg]
@@ -212,7 +212,7 @@ def _name(cfg: DictConfig) -> str | None:
 
 def _program(rows: Path) -> list[str]:
     """How this sweep's program was called: the start of its rows' commands."""
-    from zoo.rows import read_rows
+    from zoo.results.rows import read_rows
 
     for row in read_rows(rows):
         words = shlex.split(str(row.get("command") or ""))

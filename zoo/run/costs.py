@@ -5,57 +5,15 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from zoo.cost.sampling import is_adaptive, sample
+from zoo.data.module import IMAGES, spread_images
 from zoo.errors import ZooError
-from zoo.sampling import IMAGES, is_adaptive, measure, spread_images
+from zoo.measure.costs import sampled_costs
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from zoo.cost import Profile
-    from zoo.reduced import ReducedViT
-
-
-def count_costs(model: ReducedViT, trace: bool = True) -> dict[str, Any]:
-    """Returns tokens, parameters and GMACs, of the model and of its dense counterpart.
-
-    Args:
-        model: The model.
-        trace: Let fvcore count too, which runs one image through the model.
-    """
-    from zoo import flops
-
-    found = flops.profile(model)
-    return {
-        **_costs(found),
-        "params_m": found.params / 1e6,
-        "gmacs_dense": found.dense,
-        "gmacs_paper": _as_published(model),
-        "gmacs_fvcore": _fvcore(model) if trace else None,
-    }
-
-
-def _costs(found: Profile) -> dict[str, Any]:
-    """The fields that differ between an upper limit and a mean over images."""
-    return {
-        "tokens": [list(pair) for pair in found.tokens],
-        "gmacs": {
-            "total": found.gmacs,
-            "linear": found.linear,
-            "attention": found.attention,
-            "reducer": found.reducer,
-        },
-        "gmacs_sample": None if found.sample is None else found.sample._asdict(),
-    }
-
-
-def sampled_costs(found: Profile) -> dict[str, Any]:
-    """Returns the fields of a row that a cost measured on images replaces.
-
-    fvcore follows one graph for all images, so its count is none of these.
-    """
-    return {**_costs(found), "gmacs_fvcore": None}
+    from zoo.model.reduced import ReducedViT
 
 
 def sample_costs(cfg: DictConfig, model: ReducedViT, limit: int | None = None) -> dict[str, Any]:
@@ -78,7 +36,7 @@ def sample_costs(cfg: DictConfig, model: ReducedViT, limit: int | None = None) -
         data = build_data(cfg, model)
         data.setup("test")
         batches = spread_images(data, limit or IMAGES)
-        return sampled_costs(measure(model, batches))
+        return sampled_costs(sample(model, batches))
     except ZooError as error:
         print(f"warning: the cost is the schedule's upper limit: {error}", file=sys.stderr)
         return {}
@@ -87,26 +45,3 @@ def sample_costs(cfg: DictConfig, model: ReducedViT, limit: int | None = None) -
 def has_weights(cfg: DictConfig) -> bool:
     """Whether anything but random numbers is evaluated."""
     return cfg.weights is not None or bool(cfg.backbone and cfg.backbone.pretrained)
-
-
-def _as_published(model: ReducedViT) -> dict[str, Any] | None:
-    """The cost as the method's paper counts it; None where it counts as we do."""
-    from zoo import flops
-
-    convention = "zoo" if model.reducer is None else model.reducer.convention
-    if convention == "zoo":
-        return None
-    found = flops.profile(model, convention=convention)
-    return {"convention": convention, "total": found.gmacs, "dense": found.dense}
-
-
-def _fvcore(model: ReducedViT) -> float | None:
-    """fvcore's count, or None: it traces through a private interface of torch, and is a check."""
-    from zoo.flops import fvcore_gmacs
-    from zoo.run.evaluate import input_size
-
-    try:
-        return fvcore_gmacs(model, torch.zeros(1, *input_size(model)))
-    except Exception as error:
-        print(f"warning: fvcore could not count this model: {error}", file=sys.stderr)
-        return None

@@ -19,27 +19,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from zoo.run.messages import explain, unknown_flag
+from zoo.run.outcome import FAILED, INTERRUPTED, State, complain
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 Row = dict[str, Any]
 
-# The exit codes: 1 = a bug or a failed job of a sweep, 2 = something to type differently,
-# 130 = Ctrl-C (128 + SIGINT, what shells expect).
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-
-
-class _State:
-    """What has to be handed from the command line around Hydra to the job inside it."""
-
-    argv: list[str] | None = None  # as the shell gave it, with the sub-command of `zoo`
-    full_error: bool = False  # the user asked for tracebacks
-    failed_jobs: int = 0
-    report_failed: bool = False
-    rows_path: str | None = None
 
 
 def guarded(
@@ -69,44 +57,38 @@ def written_out(command: Callable[[], int]) -> int:
 
 def _guarded(main: Callable[[], Any], argv: list[str] | None, shown: list[str] | None) -> int:
     original, before = list(sys.argv), os.environ.get(_FULL_ERROR)
-    _State.argv, _State.full_error = shown or argv or original, before == "1"
-    _State.failed_jobs, _State.report_failed, _State.rows_path = 0, False, None
+    State.argv, State.full_error = shown or argv or original, before == "1"
+    State.failed_jobs, State.report_failed, State.rows_path = 0, False, None
     sys.argv = list(argv or original)
     if message := unknown_flag(sys.argv[1:]):
-        return _complain(message)
+        return complain(message)
     # With this set Hydra raises its errors instead of printing them with a trace and a hint.
     os.environ[_FULL_ERROR] = "1"
     try:
         main()
     except KeyboardInterrupt:
-        kept = f"; the rows so far are in {_State.rows_path}" if _State.rows_path else ""
+        kept = f"; the rows so far are in {State.rows_path}" if State.rows_path else ""
         print(f"interrupted{kept}", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as end:
         if isinstance(end.code, str):
-            return _complain(end.code)
+            return complain(end.code)
         return int(end.code or 0)
     except BrokenPipeError:
         raise
     except Exception as error:
         message = explain(error)
-        if message is None or _State.full_error:
+        if message is None or State.full_error:
             raise
-        return _complain(message)
+        return complain(message)
     finally:
         sys.argv = original
         _restore_full_error(before)
-    if _State.failed_jobs:
-        jobs = "job" if _State.failed_jobs == 1 else "jobs"
-        print(f"error: {_State.failed_jobs} {jobs} of the sweep failed", file=sys.stderr)
+    if State.failed_jobs:
+        jobs = "job" if State.failed_jobs == 1 else "jobs"
+        print(f"error: {State.failed_jobs} {jobs} of the sweep failed", file=sys.stderr)
         return FAILED
-    return FAILED if _State.report_failed else 0
-
-
-def report_failed(message: str) -> None:
-    """Says that a sweep has no report, and lets the command fail at its end."""
-    _State.report_failed = True
-    _complain(message)
+    return FAILED if State.report_failed else 0
 
 
 def job(kind: str, cfg: DictConfig) -> Row:
@@ -129,8 +111,8 @@ def job(kind: str, cfg: DictConfig) -> Row:
 
     # Lightning starts the other processes of a DDP run from sys.argv, and those need the
     # environment as the user left it.
-    sys.argv = list(_State.argv or sys.argv)
-    _restore_full_error("1" if _State.full_error else None)
+    sys.argv = list(State.argv or sys.argv)
+    _restore_full_error("1" if State.full_error else None)
     # Said by libraries to their own authors, on every run.
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -148,7 +130,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
         if _is_first_process():
             with contextlib.suppress(Exception):  # the error itself is what has to be seen
                 _record(_failed_row(cfg, message or f"{type(error).__name__}: {error}"), cfg)
-        if _State.full_error and not sweep:
+        if State.full_error and not sweep:
             raise
         if message is None:
             traceback.print_exc()
@@ -156,15 +138,15 @@ def job(kind: str, cfg: DictConfig) -> Row:
             overrides = " ".join(HydraConfig.get().overrides.task)
             print(f"error: {message} [{overrides}]", file=sys.stderr)
         if not sweep:
-            raise SystemExit(FAILED if message is None else _complain(message)) from error
-        _State.failed_jobs += 1
+            raise SystemExit(FAILED if message is None else complain(message)) from error
+        State.failed_jobs += 1
         return {"status": "failed"}
     finally:
         os.environ[_FULL_ERROR] = "1"
     row["command"] = command_line()
     if not _is_first_process():
         return row
-    from zoo.rows import summary_line
+    from zoo.results.rows import summary_line
 
     print(summary_line(row), flush=True)
     try:
@@ -172,7 +154,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
     except Exception as error:
         # The disk filled up, or the folder went away: what was measured is still on the screen.
         print(json.dumps(row))
-        raise SystemExit(_complain(explain(error) or str(error))) from error
+        raise SystemExit(complain(explain(error) or str(error))) from error
     if not sweep:
         print(f"row: {path}")
     return row
@@ -182,7 +164,7 @@ def command_line() -> str:
     """Returns the command that repeats this one run, also from within a sweep."""
     from hydra.core.hydra_config import HydraConfig
 
-    argv = _State.argv or sys.argv
+    argv = State.argv or sys.argv
     program = os.path.basename(argv[0])
     if program.endswith(".py"):
         start = ["python", program] if program != "__main__.py" else ["python", "-m", "zoo"]
@@ -223,15 +205,15 @@ def _record(row: Row, cfg: DictConfig) -> str:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from zoo.rows import append_row
+    from zoo.results.rows import append_row
     from zoo.run.sweep import sweep_rows_path
 
     path = _results(cfg)
     append_row(path, row)
-    _State.rows_path = path
+    State.rows_path = path
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        _State.rows_path = str(sweep_rows_path(HydraConfig.get()))
-        append_row(_State.rows_path, row)
+        State.rows_path = str(sweep_rows_path(HydraConfig.get()))
+        append_row(State.rows_path, row)
     return path
 
 
@@ -239,7 +221,7 @@ def _failed_row(cfg: DictConfig, message: str) -> Row:
     """A row that says what was tried; it must be writable whatever went wrong."""
     from omegaconf import OmegaConf
 
-    from zoo.rows import new_row
+    from zoo.results.rows import new_row
 
     def plain(key: str) -> Any:
         try:
@@ -282,11 +264,6 @@ def _choice(group: str) -> str | None:
 
     choice = HydraConfig.get().runtime.choices.get(group)
     return None if choice is None else str(choice)
-
-
-def _complain(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return USAGE
 
 
 def _restore_full_error(value: str | None) -> None:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
+from zoo.adapters.backbones import input_size
 from zoo.adapters.standalone import as_standalone
+from zoo.cost.sampling import CostSampler, is_adaptive
 from zoo.errors import ZooError
-from zoo.rows import new_row, wilson_interval
+from zoo.measure.accuracy import top_k
+from zoo.measure.costs import count_costs, sampled_costs
+from zoo.measure.describe import describe, method_name
+from zoo.model.runtime import Runtime
+from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model
-from zoo.run.costs import count_costs, has_weights, sample_costs, sampled_costs
-from zoo.runtime import Runtime
-from zoo.sampling import CostSampler, is_adaptive
+from zoo.run.costs import has_weights, sample_costs
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from zoo.reduced import Info, ReducedViT
+    from zoo.model.reduced import ReducedViT
 
 TASKS = ("accuracy", "flops", "throughput", "fidelity")
 _DTYPES = {
@@ -39,7 +43,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         cfg: configs/eval.yaml, composed.
 
     Returns:
-        The row of `zoo.rows`, everything that was not measured being None.
+        The row of `zoo.results.rows`, everything that was not measured being None.
 
     Raises:
         ZooError: An option has a value that cannot be; the message says what to type.
@@ -98,36 +102,6 @@ def check_tasks(task: Any) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def describe(model: ReducedViT) -> dict[str, Any]:
-    """Returns the fields of a row that say what a model is."""
-    recipe = model.recipe
-    size = input_size(model)[1:]
-    # The row names the budget that was asked for; the recipe holds the schedule solved from it.
-    schedule = model.target.config() if model.target is not None else recipe["schedule"]
-    alone = as_standalone(model.backbone)
-    if alone is not None:
-        schedule = alone.budget()
-    return {
-        "method": method_name(model),
-        "reducer": recipe["reducer"],
-        "backbone": recipe["backbone"]["name"],
-        "tag": recipe["backbone"]["tag"],
-        "schedule": schedule if method_name(model) != "none" else None,
-        "img_size": size[0] if size[0] == size[1] else list(size),
-        "recipe": recipe,
-        # What a budget in time was solved with: the time itself holds on this machine only.
-        "notes": str(measured) if (measured := getattr(model.target, "measured", None)) else None,
-    }
-
-
-def method_name(model: ReducedViT) -> str:
-    """Returns what reduces the tokens: the reducer, or the architecture itself, or "none"."""
-    if model.reducer is not None:
-        return str(model.recipe["reducer"]["name"])
-    alone = as_standalone(model.backbone)
-    return "none" if alone is None else alone.method
-
-
 def measure_accuracy(
     cfg: DictConfig, model: ReducedViT, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -171,50 +145,6 @@ def measure_accuracy(
     }
 
 
-@torch.inference_mode()
-def top_k(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    limit: int | None = None,
-    watch: Callable[[Info], None] | None = None,
-) -> tuple[int, int, int]:
-    """Counts correct answers.
-
-    Args:
-        model: Gives logits `(B, classes)`.
-        batches: Images `(B, C, H, W)` and labels `(B,)`.
-        device: Where to run.
-        dtype: Precision of autocast.
-        limit: Stop after so many images.
-        watch: Is told of every batch what happened to its tokens, by a model that can say.
-
-    Returns:
-        Images whose class came first, those whose class was among the first five, and all images.
-    """
-    top1 = top5 = total = 0
-    model.eval()
-    for images, labels in batches:
-        if limit is not None:
-            images, labels = images[: limit - total], labels[: limit - total]
-        images, labels = images.to(device), labels.to(device)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            if watch is None:
-                logits = model(images)
-            else:
-                logits, info = model(images, return_info="trace")
-                watch(info)
-        best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
-        hits = best == labels[:, None]
-        top1 += int(hits[:, 0].sum())
-        top5 += int(hits.sum())
-        total += len(labels)
-        if limit is not None and total >= limit:
-            break
-    return top1, top5, total
-
-
 def measure_throughput(
     cfg: DictConfig, model: ReducedViT, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -223,7 +153,7 @@ def measure_throughput(
     The fields of the row are those of the first batch size; `by_batch` holds all where there are
     several.
     """
-    from zoo.throughput import measure
+    from zoo.measure.throughput import measure
 
     options = cfg.throughput
     sizes = list(options.batch) if OmegaConf.is_list(options.batch) else [options.batch]
@@ -238,7 +168,7 @@ def measure_throughput(
         measure(
             runner,
             dense,
-            input_size=input_size(model),
+            input_size=input_size(model.backbone),
             batch=size,
             rounds=options.rounds,
             min_time=options.min_time,
@@ -256,12 +186,6 @@ def measure_throughput(
         "threads": found[0].threads,
         "notes": f"spread of the throughput rounds {100 * spread:.0f} %" if spread > 0.1 else None,
     }
-
-
-def input_size(model: ReducedViT) -> tuple[int, int, int]:
-    """Returns `(channels, height, width)` of the images that a model was built for."""
-    embed: Any = model.backbone.patch_embed
-    return (embed.proj.in_channels, *embed.img_size)
 
 
 def pick_device(name: str) -> torch.device:

@@ -72,9 +72,9 @@ class ReportCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints the table and the path of the report; the rows stay whatever happens here."""
-        from zoo.rows import read_rows
-        from zoo.run.entry import report_failed
+        from zoo.results.rows import read_rows
         from zoo.run.messages import explain
+        from zoo.run.outcome import report_failed
 
         path = sweep_rows_path(config.hydra)
         if not path.exists():

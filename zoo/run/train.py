@@ -16,20 +16,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf, open_dict
 
+from zoo.cost.sampling import is_adaptive, sample
 from zoo.data import build_data
+from zoo.data.module import spread_images
 from zoo.errors import BadCheckpoint, ZooError
 from zoo.lit.classifier import Classifier
-from zoo.rows import new_row, wilson_interval
+from zoo.measure.costs import count_costs, sampled_costs
+from zoo.measure.describe import describe
+from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model, instantiate
-from zoo.run.costs import count_costs, sampled_costs
-from zoo.run.evaluate import describe
-from zoo.sampling import is_adaptive, measure, spread_images
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from zoo.data.module import ImageData
-    from zoo.reduced import ReducedViT
+    from zoo.model.reduced import ReducedViT
 
 _DEMO_WEIGHTS = "vit_digits"
 _DEMO_REDUCER = {"_target_": "reduction.methods.tome.ToMe"}
@@ -45,7 +46,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         cfg: configs/train.yaml, composed.
 
     Returns:
-        The row of `zoo.rows`, with the accuracy on the test split.
+        The row of `zoo.results.rows`, with the accuracy on the test split.
 
     Raises:
         ZooError: Something in the configuration does not fit; the message says what to type.
@@ -249,7 +250,7 @@ def _finish(
     row = describe(model)
     row.update(count_costs(model, trace=False))
     if is_adaptive(model):
-        row.update(sampled_costs(measure(model, spread_images(data))))
+        row.update(sampled_costs(sample(model, spread_images(data))))
     folder = Path(str(cfg.output_dir)) / "model"
     row.update(
         task=["train", "accuracy"],

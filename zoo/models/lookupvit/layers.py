@@ -12,7 +12,7 @@ from timm.layers import DropPath, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from zoo.cost import BlockCost
+from reduction.counts import BlockCost
 from zoo.errors import ZooError
 
 #: LayerNorm as in JAX's ViTs.

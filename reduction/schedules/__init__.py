@@ -1,0 +1,1 @@
+"""Schedules, one family per file; see `reduction.schedules.base`."""

@@ -1,0 +1,109 @@
+"""Keep rates: a share of the tokens stays at chosen blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from reduction.counts import Budget
+from reduction.errors import ZooError
+from reduction.schedules.base import Schedule
+
+_ROUNDING: dict[str, Callable[[float], int]] = {"int": int, "floor": math.floor, "ceil": math.ceil}
+
+
+class KeepRate(Schedule):
+    """Keep a share of the tokens at chosen blocks.
+
+    Papers round differently, so rounding belongs to the schedule. With `of="initial"` stage s
+    keeps `int(n0 * rate ** (s + 1))`; with `of="current"` it keeps `ceil(rate * n)` or the like.
+
+    Args:
+        rate: Keep rate in (0, 1]. A list gives each stage its own share: of the initial count
+            (not compounded) or of the current one.
+        blocks: Blocks that reduce, from 0. None: the quarter points of the depth (3, 6, 9 of 12);
+            "all": every block.
+        rounding: "int", "floor" or "ceil".
+        of: "initial" or "current".
+        strict: See `Schedule`.
+        prefix: How many prefix tokens the counts include (some papers take their share of the
+            whole sequence).
+
+    Raises:
+        ZooError: If a value is out of range.
+    """
+
+    name = "keep_rate"
+
+    def __init__(
+        self,
+        rate: float | Sequence[float] = 0.7,
+        blocks: Sequence[int] | str | None = None,
+        rounding: str = "int",
+        of: str = "initial",
+        strict: bool = True,
+        prefix: int = 0,
+    ) -> None:
+        rates = [rate] if isinstance(rate, int | float) else list(rate)
+        for value in rates:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ZooError(f"keep rate must be in (0, 1], got {value!r}")
+        if rounding not in _ROUNDING:
+            raise ZooError(f"rounding must be one of {sorted(_ROUNDING)}, got {rounding!r}")
+        if of not in ("initial", "current"):
+            raise ZooError(f"of must be 'initial' or 'current', got {of!r}")
+        if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
+            raise ZooError(f"prefix must be 0 or more tokens, got {prefix!r}")
+        if isinstance(blocks, str):
+            if blocks != "all":
+                raise ZooError(f"blocks must be a list, null or 'all', got {blocks!r}")
+            if len(rates) > 1:
+                raise ZooError("a list of rates needs blocks=[...]")
+        elif blocks is not None:
+            blocks = [int(b) for b in blocks]
+            if sorted(set(blocks)) != blocks:
+                raise ZooError(f"blocks must be increasing and distinct, got {blocks}")
+            if len(rates) not in (1, len(blocks)):
+                raise ZooError(f"{len(rates)} rates for {len(blocks)} blocks; give one or as many")
+        elif len(rates) > 1:
+            raise ZooError("a list of rates needs blocks=[...]")
+        self.rate: float | list[float] = rate if isinstance(rate, int | float) else rates
+        self.blocks: list[int] | str | None = blocks
+        self.rounding = rounding
+        self.of = of
+        self.strict = strict
+        self.prefix = prefix
+
+    def stages(self, depth: int) -> list[int]:
+        """Blocks that reduce.
+
+        Raises:
+            ZooError: If a block does not exist.
+        """
+        if self.blocks is None:
+            return sorted({depth * q // 4 for q in (1, 2, 3)} - {0}) or [0]
+        if isinstance(self.blocks, str):
+            return list(range(depth))
+        if any(not 0 <= b < depth for b in self.blocks):
+            raise ZooError(f"blocks must be in 0..{depth - 1}, got {self.blocks}")
+        return list(self.blocks)
+
+    def budget(self, block: int, depth: int, n: int, n0: int) -> Budget | None:
+        stages = self.stages(depth)
+        if block not in stages:
+            return None
+        stage = stages.index(block)
+        round_ = _ROUNDING[self.rounding]
+        n, n0 = n + self.prefix, n0 + self.prefix
+        if isinstance(self.rate, list):
+            rate = self.rate[stage]
+            share = rate * (n if self.of == "current" else n0)
+        elif self.of == "current":
+            rate = self.rate
+            share = rate * n
+        else:
+            rate = self.rate
+            share = n0 * rate ** (stage + 1)
+        if rate == 1:
+            return None
+        return Budget(max(1, round_(share) - self.prefix))

@@ -1,0 +1,68 @@
+"""Queries and keys without values, values alone: for reducers that change tokens in between."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from zoo.adapters.attention import projection, separable, split_heads
+from zoo.adapters.fast_linear import linear
+
+
+def queries_keys(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised queries and keys of `x` `(B, N, C)`, each `(B, H, N, d)`."""
+    if not separable(attn):
+        return projection(attn)(attn, x)[:2]
+    if attn.qkv is None:
+        kv_heads = getattr(attn, "num_kv_heads", attn.num_heads)
+        q = split_heads(attn.q_proj(x), attn.num_heads)
+        k = split_heads(attn.k_proj(x), kv_heads)
+    else:
+        q, k = (_third(attn, x, part) for part in (0, 1))
+    return attn.q_norm(q), attn.k_norm(k)
+
+
+def values(attn: nn.Module, x: Tensor) -> Tensor:
+    """Values of `x` `(B, N, C)`, `(B, H, N, d)`."""
+    if not separable(attn):
+        return projection(attn)(attn, x)[2]
+    if attn.qkv is None:
+        return split_heads(attn.v_proj(x), getattr(attn, "num_kv_heads", attn.num_heads))
+    return _third(attn, x, 2)
+
+
+def without_values(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys, and values of width 0."""
+    q, k = queries_keys(attn, x)
+    return q, k, k[..., :0]
+
+
+def without_keys(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of width 0, and values."""
+    v = values(attn, x)
+    return v[..., :0], v[..., :0], v
+
+
+def part_weights(attn: nn.Module) -> tuple[int, int]:
+    """Multiply-accumulates per token of `queries_keys` and of `values`."""
+    if not separable(attn):
+        whole = sum(
+            m.weight.numel()
+            for name, m in attn.named_modules()
+            if isinstance(m, nn.Linear) and name != "proj"
+        )
+        return whole, whole
+    if attn.qkv is None:
+        return attn.q_proj.weight.numel() + attn.k_proj.weight.numel(), attn.v_proj.weight.numel()
+    value = attn.qkv.weight.numel() // 3
+    return 2 * value, value
+
+
+def _third(attn: nn.Module, x: Tensor, part: int) -> Tensor:
+    """Queries (0), keys (1) or values (2) of a fused projection."""
+    width = attn.qkv.weight.shape[0] // 3
+    rows = slice(part * width, (part + 1) * width)
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[rows]
+    if getattr(attn, "q_bias", None) is not None:
+        own = (attn.q_bias, attn.k_bias, attn.v_bias)[part]
+        bias = own if bias is None else bias + own
+    return split_heads(linear(x, attn.qkv.weight[rows], bias), attn.num_heads)

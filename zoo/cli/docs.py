@@ -1,0 +1,243 @@
+"""The parts of the documentation that follow from the code: `python -m zoo.cli.docs` writes them.
+
+The table of methods in README.md (between two marker lines) and docs/methods/index.md come from the
+cards of the registered methods and from `zoo.results.evidence`. `python -m zoo.cli.docs --check`
+writes nothing and fails if they are out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from reduction import Card
+
+BEGIN = "<!-- methods: written by `python -m zoo.cli.docs`, do not edit by hand -->"
+END = "<!-- end of methods -->"
+_INDEX = Path("docs/methods/index.md")
+_README = Path("README.md")
+
+
+def methods_table(pages: str) -> str:
+    """Return the short Markdown table of all methods.
+
+    Args:
+        pages: Folder of the method pages as seen from the table, e.g. ``docs/methods/``.
+    """
+    import reduction
+    from zoo.results import evidence
+
+    measured = evidence.digits()
+    lines = [
+        "| `reducer=` | paper | what happens to tokens | training | official code | digits |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in reduction.list_methods():
+        card = reduction.card(name)
+        lines.append(
+            f"| [`{name}`]({pages}{name}.md) | {_paper(card)} | {card.kind} | {card.training} | "
+            f"{_licence(card)} | {measured.get(name, '- / -')} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Official code: its licence; none where it was not released. Digits: top-1 in percent",
+            "of `vit_digits` at half the dense GMACs, off the shelf / trained with the method;",
+            "- where nobody ran it.",
+        ]
+    )
+
+
+def full_table() -> str:
+    """Return the Markdown table of all methods with everything that is known of them."""
+    import reduction
+    from zoo.cli import catalogue
+    from zoo.results import evidence
+
+    passed, measured = evidence.fixtures(), evidence.digits()
+    lines = [
+        "| `reducer=` | paper | what happens to tokens | training | needs from attention | counts "
+        "| official code | fixtures | off the shelf | trained |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in reduction.list_methods():
+        card, reducer = reduction.card(name), reduction.create(name)
+        top1 = measured.get(name, evidence.Digits(None, None))
+        cells = [
+            f"[`{name}`]({name}.md)",
+            _paper(card),
+            card.kind,
+            card.training,
+            catalogue.attention_needs(reducer),
+            catalogue.counts(reducer),
+            _code(card),
+            str(passed.get(name, "-")),
+            evidence.percent(top1.untrained),
+            evidence.percent(top1.trained),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _paper(card: Card) -> str:
+    from zoo.cli.catalogue import paper
+
+    if card.arxiv:
+        return f"[{paper(card)}](https://arxiv.org/abs/{card.arxiv})"
+    return "ours" if card.venue == "ours" else "none"
+
+
+def _code(card: Card) -> str:
+    if not card.code:
+        return "none"
+    link = f"[{card.code.removeprefix('https://github.com/')}]({card.code})"
+    return f"{link} ({_licence_words(card)})"
+
+
+def _licence(card: Card) -> str:
+    return f"[{_licence_words(card)}]({card.code})" if card.code else "none"
+
+
+def _licence_words(card: Card) -> str:
+    return "no licence" if card.licence == "none" else str(card.licence)
+
+
+def index_page() -> str:
+    """Return docs/methods/index.md."""
+    import reduction
+    from zoo.cli.catalogue import describe
+
+    text = [
+        BEGIN,
+        "# Methods",
+        "",
+        'Every name works in Python (`zoo.create_model(NAME, reducer="tome")`) and on the command',
+        "line (`reducer=tome`), with any [schedule](../conventions.md#schedules).",
+        "",
+        "Needs from attention: what the attention of a reducing block has to hand over, with",
+        "default arguments; the whole map gives up fused attention there. Counts: whether every",
+        "image keeps as many tokens. Fixtures: files of tensors recorded from the official code",
+        "or a port that are reproduced (`python -m tests.parity tests/golden`). The last two",
+        "columns: top-1 in percent of `vit_digits` on 360 test images at half the dense GMACs,",
+        "with its weights as they come and after training with the method, the best row of",
+        "[results/digits](../../results/digits); - where nobody ran it.",
+        "",
+        full_table(),
+        "",
+        "## Arguments and where each method acts",
+        "",
+        "Sites: `pre` at a block's input, `mid` between its attention and its MLP, `post` at its",
+        "output. The schedule family is what `schedule=target_gmacs` solves for.",
+        "",
+        "| `reducer=` | arguments and defaults | site | schedule family | class token |",
+        "|---|---|---|---|---|",
+    ]
+    for name in reduction.list_methods():
+        facts = describe(name)
+        arguments = ", ".join(f"`{k}={_yaml(v)}`" for k, v in facts["arguments"].items())
+        # An argument may decide what a method needs, so the class alone cannot answer.
+        reducer = reduction.create(name)
+        needs = "needed by default" if reducer.needs_class_token else "not needed"
+        text.append(
+            f"| [`{name}`]({name}.md) | {arguments or 'none'} | `{reducer.site}` | "
+            f"`{reducer.family}` | {needs} |"
+        )
+    return "\n".join([*text, "", *_plugins(), "", END, ""])
+
+
+def _plugins() -> list[str]:
+    """Lines about the parts that go around a reducer."""
+    from zoo.plugins.base import list_plugins, plugin_class
+
+    lines = [
+        "## Around a method",
+        "",
+        "Plugins go with any reducer, or none; see [what works with what](../composition.md).",
+        "",
+        "| `plugin=` | what it is | paper | arguments and defaults |",
+        "|---|---|---|---|",
+    ]
+    for name in list_plugins():
+        cls = plugin_class(name)
+        facts = (inspect.getdoc(cls) or "").partition("\n")[0]
+        paper = f"{cls.card.authors}, {cls.card.venue} {cls.card.year}"
+        arguments = ", ".join(
+            f"`{p.name}={_yaml(p.default)}`" for p in inspect.signature(cls).parameters.values()
+        )
+        lines.append(
+            f"| [`{name}`](../plugins/{cls.page}.md) | {facts} | "
+            f"[{paper}](https://arxiv.org/abs/{cls.card.arxiv}) | {arguments} |"
+        )
+    return lines
+
+
+def _yaml(value: object) -> str:
+    """Spell a default as it is typed on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def readme_with_table(text: str) -> str:
+    """Return README text with the table between the markers replaced.
+
+    Raises:
+        ZooError: The markers are missing.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ZooError(f"README.md: expected the lines {BEGIN!r} and {END!r} around the table")
+    return f"{head}{BEGIN}\n{methods_table('docs/methods/')}\n{END}{tail}"
+
+
+def generated(root: Path) -> dict[Path, str]:
+    """Return what the generated files should hold, by path.
+
+    Args:
+        root: Folder of the checkout.
+
+    Raises:
+        ZooError: This is no checkout, or the README lost its markers.
+    """
+    readme = root / _README
+    if not readme.is_file():
+        raise ZooError(f"no {readme}; run this in a checkout, the installed package has no docs")
+    return {
+        readme: readme_with_table(readme.read_text(encoding="utf-8")),
+        root / _INDEX: index_page(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the generated parts, or check them; return the exit code."""
+    parser = argparse.ArgumentParser("python -m zoo.cli.docs", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
+    arguments = parser.parse_args(argv)
+    try:
+        pages = generated(Path(__file__).resolve().parents[2])
+    except ZooError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    stale = [
+        p for p, text in pages.items() if not p.is_file() or p.read_text(encoding="utf-8") != text
+    ]
+    for path in stale:
+        if arguments.check:
+            print(f"out of date: {path}; run `python -m zoo.cli.docs`", file=sys.stderr)
+        else:
+            path.write_text(pages[path], encoding="utf-8")
+            print(f"wrote {path}")
+    return 1 if stale and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

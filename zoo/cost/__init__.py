@@ -1,0 +1,1 @@
+"""What a model costs, counted from a plan; nothing here runs a model but the counters."""

@@ -1,0 +1,246 @@
+"""Honest cost accounting.
+
+One convention everywhere: GMACs are 1e9 multiply-accumulates of convolutions, linear layers, the
+two attention products and the reducer's own products, for one image, patch embedding and head
+included; norms, softmax and elementwise work are not counted. The analytic count needs no data and
+no forward pass. Two independent counters check it: fvcore and torch's, both of which drop fused
+attention on a CPU unless told otherwise, which `fvcore_gmacs` and `torch_gmacs` do.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from reduction.counts import BlockCost, Dims
+from reduction.schedules.base import Schedule
+from zoo.adapters.attention import splits_queries
+from zoo.adapters.blocks import block_adapter
+from zoo.adapters.split_qkv import part_weights
+from zoo.adapters.standalone import Standalone
+from zoo.cost.types import Gmacs, Profile
+from zoo.model.anatomy import Anatomy
+from zoo.model.plan import Plan, dense_plan, make_plan
+
+
+def _weights(module: nn.Module) -> int:
+    """Multiply-accumulates of a module's linear layers for one token."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def patch_embed_macs(backbone: nn.Module, patches: int) -> int:
+    """Multiply-accumulates of the patch embedding for so many patches."""
+    convs = [m for m in backbone.patch_embed.modules() if isinstance(m, nn.Conv2d)]
+    return sum(c.weight.numel() for c in convs) * patches + _weights(backbone.patch_embed) * patches
+
+
+def head_macs(backbone: nn.Module, tokens: int) -> tuple[int, int]:
+    """Linear and attention multiply-accumulates of pooling and classifier."""
+    linear = sum(
+        _weights(getattr(backbone, name)) for name in ("head", "head_dist") if _has(backbone, name)
+    )
+    pool = getattr(backbone, "attn_pool", None)
+    if pool is None:
+        return linear, 0
+    if not hasattr(pool, "kv"):
+        width = int(backbone.embed_dim)
+        return linear, 2 * tokens * tokens * width
+    rows = pool.latent_len
+    keys = tokens if getattr(backbone, "pool_include_prefix", False) else None
+    keys = keys if keys is not None else tokens - int(backbone.num_prefix_tokens)
+    linear += pool.kv.weight.numel() * keys
+    for part in ("q", "proj", "mlp"):
+        if isinstance(getattr(pool, part), nn.Module):
+            linear += _weights(getattr(pool, part)) * rows
+    width = pool.num_heads * pool.head_dim
+    return linear, 2 * rows * keys * width
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(module, name, None), nn.Module)
+
+
+def _attn_linear(attn: nn.Module, tokens: int, rows: int, rereads: str = "no") -> int:
+    """Linear layers of an attention that takes in `tokens` and puts out `rows`."""
+    out = _weights(attn.proj)
+    if rereads == "no":
+        return (_weights(attn) - out) * tokens + out * rows
+    before, value = part_weights(attn)
+    after = value if rereads == "values" else _weights(attn) - out
+    return before * tokens + (after + out) * rows
+
+
+def _mlp_macs(block: nn.Module, tokens: int, prefix: int) -> int:
+    own = block_adapter(block).linear_macs
+    return _weights(block.mlp) * tokens if own is None else own(block, tokens, prefix)
+
+
+def _signal_macs(need: frozenset[str], tokens: int, dims: Dims) -> int:
+    """Products spent on signals. The whole map comes with attention itself and costs nothing."""
+    width = dims.heads * dims.head_dim
+    cost = 0
+    if "attn" not in need:
+        if "cls_row" in need:
+            cost += dims.class_tokens * tokens * width
+        if "column" in need:
+            cost += tokens * tokens * width
+    return cost
+
+
+def block_cost(anatomy: Anatomy, i: int, p: Plan) -> BlockCost:
+    """Cost of block i with the counts of a plan."""
+    block = anatomy.backbone.blocks[i]
+    dims = anatomy.dims(i)
+    width = dims.heads * dims.head_dim
+    own = _signal_macs(p.need, p.attention, dims)
+    rows, rereads = p.attention, "no"
+    products = 2 * p.attention * p.attention * width
+    spared = 0
+    if p.rows is not None:
+        rows, products = p.rows, 2 * p.rows * p.attention * width
+        if splits_queries(block.attn):
+            spared = (p.attention - p.rows) * block.attn.qkv.weight.numel() // 3
+    if p.step is not None and anatomy.reducer is not None:
+        site = anatomy.reducer.site
+        if site == "attn":
+            rows, rereads = p.mlp, anatomy.reducer.rereads
+            products = anatomy.reducer.attention_macs(p.attention, rows, width)
+        before = {"pre": p.entering, "attn": p.attention, "mid": p.attention, "post": p.mlp}[site]
+        own += anatomy.reducer.macs(
+            before - anatomy.prefix - p.spared, anatomy.prefix, p.step, dims
+        )
+    return BlockCost(
+        p.entering,
+        p.mlp,
+        p.leaving,
+        _attn_linear(block.attn, p.attention, rows, rereads) - spared,
+        products,
+        _mlp_macs(block, p.mlp, anatomy.prefix),
+        own,
+    )
+
+
+def patch_and_head_gmacs(backbone: nn.Module) -> tuple[int, int]:
+    """Patches of the backbone's own grid and the cost of embedding them, reduction apart."""
+    rows, columns = backbone.patch_embed.grid_size
+    return int(rows * columns), patch_embed_macs(backbone, int(rows * columns))
+
+
+def count(
+    anatomy: Anatomy,
+    plans: list[Plan],
+    patches: int,
+    embedding: int | None = None,
+    with_plugins: bool = True,
+    schedule: Schedule | None = None,
+) -> tuple[int, int, int, list[BlockCost]]:
+    """Multiply-accumulates of a plan: linear, attention, the reducer's own, and of every block.
+
+    Args:
+        anatomy: The parts of the model.
+        plans: One per block.
+        patches: Patches of an image.
+        embedding: Cost of the patch embedding, where it is known.
+        with_plugins: Whether plugins take part.
+        schedule: Of the model, for plugins.
+    """
+    blocks = [block_cost(anatomy, i, p) for i, p in enumerate(plans)]
+    plugins = list(anatomy.plugins) if with_plugins else []
+    linear = attention = 0
+    if not any(p.replaces_head for p in plugins):
+        linear, attention = head_macs(anatomy.backbone, plans[-1].leaving)
+    linear += patch_embed_macs(anatomy.backbone, patches) if embedding is None else embedding
+    linear += sum(b.linear + b.mlp for b in blocks)
+    attention += sum(b.attention for b in blocks)
+    own = sum(b.reducer for b in blocks) + sum(p.macs(anatomy.backbone) for p in plugins)
+    for i, plan in enumerate(plans):
+        own += sum(p.block_macs(i, plan.attention, schedule) for p in plugins)
+    return linear, attention, own, blocks
+
+
+def count_alone(
+    backbone: Standalone, grid: tuple[int, int]
+) -> tuple[int, int, int, list[BlockCost]]:
+    """`count` for a backbone that runs itself and says what it costs."""
+    fixed, blocks = backbone.macs(grid)
+    linear = fixed + sum(b.linear + b.mlp for b in blocks)
+    return linear, sum(b.attention for b in blocks), sum(b.reducer for b in blocks), list(blocks)
+
+
+def counted(
+    anatomy: Anatomy,
+    schedule: Schedule | None,
+    grid: tuple[int, int] | None = None,
+    convention: str = "zoo",
+    last_block: str = "full",
+    params: int = 0,
+) -> Profile:
+    """Everything that is known about the cost of a model without data.
+
+    Args:
+        anatomy: The parts of the model.
+        schedule: Of its reducer.
+        grid: Patch grid; None is the backbone's own.
+        convention: See `zoo.cost.profile.profile`.
+        last_block: See `zoo.model.runtime.Runtime`.
+        params: Number of parameters, for the record.
+    """
+    grid = grid or anatomy.grid
+    patches = grid[0] * grid[1]
+    plans = make_plan(anatomy, schedule, grid, last_block=last_block)
+    dense: int | None = None
+    if anatomy.alone is None:
+        linear, attention, own, blocks = count(anatomy, plans, patches, schedule=schedule)
+        dense = sum(count(anatomy, dense_plan(anatomy, grid), patches, None, False)[:2])
+    else:
+        linear, attention, own, blocks = count_alone(anatomy.alone, grid)
+    if convention == "diffrate":
+        extra = patch_embed_macs(anatomy.backbone, anatomy.prefix)
+        linear, dense, own = linear + extra, None if dense is None else dense + extra, 0
+    total = linear + attention + own
+    return Profile(
+        gmacs=total / 1e9,
+        params=params,
+        tokens=[(p.entering, p.leaving) for p in plans],
+        linear=linear / 1e9,
+        attention=attention / 1e9,
+        reducer=own / 1e9,
+        dense=None if dense is None else dense / 1e9,
+        blocks=blocks,
+        convention=convention,
+        macs=total,
+    )
+
+
+def gmacs(
+    anatomy: Anatomy,
+    schedule: Schedule | None,
+    fixed: tuple[int, int] | None = None,
+    last_block: str = "full",
+) -> Gmacs:
+    """Analytic cost under a schedule; None is the dense model.
+
+    Args:
+        anatomy: The parts of the model.
+        schedule: Schedule to count with.
+        fixed: Result of `patch_and_head_gmacs`, to save time in a search.
+        last_block: See `zoo.model.runtime.Runtime`.
+    """
+    patches, embedding = fixed or patch_and_head_gmacs(anatomy.backbone)
+    plans = _plans(anatomy, schedule, last_block)
+    with_plugins = schedule is not None
+    linear, attention, own, _ = count(anatomy, plans, patches, embedding, with_plugins, schedule)
+    return Gmacs(linear / 1e9, attention / 1e9, own / 1e9)
+
+
+def block_costs(
+    anatomy: Anatomy, schedule: Schedule | None, last_block: str = "full"
+) -> list[BlockCost]:
+    """Cost of every block under a schedule; None is the dense model."""
+    plans = _plans(anatomy, schedule, last_block)
+    return [block_cost(anatomy, i, p) for i, p in enumerate(plans)]
+
+
+def _plans(anatomy: Anatomy, schedule: Schedule | None, last_block: str) -> list[Plan]:
+    if schedule is None:
+        return dense_plan(anatomy)
+    return make_plan(anatomy, schedule, last_block=last_block)

@@ -1,0 +1,1 @@
+"""What is measured on tensors and models; nothing here knows Hydra."""

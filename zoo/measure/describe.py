@@ -1,0 +1,41 @@
+"""What a row says of a model before anything is measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from zoo.adapters.backbones import input_size
+from zoo.adapters.standalone import as_standalone
+
+if TYPE_CHECKING:
+    from zoo.model.reduced import ReducedViT
+
+
+def describe(model: ReducedViT) -> dict[str, Any]:
+    """Returns the fields of a row that say what a model is."""
+    recipe = model.recipe
+    size = input_size(model.backbone)[1:]
+    # The row names the budget that was asked for; the recipe holds the schedule solved from it.
+    schedule = model.target.config() if model.target is not None else recipe["schedule"]
+    alone = as_standalone(model.backbone)
+    if alone is not None:
+        schedule = alone.budget()
+    return {
+        "method": method_name(model),
+        "reducer": recipe["reducer"],
+        "backbone": recipe["backbone"]["name"],
+        "tag": recipe["backbone"]["tag"],
+        "schedule": schedule if method_name(model) != "none" else None,
+        "img_size": size[0] if size[0] == size[1] else list(size),
+        "recipe": recipe,
+        # What a budget in time was solved with: the time itself holds on this machine only.
+        "notes": str(measured) if (measured := getattr(model.target, "measured", None)) else None,
+    }
+
+
+def method_name(model: ReducedViT) -> str:
+    """Returns what reduces the tokens: the reducer, or the architecture itself, or "none"."""
+    if model.reducer is not None:
+        return str(model.recipe["reducer"]["name"])
+    alone = as_standalone(model.backbone)
+    return "none" if alone is None else alone.method

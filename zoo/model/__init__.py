@@ -1,0 +1,1 @@
+"""The wrapper: anatomy, plan, stages, and the stream of tokens through them."""

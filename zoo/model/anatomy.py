@@ -1,0 +1,135 @@
+"""The parts of a model and the facts about them, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from reduction.base import Reducer
+from reduction.counts import Dims, Spec, Step
+from zoo.adapters.backbones import check_backbone, class_tokens, has_class_token, pools
+from zoo.adapters.standalone import Standalone, as_standalone, check_alone
+from zoo.errors import ZooError
+from zoo.plugins.base import Plugin
+
+
+class Anatomy(NamedTuple):
+    """A backbone, what reduces its tokens, and what acts around its blocks.
+
+    Counting, planning and solving budgets read this and never the model, so a schedule is known
+    before there is a model.
+
+    Attributes:
+        backbone: A supported timm model.
+        reducer: The method, or None.
+        plugins: Parts that act around the blocks.
+    """
+
+    backbone: Any
+    reducer: Reducer | None = None
+    plugins: Sequence[Plugin] = ()
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.backbone.blocks)
+
+    @property
+    def prefix(self) -> int:
+        """Number of prefix tokens P."""
+        return int(self.backbone.num_prefix_tokens)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patch grid `(rows, columns)` at the backbone's own image size."""
+        rows, columns = self.backbone.patch_embed.grid_size
+        return int(rows), int(columns)
+
+    @property
+    def patches(self) -> int:
+        """Patches at the backbone's own image size."""
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def alone(self) -> Standalone | None:
+        """The backbone, if it runs itself."""
+        return as_standalone(self.backbone)
+
+    def dims(self, block: int) -> Dims:
+        """Widths of a block."""
+        attn = self.backbone.blocks[block].attn
+        classes = max(1, class_tokens(self.backbone))
+        return Dims(attn.proj.out_features, attn.num_heads, attn.head_dim, classes)
+
+    def spec(self, steps: Sequence[Step | None]) -> Spec:
+        """What learned parts are sized by.
+
+        Args:
+            steps: The reduction of each block.
+        """
+        attn = self.backbone.blocks[0].attn
+        return Spec(
+            width=int(self.backbone.embed_dim),
+            heads=int(attn.num_heads),
+            head_dim=int(attn.head_dim),
+            depth=self.depth,
+            prefix=self.prefix,
+            grid=self.grid,
+            classes=int(self.backbone.num_classes),
+            steps=tuple(steps),
+            reads=pools(self.backbone),
+        )
+
+
+def check_parts(
+    backbone: nn.Module, reducer: Reducer | None = None, plugins: Sequence[Plugin] = ()
+) -> None:
+    """Refuse a backbone that cannot be run block by block, and parts that it cannot take.
+
+    Raises:
+        UnsupportedModel: If the backbone, a block or an attention class has no adapter, or runs
+            itself and parts were asked for.
+    """
+    check_backbone(backbone)
+    asked = {f"reducer {getattr(reducer, 'name', '')!r}": reducer is not None}
+    asked |= {f"plugin {p.name!r}": True for p in plugins}
+    check_alone(backbone, asked)
+
+
+def check_together(anatomy: Anatomy) -> None:
+    """Refuse a reducer and plugins that cannot work together or on this backbone.
+
+    Asked after the plugins were set up, which may decide how many tokens they add.
+
+    Raises:
+        ZooError: Naming what does not fit, and what would.
+    """
+    reducer, plugins, depth = anatomy.reducer, anatomy.plugins, anatomy.depth
+    heads = [p.name for p in plugins if p.replaces_head]
+    if len(heads) > 1:
+        raise ZooError(f"plugins {heads} all bring a classifier; choose one of them")
+    if reducer is None:
+        return
+    for plugin in plugins:
+        if not any(plugin.added(b, depth) for b in range(-1, depth)):
+            continue
+        pair = f"reducer {reducer.name!r} with plugin {plugin.name!r}"
+        if reducer.added_tokens == "refuse":
+            raise ZooError(
+                f"{pair}: this method keeps its own account of the tokens and takes none that a "
+                "plugin adds; plugin 'cla' adds none"
+            )
+        if plugin.protected and reducer.site == "attn":
+            raise ZooError(
+                f"{pair}: tokens cannot be protected from a method that removes them inside the "
+                "attention; use protected=false"
+            )
+    if reducer.needs_class_token and not has_class_token(anatomy.backbone):
+        other = "; use score_from='column_mean' (attention received from all tokens)"
+        raise ZooError(
+            f"reducer {reducer.name!r} scores tokens by the class token, which this model does "
+            f"not have{other if hasattr(reducer, 'score_from') else ''}"
+        )

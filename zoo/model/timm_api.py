@@ -1,0 +1,145 @@
+"""What a wrapper is to others: its recipe, and what timm's tools expect of a model."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.adapters.standalone import as_standalone
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from reduction.base import Reducer
+    from reduction.schedules.base import Schedule
+
+
+class TimmContract(nn.Module):
+    """timm's methods and attributes, for a module that holds a `backbone`."""
+
+    # nn.Module's own hints say Tensor | Module of every attribute.
+    backbone: Any
+    plugins: Any
+    reducer: Reducer | None
+    schedule: Schedule | None
+    backbone_args: dict[str, Any]
+
+    def unwrap(self) -> nn.Module:
+        """The untouched timm model."""
+        return self.backbone
+
+    def verify(self, images: Tensor, tolerance: float = 0.0) -> float:
+        """Compare the wrapper with nothing reduced against the backbone itself.
+
+        Args:
+            images: `(B, 3, H, W)`.
+            tolerance: Largest difference that passes.
+
+        Returns:
+            The largest difference of the logits.
+
+        Raises:
+            ZooError: If it is above the tolerance.
+        """
+        was = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                dense = type(self)(self.backbone)  # type: ignore[call-arg]
+                dense.eval()
+                gap = (dense(images) - self.backbone(images)).abs().max().item()
+        finally:
+            self.train(was)
+        if not gap <= tolerance:
+            raise ZooError(f"expected a difference of at most {tolerance}, got {gap:.3g}")
+        return gap
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Everything but the weights: what has to be written down to build the model again."""
+        cfg = getattr(self.backbone, "pretrained_cfg", None) or {}
+        own = as_standalone(self.backbone)
+        return {
+            "backbone": {
+                "name": cfg.get("architecture") or type(self.backbone).__name__,
+                "tag": cfg.get("tag") or None,
+                "num_classes": int(self.backbone.num_classes),
+                "args": {**self.backbone_args, **({} if own is None else own.settings())},
+            },
+            "reducer": None if self.reducer is None else self.reducer.config(),
+            "schedule": None if self.schedule is None else self.schedule.config(),
+            "plugins": [p.config() for p in self.plugins],
+        }
+
+    def training_logits(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits of every head of the model, for the mean of their losses.
+
+        Most models have one head, and this is a tuple of what `forward` returns.
+        """
+        own = as_standalone(self.backbone)
+        return (self(images),) if own is None else own.training_logits(images)
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """timm's data and weight settings of the backbone."""
+        return self.backbone.default_cfg
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """Same as `default_cfg`, under timm's newer name."""
+        return self.backbone.pretrained_cfg
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return int(self.backbone.num_classes)
+
+    @property
+    def num_features(self) -> int:
+        """Width of the features."""
+        return int(self.backbone.num_features)
+
+    def get_classifier(self) -> nn.Module:
+        """The backbone's classifier."""
+        return self.backbone.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the backbone's classifier, and those of reducer and plugins."""
+        self.backbone.reset_classifier(num_classes, global_pool)
+        if self.reducer is not None:
+            self.reducer.reset_classifier(num_classes)
+        for plugin in self.plugins:
+            plugin.reset_classifier(num_classes)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameter names that optimisers should not decay."""
+        names = {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+        for i, plugin in enumerate(self.plugins):
+            names |= {f"plugins.{i}.{name}" for name in plugin.no_weight_decay()}
+        return names
+
+    def unused_parameters(self) -> set[str]:
+        """Names of parameters that get no gradient, mostly because a plugin took their place."""
+        names = {f"backbone.{name}" for p in self.plugins for name in p.unused(self.backbone)}
+        own = set() if self.reducer is None else self.reducer.unused()
+        return names | {f"reducer.{name}" for name in own}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's layer groups, for layer-wise learning rates."""
+        return {key: _prefixed(value) for key, value in self.backbone.group_matcher(coarse).items()}
+
+
+_ANCHOR = r"(?<![\[\\])\^"
+
+
+def _prefixed(pattern: Any) -> Any:
+    if isinstance(pattern, str):
+        # timm anchors every alternative of `^cls_token|pos_embed|...` by matching from the start.
+        return rf"^backbone\.(?:{re.sub(_ANCHOR, '', pattern)})"
+    return [(_prefixed(p[0]), *p[1:]) for p in pattern]

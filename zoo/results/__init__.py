@@ -1,0 +1,1 @@
+"""Result rows: written, read, and what they are evidence of."""

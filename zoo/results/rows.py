@@ -1,0 +1,361 @@
+"""Result rows: one JSON object per line, one line per run, never rewritten.
+
+Every run of `train.py` and `eval.py` appends one row to a ``*.jsonl`` file; every table and
+picture is generated from such files by `zoo.report`. `FIELDS` is the schema. A row holds every
+field, ``None`` where a run did not measure it, so that two rows can always be put side by side.
+
+This module imports neither torch nor timm, so that reading and printing results stays instant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import math
+import os
+import platform
+import secrets
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from zoo.report.words import summary_line
+
+__all__ = [
+    "FIELDS",
+    "Row",
+    "append_row",
+    "new_row",
+    "plain",
+    "read_rows",
+    "summary_line",
+    "wilson_interval",
+]
+
+Row = dict[str, Any]
+
+FIELDS: dict[str, str] = {
+    # the run
+    "run_id": "unique name of the run: UTC time and a random suffix",
+    "status": "'ok' or 'failed'",
+    "error": "one line: why a failed run failed",
+    "created": "when the row was made, ISO 8601 in UTC",
+    "command": "the command line that made the row, ready to be pasted",
+    "task": "list of what was done: 'train', 'accuracy', 'flops', 'throughput', 'fidelity'",
+    # what was run
+    "method": "registry name of the reducer; 'none' is the dense model",
+    "reducer": "mapping: name and arguments of the reducer",
+    "backbone": "timm name of the architecture, or name of a shipped model",
+    "tag": "timm tag of the pretrained weights, e.g. 'fb_in1k'",
+    "dataset": "name of the data",
+    "split": "split that accuracy was measured on",
+    "n_images": "images that accuracy was measured on",
+    "img_size": "side of the square input, pixels (or [height, width])",
+    "schedule": "mapping: name and arguments of the budget",
+    # cost
+    "tokens": "[[entering, leaving], ...] per block, prefix tokens included",
+    "gmacs": "mapping of 1e9 multiply-accumulates per image: total, linear, attention, reducer",
+    "gmacs_sample": "mapping, where the cost depends on the image and was measured (gmacs: mean) "
+    "with mean, min, max, images, limit (the most that the schedule allows)",
+    "gmacs_dense": "GMACs of the same backbone with nothing reduced",
+    "gmacs_paper": "mapping, where the method's paper counts otherwise: convention, total, dense",
+    "gmacs_fvcore": "GMACs as fvcore counts them (adds LayerNorm)",
+    "params_m": "parameters, millions",
+    # quality
+    "top1": "top-1 accuracy, percent",
+    "top5": "top-5 accuracy, percent",
+    "top1_start": "top-1 accuracy of a trained model before its training, percent",
+    "ci95": "[low, high]: 95 % Wilson interval of top1, percent",
+    "fidelity": "mapping, against dense: agreement (percent), kl (nats), cosine, n_images",
+    # speed
+    "imgs_per_s": "throughput, images per second (median)",
+    "imgs_per_s_dense": "throughput of the dense model, measured in the same run",
+    "ms": "time of one batch, milliseconds (median)",
+    "batch": "batch size",
+    "threads": "CPU threads used by torch",
+    "device": "device that ran it: 'cpu' or the accelerator's name",
+    "dtype": "computation type, e.g. 'float32', 'bfloat16'",
+    "compile": "whether torch.compile was on",
+    "runtime": "mapping of run-time options other than the defaults, which the dense model shared",
+    "bench": "mapping, of rows of benchmarks.speed: mode, rounds, spread, efficiency, ratios, ...",
+    "peak_mem_mb": "peak device memory, MiB",
+    "peak_mem_mb_dense": "peak device memory of the dense model, MiB",
+    "by_batch": "where several batch sizes were measured: list of batch and what depends on it",
+    # provenance
+    "seed": "random seed",
+    "recipe": "mapping that rebuilds the model: backbone, reducer, schedule, plugins",
+    "weights": "weights that were evaluated: a path or a name",
+    "weights_sha": "SHA-256 of the weights file",
+    "git": "commit of the source checkout the package ran from",
+    "dirty": "whether that checkout had uncommitted changes",
+    "versions": "mapping: python, torch, timm, lightning, tokenzoo",
+    "trained": "true: weights were trained with this reducer; false: reduced off the shelf",
+    "notes": "free text",
+}
+
+_PACKAGES = ("torch", "timm", "lightning", "tokenzoo")
+
+
+def _error(message: str) -> Exception:
+    # Imported when needed: the error classes live in `reduction`, which may bring torch along.
+    from zoo.errors import ZooError
+
+    return ZooError(message)
+
+
+# ------------------------------------------------------------------------------- making rows
+
+
+def new_row(**known: Any) -> Row:
+    """Make a complete row from what a run knows.
+
+    Args:
+        **known: Values of fields in `FIELDS`. What is left out of ``run_id``, ``created``,
+            ``status``, ``command``, ``versions``, ``git`` and ``dirty`` is filled in; every
+            other field left out is None.
+
+    Returns:
+        A dict with exactly the keys of `FIELDS`, of plain JSON types.
+
+    Raises:
+        TypeError: A keyword is not a field.
+        ZooError: ``status`` is neither 'ok' nor 'failed'.
+
+    >>> row = new_row(method="tome", backbone="deit_small_patch16_224", top1=79.5)
+    >>> row["status"], row["top1"], row["top5"]
+    ('ok', 79.5, None)
+    """
+    for name in known:
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise TypeError(
+                f"{name!r} is not a field of a result row{hint} (see zoo.results.rows.FIELDS)"
+            )
+    now = datetime.now(timezone.utc)
+    row: Row = dict.fromkeys(FIELDS)
+    row.update(
+        run_id=f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}",
+        status="ok",
+        created=now.isoformat(timespec="milliseconds"),
+        command=_command_line(),
+        versions=_versions(),
+    )
+    row["git"], row["dirty"] = _checkout()
+    row.update({name: plain(value) for name, value in known.items()})
+    if row["status"] not in ("ok", "failed"):
+        raise _error(f"status of a row must be 'ok' or 'failed', got {row['status']!r}")
+    return row
+
+
+def plain(value: Any) -> Any:
+    """Turn a value into JSON types: numpy and torch scalars to numbers, NaN to None, paths to str.
+
+    >>> plain({"a": (1, float("nan")), "b": Path("x")})
+    {'a': [1, None], 'b': 'x'}
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item) for item in value)
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
+        return plain(value.tolist())
+    return str(value)
+
+
+def _command_line() -> str:
+    program, *rest = sys.argv or [""]
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if module is not None and module.name and os.path.isabs(program) and program.endswith(".py"):
+        # Started with -m, which puts the file's own path in place of the module's name.
+        return shlex.join(["python", "-m", module.name.removesuffix(".__main__"), *rest])
+    if program.endswith(".py"):
+        return shlex.join(["python", program, *rest])
+    return shlex.join([Path(program).name, *rest])
+
+
+@functools.lru_cache(maxsize=1)
+def _installed() -> tuple[tuple[str, str | None], ...]:
+    found: list[tuple[str, str | None]] = [("python", platform.python_version())]
+    for package in _PACKAGES:
+        try:
+            found.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            # Run from a checkout that is not installed: the package itself knows.
+            own = getattr(sys.modules.get("zoo"), "__version__", None)
+            found.append((package, own if package == "tokenzoo" else None))
+    return tuple(found)
+
+
+def _versions() -> dict[str, str | None]:
+    return dict(_installed())
+
+
+@functools.lru_cache(maxsize=1)
+def _checkout() -> tuple[str | None, bool | None]:
+    """Commit and state of the checkout this package runs from, (None, None) if from none.
+
+    Cached: the code that runs is the code that was loaded, whatever is committed meanwhile.
+    """
+    root = Path(__file__).resolve().parents[2]
+    # Only our own checkout counts: installed into somebody's repository we are not its commit.
+    if not (root / ".git").exists():
+        return None, None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit, bool(git("status", "--porcelain", "--", "reduction", "zoo", "configs"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def wilson_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a success rate, in **percent**, as rows hold it.
+
+    Args:
+        k: Successes, e.g. images classified correctly.
+        n: Trials, at least 1.
+        confidence: Coverage, in (0, 1).
+
+    Raises:
+        ZooError: ``k`` is outside [0, n], ``n`` is below 1, or ``confidence`` outside (0, 1).
+
+    >>> tuple(round(x, 2) for x in wilson_interval(50, 100))
+    (40.38, 59.62)
+    """
+    if n < 1 or not 0 <= k <= n:
+        raise _error(f"expected 0 <= k <= n with n >= 1, got k={k}, n={n}")
+    if not 0 < confidence < 1:
+        raise _error(f"confidence must be in (0, 1), got {confidence}")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    rate = k / n
+    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    # At k = 0 and k = n one end is exactly 0 and 100; rounding must not move it past that.
+    low = 0.0 if k == 0 else max(0.0, middle - half)
+    high = 1.0 if k == n else min(1.0, middle + half)
+    return 100 * low, 100 * high
+
+
+# --------------------------------------------------------------------------- files of rows
+
+
+def append_row(path: str | os.PathLike[str], row: Mapping[str, Any]) -> Path:
+    """Append one row to a ``.jsonl`` file, creating it and its folders.
+
+    Safe when several processes append to one file: the line goes out in one write to a file
+    opened for appending, under a lock where the system has one. Nothing that is there is touched.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        ZooError: The file cannot be written.
+    """
+    path = Path(path)
+    line = json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    except OSError as problem:
+        reason = problem.strerror
+        raise _error(f"cannot write results to {path}: {reason}; choose another file") from problem
+    try:
+        _lock(handle)
+        # A writer killed half-way leaves a line without its end; do not glue this row to it.
+        size = os.fstat(handle).st_size
+        if size:
+            os.lseek(handle, size - 1, os.SEEK_SET)
+            if os.read(handle, 1) != b"\n":
+                line = "\n" + line
+        rest = line.encode("utf-8")
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+    except OSError as problem:
+        raise _error(f"cannot write results to {path}: {problem.strerror}") from problem
+    finally:
+        os.close(handle)  # releases the lock
+    return path
+
+
+def _lock(handle: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: the single write has to do
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks: the single write has to do
+        pass
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+    """Read every row of a ``.jsonl`` file, or of all such files below a folder, oldest first.
+
+    Fields that an older version did not write are None; fields this version does not know are kept.
+
+    Raises:
+        ZooError: The path does not exist, a folder holds no ``.jsonl`` file, or a line is not a
+            JSON object (the message names file and line).
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.rglob("*.jsonl"))
+        if not files:
+            raise _error(
+                f"no results: expected *.jsonl files in {path}, found none; "
+                "make some with `python eval.py`"
+            )
+    elif path.exists():
+        files = [path]
+    else:
+        raise _error(f"no results: {path} does not exist; expected a .jsonl file or a folder")
+    rows = [row for file in files for row in _read_file(file)]
+    return sorted(rows, key=lambda row: str(row.get("created") or ""))
+
+
+def _read_file(file: Path) -> Iterable[Row]:
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as problem:
+        raise _error(f"cannot read results from {file}: {problem.strerror}") from problem
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"), parse_constant=lambda _: None)
+        except ValueError as problem:  # both JSON and UTF-8 errors
+            raise _error(
+                f"{file}:{number}: expected one JSON object, got {_excerpt(line)}; "
+                "delete or repair that line"
+            ) from problem
+        if not isinstance(row, dict):
+            raise _error(f"{file}:{number}: expected a JSON object, got {_excerpt(line)}")
+        yield {**dict.fromkeys(FIELDS), **row}
+
+
+def _excerpt(line: bytes) -> str:
+    text = line.strip().decode("utf-8", errors="replace")
+    return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -1,0 +1,36 @@
+"""How a command ends: exit codes, and what has to be handed around Hydra."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+# The exit codes: 1 = a bug or a failed job of a sweep, 2 = something to type differently,
+# 130 = Ctrl-C (128 + SIGINT, what shells expect).
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+class State:
+    """What has to be handed from the command line around Hydra to the job inside it."""
+
+    argv: list[str] | None = None  # as the shell gave it, with the sub-command of `zoo`
+    full_error: bool = False  # the user asked for tracebacks
+    failed_jobs: int = 0
+    report_failed: bool = False
+    rows_path: str | None = None
+
+
+def report_failed(message: str) -> None:
+    """Says that a sweep has no report, and lets the command fail at its end."""
+    State.report_failed = True
+    complain(message)
+
+
+def complain(message: str) -> int:
+    """Says what to type differently; returns the exit code for it."""
+    print(f"error: {message}", file=sys.stderr)
+    return USAGE
