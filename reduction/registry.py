@@ -55,8 +55,7 @@ class Registry(Generic[_T]):
             ValueError: If the name is malformed or taken, or the class has no `card` where others
                 of its kind have one.
         """
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise ValueError(f"expected a name like 'token_pooling', got {name!r}")
+        check_name(name)
         other = self.classes.get(name)
         # The same class may come twice, e.g. when a notebook cell or a module is reloaded.
         if other is not None and other.__qualname__ != cls.__qualname__:
@@ -125,6 +124,16 @@ class Registry(Generic[_T]):
         )
 
 
+def check_name(name: str) -> None:
+    """Refuse what is no registry name.
+
+    Raises:
+        ValueError: If it is not of lower case letters, digits and underscores.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"expected a name like 'token_pooling', got {name!r}")
+
+
 def argument_error(cls: type, error: TypeError) -> str:
     """What is wrong with the arguments of a constructor, and which it takes."""
     accepted = list(inspect.signature(cls).parameters)
@@ -147,6 +156,7 @@ def register(name: str) -> Callable[[_R], _R]:
     Raises:
         ValueError: If the name is malformed or taken, or the class has no `card`.
     """
+    check_name(name)
 
     def wrap(cls: _R) -> _R:
         METHODS.add(name, cls)

@@ -85,9 +85,9 @@ def test_commit_and_state_of_a_checkout(monkeypatch, tmp_path):
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr(zoo.results.rows, "__file__", str(tmp_path / "zoo" / "rows.py"))
-    (tmp_path / "zoo").mkdir()
-    (tmp_path / "zoo" / "rows.py").write_text("1")
+    monkeypatch.setattr(zoo.results.rows, "__file__", str(tmp_path / "zoo" / "results" / "rows.py"))
+    (tmp_path / "zoo" / "results").mkdir(parents=True)
+    (tmp_path / "zoo" / "results" / "rows.py").write_text("1")
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "x")

@@ -118,7 +118,7 @@ def test_per_block_lists_and_files(tmp_path: Path) -> None:
         ({"name": "constant"}, "constant_r"),
         ({"name": "constant_r", "rr": 3}, "rr"),
         ({"r": 3}, "mapping like"),
-        ("tome", "mapping like"),
+        ("tome", "unknown schedule 'tome'"),
     ],
 )
 def test_bad_schedules_say_what_is_wrong(spec, message: str) -> None:
