@@ -5,16 +5,18 @@ on tensors. `zoo` attaches them to models.
 """
 
 from reduction.assignment import Assignment, Fuse, Keep, Merge, Mix, apply, unmerge
-from reduction.base import (
-    AttentionInput,
-    AttentionOutput,
-    Card,
-    Outcome,
-    Reducer,
-    ScoreReducer,
-)
+from reduction.base import Card, Reducer
 from reduction.counts import Budget, Dims, Spec, Step
 from reduction.errors import UnknownName, UnreachableBudget, ZooError
+from reduction.mixins.adaptive import Adaptive
+from reduction.mixins.answer import OwnAnswer
+from reduction.mixins.attention import AttentionInput, AttentionOutput, ExtraKeys, OwnAttention
+from reduction.mixins.following import Extends, Follows, Remembers
+from reduction.mixins.learned import Learned, Queries, Staged
+from reduction.mixins.masking import Masked
+from reduction.mixins.parking import Parks
+from reduction.mixins.ranking import ScoreReducer
+from reduction.mixins.training import Outcome, Trains
 from reduction.registry import (
     card,
     create,
@@ -33,6 +35,7 @@ from reduction.schedules.target import Target, TargetGmacs, register_family
 from reduction.tokens import Signals, Tokens
 
 __all__ = [
+    "Adaptive",
     "Assignment",
     "AttentionInput",
     "AttentionOutput",
@@ -40,23 +43,35 @@ __all__ = [
     "Card",
     "ConstantR",
     "Dims",
-    "Geometric",
+    "Extends",
+    "ExtraKeys",
+    "Follows",
     "Fuse",
+    "Geometric",
     "Keep",
     "KeepRate",
+    "Learned",
+    "Masked",
     "Merge",
     "Mix",
     "Outcome",
+    "OwnAnswer",
+    "OwnAttention",
+    "Parks",
     "PerBlock",
+    "Queries",
     "Reducer",
+    "Remembers",
     "Schedule",
     "ScoreReducer",
     "Signals",
     "Spec",
+    "Staged",
     "Step",
     "Target",
     "TargetGmacs",
     "Tokens",
+    "Trains",
     "UnknownName",
     "UnreachableBudget",
     "ZooError",

@@ -31,6 +31,20 @@ class Configured:
         return ", ".join(f"{k}={v!r}" for k, v in constructor_arguments(self).items())
 
 
+class Revised:
+    """An object that counts its changes, so that what was derived from it can be remembered."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self.__dict__["_revision"] = self.revision + 1
+
+    @property
+    def revision(self) -> int:
+        """Grows with every attribute that is set: what was derived before may be out of date."""
+        count: int = self.__dict__.get("_revision", 0)
+        return count
+
+
 def constructor_arguments(obj: object) -> dict[str, Any]:
     """Values of an object's constructor arguments, read from attributes of the same names."""
     names = list(inspect.signature(type(obj).__init__).parameters.values())[1:]

@@ -85,7 +85,7 @@ def attempt(name: str, family: str, plugin: str) -> tuple[bool, str]:
         return False, str(error)
     assert logits.shape == (2, 10) and logits.isfinite().all()
     planned = model.token_counts()
-    if model.reducer is not None and model.reducer.adaptive:
+    if model.reducer is not None and isinstance(model.reducer, reduction.Adaptive):
         assert all(n <= most for (_, n), (_, most) in zip(info.tokens, planned, strict=True))
     else:
         assert list(info.tokens) == planned

@@ -14,7 +14,8 @@ from torch import nn
 
 import reduction
 import zoo
-from reduction.base import Card, ScoreReducer
+from reduction.base import Card
+from reduction.mixins.ranking import ScoreReducer
 from zoo import checkpoint
 from zoo.checkpoint import config as cfg
 from zoo.checkpoint import folder as folder_module

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import reduction
 import zoo
 from reduction.tokens import Tokens
 from tests.cases import METHODS, Row, backbone, images
@@ -329,12 +330,12 @@ def test_every_method_takes_it(row: Row) -> None:
         logits, info = m(x, return_info=True)
         alone = torch.cat([m(x[i : i + 1]) for i in range(3)])
     assert logits.isfinite().all() and torch.allclose(logits, alone, atol=3e-5)
-    if not m.reducer.adaptive:
+    if not isinstance(m.reducer, reduction.Adaptive):
         assert list(info.tokens) == m.token_counts()
     logits, info = m.train()(x, return_info="trace")
     targets = torch.tensor([1, 2, 3])
     teacher = None
-    if m.reducer.needs_teacher:
+    if getattr(m.reducer, "needs_teacher", False):
         dense = zoo.wrap(m.unwrap(), None)
         taught, seen = dense(x, return_info="trace")
         teacher = dense.outcome(seen, taught, targets)
@@ -359,5 +360,5 @@ def test_every_method_takes_the_halves(row: Row, plugin: str) -> None:
     with torch.no_grad():
         logits, info = m(images(), return_info=True)
     assert logits.isfinite().all()
-    if not m.reducer.adaptive:
+    if not isinstance(m.reducer, reduction.Adaptive):
         assert list(info.tokens) == m.token_counts()

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import zoo
-from reduction.base import AttentionInput
 from reduction.counts import Budget, Step
 from reduction.functional.matching import unit
 from reduction.methods.dtem import active_tokens, relaxed_top_r, sized_attention, soft_assignment
+from reduction.mixins.attention import AttentionInput
 from reduction.tokens import Signals, Tokens
 from tests.cases import backbone, images
 from zoo.errors import ZooError
@@ -83,7 +83,7 @@ def test_training_like_evaluation_where_the_choice_is_hard() -> None:
 def test_the_embedding_sends_no_gradient_to_the_backbone() -> None:
     reducer = build([9, 0, 0, 0]).train().reducer
     x, x_norm = torch.randn(2, 65, 48), torch.randn(2, 65, 48, requires_grad=True)
-    t = reducer.start(Tokens.start(x.requires_grad_(), 1))
+    t = reducer.begin(Tokens.start(x.requires_grad_(), 1))
     out = reducer.reduce(t, Signals(x_norm=x_norm), Step(0, 4, Budget(55), (8, 8)))
     (out.x.square().sum() + out.size.square().sum()).backward()
     assert x_norm.grad is None and x.grad.abs().max() > 0

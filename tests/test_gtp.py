@@ -54,7 +54,7 @@ def example(**args: object) -> tuple[Tokens, torch.Tensor, reduction.Reducer, To
     t = Tokens.start(torch.randn(2, 17, 6, generator=g), 1, track=True)
     map_ = torch.randn(2, 3, 17, 17, generator=g).softmax(-1)
     reducer = reduction.create("gtp", **args)
-    t = reducer.start(t)
+    t = reducer.begin(t)
     step = reduction.Step(0, 4, reduction.Budget(11), (4, 4))
     return t, map_, reducer, reducer.reduce(t, reduction.Signals(attn=map_), step)
 

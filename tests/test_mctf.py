@@ -8,13 +8,13 @@ import torch
 
 import zoo
 from reduction.assignment import apply
-from reduction.base import Outcome, Signals
 from reduction.counts import Budget, Step
 from reduction.functional.fusion import fuse_map, two_way_matching
 from reduction.methods.mctf import MCTF, Share, class_gap, confident
+from reduction.mixins.training import Outcome
 from reduction.schedules.constant_r import ConstantR
 from reduction.schedules.keep_rate import KeepRate
-from reduction.tokens import Tokens
+from reduction.tokens import Signals, Tokens
 from tests.cases import backbone, images
 from zoo.errors import ZooError
 

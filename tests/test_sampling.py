@@ -16,7 +16,7 @@ from zoo.report.compare import compare
 from zoo.report.tables import csv_table, table
 from zoo.results.rows import new_row, read_rows, summary_line
 
-ADAPTIVE = [r for r in METHODS if reduction.create(**r.reducer()).adaptive]
+ADAPTIVE = [r for r in METHODS if isinstance(reduction.create(**r.reducer()), reduction.Adaptive)]
 rows = pytest.mark.parametrize("row", ADAPTIVE, ids=lambda r: r.id)
 
 
@@ -69,11 +69,10 @@ def test_a_measured_cost_is_that_of_a_schedule_with_the_same_counts() -> None:
     assert found.gmacs < 0.9 * zoo.profile(m).gmacs
 
 
-class Above(reduction.Reducer):
+class Above(reduction.Adaptive, reduction.Reducer):
     """A toy: tokens stay whose first channel is positive."""
 
     site = "mid"
-    adaptive = True
 
     def assign(self, t, s, step):
         order = t.patches[..., 0].argsort(dim=1, descending=True)[:, : step.keep]

@@ -13,13 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.assignment import Assignment, Keep, Merge, apply
-from reduction.base import AttentionInput, AttentionOutput, Outcome, Reducer
+from reduction.base import Reducer
 from reduction.counts import Dims, Spec, Step
 from reduction.eager import traced
 from reduction.errors import ZooError
 from reduction.functional.attention import attention, column_mean
 from reduction.functional.matching import head_sum, split_sizes, unit
 from reduction.functional.pooling import masked_average_head
+from reduction.mixins.adaptive import Adaptive
+from reduction.mixins.answer import OwnAnswer
+from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
+from reduction.mixins.learned import Learned
+from reduction.mixins.masking import Masked
+from reduction.mixins.training import Outcome, Trains
 from reduction.tokens import Signals, Tokens, take_rows
 
 VARIANTS = ("live", "release")
@@ -60,7 +66,7 @@ def cost_ratio(shares: Sequence[float | Tensor], length: int, width: int) -> flo
     return total / (len(shares) * (6 * n * c * c + n * n * c))
 
 
-class ThresholdReducer(Reducer):
+class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Trains, Reducer):
     """Base of methods that merge and prune by thresholds. A subclass says what it does.
 
     Attributes:
@@ -76,8 +82,6 @@ class ThresholdReducer(Reducer):
     site = "mid"
     family = "constant_r"
     every_block = True
-    adaptive = True
-    masks_in_training = True
 
     def __init__(
         self,
@@ -146,15 +150,19 @@ class ThresholdReducer(Reducer):
 
     # ------------------------------------------------------------------ attention
 
-    def start(self, t: Tokens) -> Tokens:
+    def begin(self, t: Tokens) -> Tokens:
         """Training begins with all tokens in."""
         return t._replace(policy=torch.ones_like(t.size)) if self.training else t
+
+    def inside(self, t: Tokens) -> bool:
+        """Where tokens are masked, and where padding would count in a mean over queries."""
+        return t.policy is not None or (t.mask is not None and "column" in self.needs)
 
     def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
         """Leave padded or masked tokens out, as keys and in the mean over queries."""
         if t.policy is not None:
             return self._masked_attention(a, t.policy)
-        if t.mask is None or "column" not in a.need:
+        if "column" not in a.need:
             return None
         out, _ = attention(
             a.q, a.k, a.v, scale=a.scale, bias=a.bias, dropout=a.dropout, fused=a.fused

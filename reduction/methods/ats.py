@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Keep, apply
-from reduction.base import AttentionInput, AttentionOutput, Card, Reducer
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.attention import attention, class_row
+from reduction.mixins.adaptive import Adaptive
+from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
 
@@ -42,7 +44,7 @@ def unique_sorted(index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @register("ats")
-class ATS(Reducer):
+class ATS(Adaptive, OwnAttention, Reducer):
     """Keep the tokens at evenly spaced quantiles of the class token's attention.
 
     Inside the attention: a token's score is the class token's attention times the length of the
@@ -81,8 +83,6 @@ class ATS(Reducer):
         note="Counts depend on the image; the schedule gives upper limits.",
     )
     site = "attn"
-    adaptive = True
-    needs_class_token = True
 
     def __init__(self, variant: str = "haurum", points: int | None = None) -> None:
         super().__init__()
@@ -92,6 +92,10 @@ class ATS(Reducer):
             raise ZooError(f"variant must be one of {VARIANTS}, got {variant!r}")
         self.variant = variant
         self.points = points
+
+    @property
+    def needs_class_token(self) -> bool:
+        return True
 
     def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
         if step is None:

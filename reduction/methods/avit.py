@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from reduction.assignment import Keep, apply
-from reduction.base import Card, Outcome, Reducer
+from reduction.base import Card, Reducer
 from reduction.counts import Spec, Step
 from reduction.errors import ZooError
+from reduction.mixins.adaptive import Adaptive
+from reduction.mixins.answer import OwnAnswer
+from reduction.mixins.learned import Learned
+from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -50,7 +54,7 @@ def prior_divergence(halting: Tensor, target: Tensor) -> Tensor:
 
 
 @register("avit")
-class AViT(Reducer):
+class AViT(Adaptive, Learned, OwnAnswer, Trains, Reducer):
     """Let tokens halt one by one: a token adds up probabilities and leaves when they reach one.
 
     Behind each block `p = sigmoid(scale * z_0 - center)`, with z_0 the first channel of the token:
@@ -97,7 +101,6 @@ class AViT(Reducer):
     )
     site = "post"
     family = "constant_r"  # tokens halt little by little
-    adaptive = True
     every_block = True
     added_tokens = "spare"
 

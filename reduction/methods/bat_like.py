@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Merge
-from reduction.base import Card, Reducer, attention_score, score_signal
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import mean_shares
 from reduction.functional.density import density_peaks
 from reduction.functional.matching import bipartite_matching, split_sizes
+from reduction.mixins.ranking import attention_score, score_signal
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
 
@@ -84,7 +85,6 @@ class BatLike(Reducer):
         self.neighbors = neighbors
         self.score_from = score_from
         self.needs = score_signal(score_from)
-        self.needs_class_token = score_from == "class"
 
     def split(self, n: int, keep: int) -> tuple[int, int, int]:
         """Attentive tokens, pairs that merge among them, and clusters of the others.

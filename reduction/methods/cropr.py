@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.assignment import Keep, apply
-from reduction.base import Card, Outcome
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
-from reduction.functional.stages import StagedReducer
+from reduction.mixins.learned import Staged
+from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
 
@@ -116,7 +117,7 @@ class Module(nn.Module):
 
 
 @register("cropr")
-class Cropr(StagedReducer):
+class Cropr(Staged, Trains, Reducer):
     """Keep the tokens that a learned query points at.
 
     After a block, a token's score is its product with the query (with several queries, with their

@@ -9,19 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from reduction.assignment import Assignment, Keep, Merge, apply
-from reduction.base import Card, Reducer, attention_score, score_signal
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.diffrate_search import RateProxies, straight_mask
 from reduction.functional.matching import most_similar
 from reduction.functional.pooling import masked_average_head
+from reduction.mixins.answer import OwnAnswer
+from reduction.mixins.learned import Learned
+from reduction.mixins.masking import Masked
+from reduction.mixins.ranking import attention_score, score_signal
 from reduction.registry import register
 from reduction.schedules.per_block import PerBlock
 from reduction.tokens import Signals, Tokens, take_rows
 
 
 @register("diffrate")
-class DiffRate(Reducer):
+class DiffRate(Learned, Masked, OwnAnswer, Reducer):
     """Prune, then merge, between attention and MLP, with two counts per block.
 
     Tokens are sorted by the class token's attention in this block (after the softmax, size term
@@ -62,11 +66,11 @@ class DiffRate(Reducer):
         kind="prune + merge",
         training="none; search for rates",
         note="Searched schedules for DeiT and MAE ship as schedule=diffrate/deit_small_2.9 etc.",
+        convention="diffrate",
     )
     site = "mid"
     prop_attn = True
     family = "constant_r"
-    convention = "diffrate"
     # `logits` is for the search only.
     reads_last_block = False
 
@@ -86,7 +90,6 @@ class DiffRate(Reducer):
         self.prune_share = prune_share
         self.sort_always = sort_always
         self.needs = score_signal(score_from)
-        self.needs_class_token = score_from == "class"
         self.rates: RateProxies | None = None
         self.search = None if search is None else _search_arguments(search)
 
@@ -94,7 +97,7 @@ class DiffRate(Reducer):
 
     @property
     def every_block(self) -> bool:  # type: ignore[override]  # a plain attribute elsewhere
-        return self.sort_always or self._searching
+        return self.sort_always or self.masking()
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Assignment:
         score = attention_score(s, self.score_from, t.prefix).detach()
@@ -172,16 +175,12 @@ class DiffRate(Reducer):
         if self.search is not None and self.rates is None:
             self.begin_search(spec.grid[0] * spec.grid[1], spec.depth, **self.search)
 
-    @property
-    def _searching(self) -> bool:
+    def masking(self) -> bool:
+        """Only while counts are being searched."""
         return self.search is not None and self.training
 
-    @property
-    def masks_in_training(self) -> bool:  # type: ignore[override]  # a plain attribute elsewhere
-        return self.search is not None
-
-    def start(self, t: Tokens) -> Tokens:
-        if not self._searching or self.rates is None:
+    def begin(self, t: Tokens) -> Tokens:
+        if not self.masking() or self.rates is None:
             return t
         self._check_count(t, self.rates)
         proxies = self.rates()
@@ -189,10 +188,7 @@ class DiffRate(Reducer):
         kept = proxies.kept.detach().round().long().cpu()
         return t._replace(memory={**t.memory, "kept": kept, "probability": proxies.probability})
 
-    def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
-        return self._mask(t, s, step) if self._searching else super().reduce(t, s, step)
-
-    def _mask(self, t: Tokens, s: Signals, step: Step) -> Tokens:
+    def mask(self, t: Tokens, s: Signals, step: Step) -> Tokens:
         """One block of the search: the tail is masked, and merged copies stay where they are."""
         assert self.rates is not None
         self._check_count(t, self.rates)

@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from reduction.assignment import Merge
-from reduction.base import Card
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.density import density_peaks
-from reduction.functional.stages import StagedReducer
+from reduction.mixins.learned import Staged
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
 
 @register("dpcknn")
-class DPCKNN(StagedReducer):
+class DPCKNN(Staged, Reducer):
     """Average the tokens of each cluster, weighted by a learned score.
 
     Before the block: density from the k nearest tokens, centres where density times distance to

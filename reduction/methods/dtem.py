@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.assignment import Keep, Merge, apply
-from reduction.base import AttentionInput, AttentionOutput, Card, Reducer
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import no_autocast
 from reduction.functional.matching import bipartite_matching, split_sizes, unit
+from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
+from reduction.mixins.learned import Learned
+from reduction.mixins.masking import Masked
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -84,7 +87,7 @@ def sized_attention(a: AttentionInput, size: Tensor) -> Tensor:
 
 
 @register("dtem")
-class DTEM(Reducer):
+class DTEM(Learned, Masked, OwnAttention, Reducer):
     """Decoupled Token Embedding for Merging.
 
     One linear layer per block maps the normalised input of the attention to an embedding
@@ -132,7 +135,6 @@ class DTEM(Reducer):
     site = "mid"
     family = "constant_r"
     needs = frozenset({"x_norm"})
-    masks_in_training = True
     added_tokens = "spare"
 
     def __init__(
@@ -211,9 +213,10 @@ class DTEM(Reducer):
         match = bipartite_matching(embedding, t.n - step.keep, t.prefix)
         return Merge(None, match.leader, pairs=(match.source, match.target))
 
+    def inside(self, t: Tokens) -> bool:
+        return self.training and not t.unit
+
     def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
-        if not self.training or t.unit:
-            return None
         return AttentionOutput(sized_attention(a, t.size), Signals())
 
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:

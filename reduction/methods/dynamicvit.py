@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.assignment import Keep, apply
-from reduction.base import Card, Outcome
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Spec, Step
-from reduction.functional.stages import StagedReducer
+from reduction.mixins.following import Extends
+from reduction.mixins.learned import Staged
+from reduction.mixins.masking import Masked
+from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -64,7 +67,7 @@ def keep_decision(log_probs: Tensor, noise: Tensor) -> Tensor:
 
 
 @register("dynamicvit")
-class DynamicViT(StagedReducer):
+class DynamicViT(Staged, Extends, Masked, Trains, Reducer):
     """Keep the tokens that a learned predictor rates highest.
 
     In evaluation the top `keep` tokens by keep log-probability survive each stage. In training
@@ -96,7 +99,6 @@ class DynamicViT(StagedReducer):
         note="An untrained predictor keeps arbitrary tokens.",
     )
     site = "pre"
-    masks_in_training = True
     needs_teacher = True
 
     def __init__(
@@ -115,7 +117,7 @@ class DynamicViT(StagedReducer):
     def build(self, spec: Spec, step: Step) -> nn.Module:
         return Predictor(spec.width)
 
-    def start(self, t: Tokens) -> Tokens:
+    def begin(self, t: Tokens) -> Tokens:
         # Blocks before the first stage use the same masked softmax, as in the official code.
         return t._replace(policy=torch.ones_like(t.size)) if self.training else t
 

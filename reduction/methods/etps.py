@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from reduction.assignment import Merge
-from reduction.base import Card, Reducer, attention_score, score_signal
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.squeezing import squeeze
+from reduction.mixins.ranking import attention_score, score_signal
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -56,7 +57,6 @@ class ETPS(Reducer):
         self.score_from = score_from
         self.temperature = temperature
         self.needs = score_signal(score_from)
-        self.needs_class_token = score_from == "class"
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
         score = attention_score(s, self.score_from, t.prefix)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from reduction.assignment import Assignment, Fuse, Keep
-from reduction.base import Card, Reducer, attention_score, score_signal
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
+from reduction.mixins.ranking import attention_score, score_signal
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -73,7 +74,6 @@ class EViT(Reducer):
         self.fuse = fuse
         self.score_from = score_from
         self.needs = score_signal(score_from)
-        self.needs_class_token = score_from == "class"
 
     def count(self, n: int, step: Step) -> int:
         return n if step.keep >= n else step.keep + self.fuse

@@ -9,9 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reduction.base import Card, Outcome, Reducer, attention_score, score_signal
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
+from reduction.mixins.following import Follows
+from reduction.mixins.learned import Learned
+from reduction.mixins.parking import Parks
+from reduction.mixins.ranking import attention_score, score_signal
+from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
 
@@ -27,7 +32,7 @@ def _classifier(width: int, classes: int) -> nn.Linear:
 
 
 @register("evovit")
-class EvoViT(Reducer):
+class EvoViT(Learned, Trains, Follows, Parks, Reducer):
     """Let the best tokens through the blocks and park the others, which come back later.
 
     A running score `g` follows the class token's attention, `g = (1 - a) g + a * attention`, of
@@ -100,7 +105,6 @@ class EvoViT(Reducer):
         self.score_from = score_from
         self.head_weight = head_weight
         self.needs = score_signal(score_from)
-        self.needs_class_token = score_from == "class"
         self.parks: Literal["no", "stage", "block"] = "stage" if mode == "stage" else "block"
         self.norm: nn.Module | None = None
         self.head: nn.Module | None = None

@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reduction.assignment import Keep, Merge, apply
-from reduction.base import AttentionInput, AttentionOutput, Card, Reducer
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.attention import class_row_of
 from reduction.functional.graphs import neighbour_graph
+from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
+from reduction.mixins.following import Remembers
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
 
@@ -65,7 +67,7 @@ def importance(selection: str, prefix: int, map_: Tensor | None, row: Tensor | N
 
 
 @register("gtp")
-class GTP(Reducer):
+class GTP(OwnAttention, Remembers, Reducer):
     """Graph-based Token Propagation.
 
     Once, from the embedded patches, a graph is made: spatial neighbours on the grid, semantic ones
@@ -117,7 +119,6 @@ class GTP(Reducer):
     )
     site = "mid"
     family = "constant_r"
-    needs_origin = True
     added_tokens = "spare"
 
     def __init__(
@@ -152,9 +153,12 @@ class GTP(Reducer):
         self.sparsity = sparsity
         self.token_scale = token_scale
         self.prop_attn = token_scale
-        self.needs_class_token = selection.startswith("cls_attn")
         row_only = self.needs_class_token and sparsity == 1
-        self.needs = frozenset({"cls_row" if row_only else "attn"})
+        self.needs = frozenset({"cls_row" if row_only else "attn", "origin"})
+
+    @property
+    def needs_class_token(self) -> bool:
+        return self.selection.startswith("cls_attn")
 
     @property
     def _propagates(self) -> bool:
@@ -165,11 +169,14 @@ class GTP(Reducer):
         """Whether every image has a graph of its own, from a product of all patches with all."""
         return self.graph != "spatial" and self.neighbours > 0
 
-    def start(self, t: Tokens) -> Tokens:
+    def begin(self, t: Tokens) -> Tokens:
         if not self._propagates:
             return t
         # The graph needs the grid, which the first reduction knows.
         return t._replace(memory={**t.memory, "embedded": t.patches.detach()})
+
+    def inside(self, t: Tokens) -> bool:
+        return self.sparsity < 1
 
     def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
         n = a.q.shape[2]

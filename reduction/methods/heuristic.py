@@ -140,7 +140,7 @@ class Heuristic(Reducer):
         note="Ignores the image; for data with centred objects.",
     )
     site = "pre"
-    needs_origin = True
+    needs = frozenset({"origin"})
     # They stand nowhere, and whole rings are counted.
     added_tokens = "spare"
 

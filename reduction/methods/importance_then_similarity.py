@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Assignment, Keep, Merge
-from reduction.base import Card, Reducer, attention_score, score_signal
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.matching import head_sum, most_similar
+from reduction.mixins.ranking import attention_score, score_signal
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
 
@@ -76,7 +77,6 @@ class ImportanceThenSimilarity(Reducer):
         self.metric = metric
         self.prop_attn = prop_attn
         self.needs = score_signal(score_from) | ({"k"} if metric == "key" else frozenset())
-        self.needs_class_token = score_from == "class"
 
     def survivors(self, n: int, step: Step) -> int:
         """Tokens left by pruning: at most twice those left in the end, or pairs would run out."""

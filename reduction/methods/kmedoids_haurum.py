@@ -13,12 +13,13 @@ from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import least_of_cluster, squared_distances
 from reduction.methods.token_pooling import check_iterations
+from reduction.mixins.learned import Learned
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
 
 
 @register("kmedoids_haurum")
-class KMedoidsHaurum(Reducer):
+class KMedoidsHaurum(Learned, Reducer):
     """The K-Medoids of Haurum et al.'s comparison, kept as it is.
 
     It is often taken for Token Pooling, but its update step picks, in each cluster, the member with

@@ -7,13 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reduction.assignment import Merge, apply
-from reduction.base import AttentionInput, AttentionOutput, Card, Outcome, Reducer, Site
+from reduction.base import Card, Reducer, Site
 from reduction.counts import Budget, Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.attention import attention, column_mean
 from reduction.functional.clustering import mean_shares
 from reduction.functional.fusion import fuse_map, two_way_matching
 from reduction.functional.matching import split_sizes, unit
+from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
+from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register
 from reduction.schedules.base import Schedule
 from reduction.tokens import Signals, Tokens
@@ -43,7 +45,7 @@ class Share(Schedule):
 
 
 @register("mctf")
-class MCTF(Reducer):
+class MCTF(OwnAttention, Trains, Reducer):
     """Multi-criteria Token Fusion with one-step-ahead attention.
 
     Tokens alternate between two sets; the attraction of a pair is the product of
@@ -201,8 +203,11 @@ class MCTF(Reducer):
 
     # -- where -------------------------------------------------------------------------------------
 
+    def inside(self, t: Tokens) -> bool:
+        return self.osa > 0
+
     def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
-        if step is None or self.osa == 0:
+        if step is None:
             return None
         assert a.again is not None
         if self.osa == 2:

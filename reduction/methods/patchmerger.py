@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from reduction.assignment import Mix
-from reduction.base import Card
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
-from reduction.functional.stages import QueryReducer
+from reduction.mixins.learned import Queries
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -37,7 +37,7 @@ class Merger(nn.Module):
 
 
 @register("patchmerger")
-class PatchMerger(QueryReducer):
+class PatchMerger(Queries, Reducer):
     """Each output token is an attention-weighted mean of the layer-normalised tokens.
 
     `y = softmax(scale * queries @ LN(x)^T) @ LN(x)`, before the block. The output lives in the

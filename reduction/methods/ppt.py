@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Merge
-from reduction.base import Card, Reducer, attention_score, score_signal
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.matching import bipartite_matching, head_sum, split_sizes
+from reduction.mixins.ranking import attention_score, score_signal
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -93,7 +94,6 @@ class PPT(Reducer):
         self.prop_attn = prop_attn
         self.score_from = score_from
         self.needs = score_signal(score_from) | {"k", "v"}
-        self.needs_class_token = score_from == "class"
 
     def max_drop(self, n: int) -> int:
         return n // 2

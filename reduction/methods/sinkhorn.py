@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.assignment import Mix
-from reduction.base import Card
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
-from reduction.functional.stages import QueryReducer
+from reduction.mixins.learned import Queries
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -56,7 +56,7 @@ class Centres(nn.Module):
 
 
 @register("sinkhorn")
-class Sinkhorn(QueryReducer):
+class Sinkhorn(Queries, Reducer):
     """Distribute every token over learned centres so that all centres get an equal share.
 
     Before the block: cosine similarities to the centres, a few Sinkhorn iterations, and each

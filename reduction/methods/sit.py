@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.assignment import Mix
-from reduction.base import Card, Outcome
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
-from reduction.functional.stages import QueryReducer
+from reduction.mixins.learned import Queries
+from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -82,7 +83,7 @@ def recalibration_loss(
 
 
 @register("sit")
-class SiT(QueryReducer):
+class SiT(Queries, Trains, Reducer):
     """Each output token is a weighted mean of all tokens, with weights that every token predicts.
 
     Before the block: `y = softmax_over_tokens(scale * MLP(x))^T @ x`. With `distill`, training adds

@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reduction.assignment import Merge
-from reduction.base import Card, Reducer, attention_score, score_signal
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
+from reduction.mixins.attention import ExtraKeys
+from reduction.mixins.learned import Learned
+from reduction.mixins.ranking import attention_score, score_signal
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
 
@@ -17,7 +20,7 @@ COUNTINGS = ("total", "release")
 
 
 @register("tca")
-class TCA(Reducer):
+class TCA(Learned, ExtraKeys, Reducer):
     """Token condensation: whole tokens, weighted centres, and one token of what is left.
 
     Between attention and MLP tokens are ranked by the class token's attention `s` (mean over
@@ -84,9 +87,12 @@ class TCA(Reducer):
         self.anchors = anchors
         self.score_from = score_from
         self.needs = score_signal(score_from)
-        self.needs_class_token = score_from == "class" or anchors > 0
         self.anchor_tokens: Tensor | None
         self.register_buffer("anchor_tokens", None)
+
+    @property
+    def needs_class_token(self) -> bool:
+        return super().needs_class_token or self.anchors > 0
 
     # ------------------------------------------------------------------ anchors
 
@@ -118,7 +124,10 @@ class TCA(Reducer):
         # In front of block 0 there is no class token yet; the release takes those of the last.
         return self.anchors > 0 and (step.block > 0 or self.counting == "release")
 
-    def guests(self, t: Tokens, step: Step) -> Tensor | None:
+    def inside(self, t: Tokens) -> bool:
+        return self.anchors > 0
+
+    def extra_keys(self, t: Tokens, step: Step) -> Tensor | None:
         """The anchor `(B, 1, C)`: of those behind the previous block the nearest by cosine."""
         if not self._anchored(step):
             return None

@@ -93,7 +93,6 @@ class TokenPooling(Reducer):
         self.prop_attn = prop_attn
         signal = SCORES[score_from]
         self.needs = frozenset() if signal is None else frozenset({signal})
-        self.needs_class_token = score_from == "class"
 
     def acts(self, block: int, depth: int) -> bool:
         return block < depth - 1

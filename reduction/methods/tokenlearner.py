@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from reduction.assignment import Mix, apply
-from reduction.base import Card
+from reduction.base import Card, Reducer
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
-from reduction.functional.stages import QueryReducer
+from reduction.mixins.learned import Queries
+from reduction.mixins.parking import Parks
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -100,7 +101,7 @@ class Learner(nn.Module):
 
 
 @register("tokenlearner")
-class TokenLearner(QueryReducer):
+class TokenLearner(Queries, Parks, Reducer):
     """Replace the patches by a few tokens, each a learned weighted sum of them.
 
     Before a block, `tokens = W x` with maps `W` of shape `(M, N)` that are computed from the

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from reduction.base import Card, ScoreReducer, attention_score, score_signal
+from reduction.base import Card
 from reduction.counts import Step
+from reduction.mixins.ranking import ScoreReducer, attention_score, score_signal
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -42,7 +43,6 @@ class TopK(ScoreReducer):
         super().__init__()
         self.score_from = score_from
         self.needs = score_signal(score_from)
-        self.needs_class_token = score_from == "class"
 
     def score(self, t: Tokens, s: Signals, step: Step) -> Tensor:
         return attention_score(s, self.score_from, t.prefix)

@@ -152,7 +152,10 @@ class ZeroTPrune(Reducer):
         self.similar_share = similar_share
         self.min_variance = min_variance
         self.max_variance = max_variance
-        self.needs_class_token = start_from == "class"
+
+    @property
+    def needs_class_token(self) -> bool:
+        return self.start_from == "class"
 
     def acts(self, block: int, depth: int) -> bool:
         """Behind the last block nobody would read the result."""

@@ -127,7 +127,7 @@ def record(model: ReducedViT) -> Choices:
         return answer
 
     reducer.assign = on_assign
-    if type(reducer).attend is not reduction.Reducer.attend:
+    if isinstance(reducer, reduction.OwnAttention):
         reducer.attend = on_attend
     return chosen
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import reduction
 import zoo
-from reduction.base import AttentionInput, AttentionOutput
 from reduction.counts import Step
+from reduction.mixins.attention import AttentionInput, AttentionOutput
 from reduction.tokens import Tokens
 from tests.parity.fixture import Fixture, Unsupported
 from zoo.adapters.attention import run_attention

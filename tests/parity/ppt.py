@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from reduction.base import attention_score
 from reduction.counts import Step
 from reduction.methods.ppt import PPT, significance
+from reduction.mixins.ranking import attention_score
 from reduction.tokens import Signals, Tokens
 from tests.parity.fixture import Case, Fixture, gradient_check
 from tests.parity.runner import handles

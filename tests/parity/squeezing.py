@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import zoo
-from reduction.base import Outcome
 from reduction.methods import dynamicvit as dynamic
+from reduction.mixins.training import Outcome
 from reduction.tokens import Tokens
 from tests.parity.fixture import Case, Fixture
 from tests.parity.learned import cases, check_alone, compare_gradients, load_parts

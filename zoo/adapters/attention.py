@@ -15,8 +15,8 @@ from timm.layers import Attention, AttentionRope, DropPath, apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from reduction.base import AttentionInput, AttentionOutput
 from reduction.functional.attention import attention
+from reduction.mixins.attention import AttentionInput, AttentionOutput
 from reduction.tokens import Signals, Tokens
 from zoo.adapters.fast_linear import FastLinear, linear
 from zoo.errors import UnsupportedModel, ZooError

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reduction.errors import UnreachableBudget
+from reduction.mixins.adaptive import Adaptive
 from reduction.schedules.base import Schedule
 from reduction.schedules.per_block import PerBlock
 from zoo.adapters.heads import head
@@ -358,7 +359,7 @@ def check_searchable(model: ReducedViT) -> None:
     reducer = model.reducer
     if reducer is None or model.schedule is None:
         raise ZooError("the search finds counts for a method; choose one, e.g. reducer=tome")
-    if reducer.adaptive:
+    if isinstance(reducer, Adaptive):
         raise ZooError(
             f"reducer {reducer.name!r} chooses its counts for each image; there is no schedule to "
             "search for"

@@ -12,6 +12,8 @@ from typing import Any
 
 import reduction
 from reduction.base import Reducer
+from reduction.mixins.adaptive import Adaptive
+from reduction.mixins.attention import OwnAttention
 from reduction.registry import method
 from zoo.results import evidence
 
@@ -42,6 +44,7 @@ def describe(name: str) -> dict[str, Any]:
     """Returns the card, the arguments with their defaults, and what was shown of a method."""
     cls = method(name)
     parameters = inspect.signature(cls).parameters.values()
+    made = reduction.create(name)
     passed = evidence.fixtures().get(name, evidence.Fixtures(0, 0))
     top1 = evidence.digits().get(name, evidence.Digits(None, None))
     return {
@@ -50,15 +53,15 @@ def describe(name: str) -> dict[str, Any]:
         "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
         "site": cls.site,
         "needs": sorted(cls.needs),
-        "needs_class_token": cls.needs_class_token,
+        "needs_class_token": made.needs_class_token,
         "family": cls.family,
         "arguments": {
             p.name: None if p.default is p.empty else p.default
             for p in parameters
             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         },
-        "attention": attention_needs(reduction.create(name)),
-        "counts": counts(reduction.create(name)),
+        "attention": attention_needs(made),
+        "counts": counts(made),
         "fixtures": passed._asdict(),
         "digits_at_half_cost": top1._asdict(),
     }
@@ -67,14 +70,14 @@ def describe(name: str) -> dict[str, Any]:
 def attention_needs(reducer: Reducer) -> str:
     """Returns what a method, with its arguments as they are, needs from the attention."""
     words = [text for signal, text in _SIGNALS.items() if signal in reducer.needs]
-    if type(reducer).attend is not Reducer.attend:
+    if isinstance(reducer, OwnAttention):
         words.append("its own attention")
     return ", ".join(words) or "nothing"
 
 
 def counts(reducer: Reducer) -> str:
     """Returns whether every image keeps as many tokens."""
-    return "adaptive" if reducer.adaptive else "fixed"
+    return "adaptive" if isinstance(reducer, Adaptive) else "fixed"
 
 
 def paper(card: reduction.Card) -> str:

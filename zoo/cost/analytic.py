@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import nn
 
 from reduction.counts import BlockCost, Dims
+from reduction.mixins.attention import OwnAttention
 from reduction.schedules.base import Schedule
 from zoo.adapters.attention import splits_queries
 from zoo.adapters.blocks import block_adapter
@@ -102,8 +103,11 @@ def block_cost(anatomy: Anatomy, i: int, p: Plan) -> BlockCost:
     if p.step is not None and anatomy.reducer is not None:
         site = anatomy.reducer.site
         if site == "attn":
-            rows, rereads = p.mlp, anatomy.reducer.rereads
-            products = anatomy.reducer.attention_macs(p.attention, rows, width)
+            rows = p.mlp
+            products = 2 * p.attention * rows * width
+            if isinstance(anatomy.reducer, OwnAttention):
+                rereads = anatomy.reducer.rereads
+                products = anatomy.reducer.attention_macs(p.attention, rows, width)
         before = {"pre": p.entering, "attn": p.attention, "mid": p.attention, "post": p.mlp}[site]
         own += anatomy.reducer.macs(
             before - anatomy.prefix - p.spared, anatomy.prefix, p.step, dims

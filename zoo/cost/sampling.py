@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from reduction.counts import BlockCost
+from reduction.mixins.adaptive import Adaptive
 from zoo.cost.analytic import block_cost, counted, head_macs
 from zoo.cost.types import Profile, Sample
 from zoo.errors import ZooError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def is_adaptive(model: Any) -> bool:
     """Whether the cost of a model depends on the image."""
-    return bool(getattr(getattr(model, "reducer", None), "adaptive", False))
+    return isinstance(getattr(model, "reducer", None), Adaptive)
 
 
 class CostSampler:

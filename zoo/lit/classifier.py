@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from reduction.base import Reducer
+from reduction.mixins.learned import Learned
+from reduction.mixins.training import Trains
 from zoo.errors import ZooError
 from zoo.lit import optim, schedules
 
@@ -72,8 +73,7 @@ class Classifier(pl.LightningModule):
         self.mix = _mixup(mixup, classes)
         # Only a reducer with losses of its own asks for the state of every block.
         reducer = getattr(net, "reducer", None)
-        own = getattr(type(reducer), "auxiliary_losses", Reducer.auxiliary_losses)
-        self.has_aux = reducer is not None and own is not Reducer.auxiliary_losses
+        self.has_aux = isinstance(reducer, Trains)
         # A list hides the teacher from the module: it is the starting point, not to be saved or
         # averaged or trained.
         self._teacher = [_dense_copy(net)] if getattr(reducer, "needs_teacher", False) else []
@@ -132,7 +132,7 @@ class Classifier(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let the reducer put its parameters right."""
-        if isinstance(reducer := getattr(self.net, "reducer", None), Reducer):
+        if isinstance(reducer := getattr(self.net, "reducer", None), Learned):
             reducer.after_step()
 
     def trainable(self) -> nn.Module:

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from reduction.base import AttentionInput, AttentionOutput, Reducer
+from reduction.base import Reducer
 from reduction.counts import Step
 from reduction.errors import UnreachableBudget
+from reduction.mixins.adaptive import Adaptive
+from reduction.mixins.answer import OwnAnswer
+from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
+from reduction.mixins.following import Remembers
 from reduction.registry import create_schedule
 from reduction.schedules.base import Schedule
 from reduction.schedules.keep_rate import KeepRate
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-class SoftExtract(Reducer):
+class SoftExtract(OwnAttention, OwnAnswer, Remembers, Reducer):
     """Fade tokens out by their rank instead of removing them.
 
     In every block, tokens are sorted by the attention they receive from all others, and whatever
@@ -55,7 +59,7 @@ class SoftExtract(Reducer):
         super().__init__()
         self.retention = retention
 
-    def start(self, t: Tokens) -> Tokens:
+    def begin(self, t: Tokens) -> Tokens:
         """Every token counts fully."""
         return t._replace(policy=torch.ones_like(t.size))
 
@@ -296,7 +300,7 @@ def _check(net: ReducedViT, share: float, rate: float, penalty: float) -> None:
     reducer = net.reducer
     if reducer is None:
         raise ZooError("the search finds counts for a method; choose one, e.g. reducer=topk")
-    if reducer.adaptive or any(True for _ in reducer.parameters()):
+    if isinstance(reducer, Adaptive) or any(True for _ in reducer.parameters()):
         raise ZooError(
             f"reducer {reducer.name!r} cannot change its counts while it trains; search with "
             "another, e.g. reducer=topk, then type schedule=per_block schedule.file=.../"

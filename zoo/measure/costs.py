@@ -55,7 +55,7 @@ def sampled_costs(found: Profile) -> dict[str, Any]:
 
 def _as_published(model: ReducedViT) -> dict[str, Any] | None:
     """The cost as the method's paper counts it; None where it counts as we do."""
-    convention = "zoo" if model.reducer is None else model.reducer.convention
+    convention = "zoo" if model.reducer is None else model.reducer.card.convention
     if convention == "zoo":
         return None
     found = profile(model, convention=convention)

@@ -9,11 +9,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from reduction.base import AttentionInput, AttentionOutput, Reducer
+from reduction.base import Reducer
 from reduction.counts import Step
 from reduction.eager import autocasting, undisturbed
 from reduction.functional.attention import attention_bias
 from reduction.functional.carriers import append, reduce_sparing, trim
+from reduction.mixins.attention import (
+    AttentionInput,
+    AttentionOutput,
+    ExtraKeys,
+    InAttention,
+    OwnAttention,
+)
+from reduction.mixins.following import Follows
+from reduction.mixins.parking import Parks
 from reduction.schedules.base import Schedule
 from reduction.tokens import Signals, Tokens
 from zoo.adapters.attention import Shift, attend, projection, ready
@@ -64,8 +73,7 @@ def prepare(model: ReducedViT, t: Tokens, embedded: Embedded) -> Pass:
         embedded: From `embed`.
     """
     reducer, plugins, blocks = model.reducer, list(model.plugins), list(model.backbone.blocks)
-    kind = Reducer if reducer is None else type(reducer)
-    usual = kind.attend is Reducer.attend and kind.guests is Reducer.guests
+    usual = not isinstance(reducer, InAttention)
     return Pass(
         blocks,
         reducer,
@@ -122,7 +130,7 @@ def _straight(
     del x
     if site == "mid":
         t = reducer.reduce(t, seen, step)
-        if type(reducer).observe is Reducer.observe:
+        if not isinstance(reducer, Follows):
             seen = Signals()
     t = t._replace(x=block.mlp(t.x))
     if site == "post":
@@ -131,9 +139,9 @@ def _straight(
 
 
 def _behind(i: int, t: Tokens, seen: Signals, plan: Plan, reducer: Reducer) -> Tokens:
-    if plan.need:
+    if plan.need and isinstance(reducer, Follows):
         t = reducer.observe(t, seen, i)
-    return reducer.restore(t) if plan.restore else t
+    return reducer.restore(t) if plan.restore and isinstance(reducer, Parks) else t
 
 
 def _through_modules(
@@ -146,7 +154,9 @@ def _through_modules(
     if site == "pre":
         t = reduce_sparing(reducer, t, signals, step, plan.spared)
         moved = True
-    guests = None if reducer is None or step is None else reducer.guests(t, step)
+    guests = None
+    if isinstance(reducer, ExtraKeys) and step is not None and reducer.inside(t):
+        guests = reducer.extra_keys(t, step)
     all_ = t if guests is None else append(t, guests)
     own = _own_attention(reducer, all_, step)
     sizes = all_.size if reducer is not None and reducer.prop_attn and not t.unit else None
@@ -191,7 +201,7 @@ def _through_modules(
         del branch, result, listen, own, all_
         if site == "mid":
             t = reduce_sparing(reducer, t, seen, step, plan.spared)
-            if type(reducer).observe is Reducer.observe:
+            if not isinstance(reducer, Follows):
                 seen = Signals()
         straight = shared.straight[i]
         mlp = partial(adapter.mlp_half, block) if straight is None else straight.mlp
@@ -228,7 +238,7 @@ def _rereading(
     shift: Shift | None,
 ) -> dict[str, Any]:
     """Arguments of `attend` for a reducer that changes tokens between keys and values."""
-    if reducer is None or site != "attn" or reducer.rereads == "no":
+    if not isinstance(reducer, OwnAttention) or site != "attn" or reducer.rereads == "no":
         return {}
     adapter, attn = block_adapter(block), block.attn
 
@@ -252,7 +262,7 @@ def _own_attention(
     reducer: Reducer | None, t: Tokens, step: Step | None
 ) -> Callable[[AttentionInput], AttentionOutput | None] | None:
     """The reducer's attention, if its class brings one."""
-    if reducer is None or type(reducer).attend is Reducer.attend:
+    if not isinstance(reducer, OwnAttention) or not reducer.inside(t):
         return None
     return lambda given: reducer.attend(given, t, step)
 

@@ -11,7 +11,10 @@ from reduction.base import Reducer
 from reduction.counts import Budget, Step
 from reduction.eager import traced
 from reduction.errors import UnreachableBudget
+from reduction.mixins.following import Follows
+from reduction.mixins.parking import Parks
 from reduction.schedules.base import Schedule
+from reduction.tokens import SIGNALS
 from zoo.model.anatomy import Anatomy
 from zoo.plugins.base import Plugin
 
@@ -118,7 +121,7 @@ def _walk(
     rows: list[tuple[int, int, int, int]] = []
     steps: list[Step | None] = []
     restored = [False] * depth
-    parks = "no" if reducer is None else reducer.parks
+    parks = reducer.parks if isinstance(reducer, Parks) else "no"
     parked, last = 0, None  # tokens that would come back, and the step that took them out
     for block in range(depth):
         step = None
@@ -145,7 +148,7 @@ def _walk(
         rows.append((n, at_attention, at_mlp, leaving))
         steps.append(step)
         n = leaving
-    if parked and reducer is not None and reducer.restores(depth - 1, depth):
+    if parked and isinstance(reducer, Parks) and reducer.restores(depth - 1, depth):
         restored[-1] = True
         rows[-1] = (*rows[-1][:3], n + parked)
     return [
@@ -168,7 +171,7 @@ def _spared(reducer: Reducer | None, plugins: Sequence[Plugin], block: int, dept
     if reducer.added_tokens == "spare":
         return sum(p.added(b, depth) for p in plugins for b in range(-1, block))
     count = max([0, *(p.spared(block, depth) for p in plugins)])
-    if reducer.site == "pre" and reducer.needs and block > 0:
+    if reducer.site == "pre" and reducer.needs & SIGNALS and block > 0:
         # Signals of the previous block do not know what was appended behind it.
         count = max(count, sum(p.added(block - 1, depth) for p in plugins))
     return count
@@ -194,9 +197,14 @@ def _step(
 
 def _need(reducer: Reducer | None, block: int, steps: Sequence[Step | None]) -> frozenset[str]:
     """Signals that the attention of a block computes."""
-    if reducer is None or not reducer.needs or not reducer.listens(block, steps):
+    if reducer is None:
         return frozenset()
-    return reducer.needs
+    if isinstance(reducer, Follows):
+        listens = reducer.listens(block, steps)
+    else:
+        read = block + (reducer.site == "pre")  # "pre" reads what the block before said
+        listens = read < len(steps) and steps[read] is not None
+    return reducer.needs & SIGNALS if listens else frozenset()
 
 
 def _check(reducer: Reducer, schedule: Schedule, block: int, depth: int, n: int, n0: int) -> None:

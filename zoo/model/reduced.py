@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from reduction.assignment import unmerge
-from reduction.base import Outcome, Reducer
+from reduction.base import Reducer
 from reduction.eager import traced
+from reduction.mixins.answer import OwnAnswer
+from reduction.mixins.following import Extends, Remembers
+from reduction.mixins.learned import Learned
+from reduction.mixins.training import Outcome, Trains
 from reduction.schedules.base import Schedule
 from reduction.schedules.keep_rate import KeepRate
 from reduction.schedules.target import Target
@@ -90,7 +94,8 @@ class ReducedViT(TimmContract):
         if reducer is not None and schedule is not None:
             self.schedule = schedule
             plans = self.plan(strict=schedule.strict)
-            reducer.setup(self.anatomy.spec([p.step for p in plans]))
+            if isinstance(reducer, Learned):
+                reducer.setup(self.anatomy.spec([p.step for p in plans]))
         self.backbone_args: dict[str, Any] = {}
 
     def set_runtime(self, **options: Any) -> ReducedViT:
@@ -272,7 +277,7 @@ class ReducedViT(TimmContract):
             )
         changes = reducer is not None or len(self.plugins) > 0
         follow = changes and embedded.rope is not None
-        follow = follow or (reducer is not None and reducer.needs_origin)
+        follow = follow or (reducer is not None and "origin" in reducer.needs)
         t = Tokens.start(embedded.x, self.prefix, track=track or follow)
         embedded = embedded._replace(x=None)  # so that no later block holds on to it
         if not track:
@@ -283,8 +288,8 @@ class ReducedViT(TimmContract):
             memories.append(memory)
         if not isinstance(m.norm_pre, nn.Identity):
             t = t._replace(x=m.norm_pre(t.x))
-        if reducer is not None:
-            t = reducer.start(t)
+        if isinstance(reducer, Remembers):
+            t = reducer.begin(t)
         run: Callable[..., tuple[Tokens, Signals]] = run_block
         if getattr(m, "grad_checkpointing", False) and torch.is_grad_enabled():
             run = checkpointed(run_block, self.runtime.fast_linear)
@@ -304,12 +309,12 @@ class ReducedViT(TimmContract):
                 t, memories[j] = plugin.after(i, t, memories[j])
             added = t.x.shape[1] - length
             moved = moved or plan.step is not None or added > 0
-            if added and reducer is not None:
+            if added and isinstance(reducer, Extends):
                 t = reducer.extended(t, added)
             counts.append((entering, length + added))
             if trace:
                 states.append(t)
-        if reducer is not None:
+        if isinstance(reducer, OwnAnswer):
             t = reducer.finish(t)
         source = t.source if t.source is not None else t.size.new_zeros(0)
         return t, Info(tuple(counts), t.size, source, grid, tuple(states), t), memories
@@ -319,7 +324,7 @@ class ReducedViT(TimmContract):
             logits = plugin.head(self.backbone, t, memory)
             if logits is not None:
                 return logits
-        if self.reducer is not None:
+        if isinstance(self.reducer, OwnAnswer):
             logits = self.reducer.logits(self.backbone, t)
             if logits is not None:
                 return logits
@@ -332,7 +337,7 @@ class ReducedViT(TimmContract):
             images: `(B, 3, H, W)`.
             targets: Labels `(B,)` or soft labels `(B, classes)`.
         """
-        if self.reducer is None or self.schedule is None:
+        if not isinstance(self.reducer, Trains) or self.schedule is None:
             return None
         other = self.reducer.peer(self.schedule)
         if other is None:
@@ -354,7 +359,7 @@ class ReducedViT(TimmContract):
         Returns:
             Losses by name, weights included; empty without a reducer or in most methods.
         """
-        if self.reducer is None:
+        if not isinstance(self.reducer, Trains):
             return {}
         return self.reducer.auxiliary_losses(self.outcome(info, logits, targets, teacher))
 

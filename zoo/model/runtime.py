@@ -15,6 +15,9 @@ from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 
 from reduction.base import Reducer
+from reduction.mixins.answer import OwnAnswer
+from reduction.mixins.attention import InAttention
+from reduction.mixins.parking import Parks
 from zoo.adapters.backbones import has_class_token, pools
 from zoo.adapters.fast_linear import MODES, Mode
 from zoo.adapters.standalone import as_standalone
@@ -105,12 +108,9 @@ def why_all_tokens(model: ReducedViT) -> str:
 
 
 def _reads_the_end(reducer: Reducer) -> bool:
-    if reducer.reads_last_block is not None:
+    """Whether what happens in the last block to other tokens than the prefix reaches the logits."""
+    if isinstance(reducer, OwnAnswer):
         return reducer.reads_last_block
-    cls = type(reducer)
-    own = [getattr(cls, name) is not getattr(Reducer, name) for name in _HOOKS]
-    return any(own) or reducer.parks != "no"
-
-
-#: Ways in which what a reducer does in the last block, or sees of it, could reach the logits.
-_HOOKS = ("attend", "guests", "finish", "logits")
+    return isinstance(reducer, InAttention) or (
+        isinstance(reducer, Parks) and reducer.parks != "no"
+    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from reduction.mixins.learned import Learned
 from zoo.adapters.standalone import as_standalone
 from zoo.errors import ZooError
 
@@ -108,7 +109,7 @@ class TimmContract(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the backbone's classifier, and those of reducer and plugins."""
         self.backbone.reset_classifier(num_classes, global_pool)
-        if self.reducer is not None:
+        if isinstance(self.reducer, Learned):
             self.reducer.reset_classifier(num_classes)
         for plugin in self.plugins:
             plugin.reset_classifier(num_classes)
@@ -127,7 +128,7 @@ class TimmContract(nn.Module):
     def unused_parameters(self) -> set[str]:
         """Names of parameters that get no gradient, mostly because a plugin took their place."""
         names = {f"backbone.{name}" for p in self.plugins for name in p.unused(self.backbone)}
-        own = set() if self.reducer is None else self.reducer.unused()
+        own = self.reducer.unused() if isinstance(self.reducer, Learned) else set()
         return names | {f"reducer.{name}" for name in own}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -1,20 +1,43 @@
-"""Learned parts that a method has once per reducing block."""
+"""Methods with learned parts, as a rule one per reducing block."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
-from reduction.base import Reducer
 from reduction.counts import Spec, Step
 from reduction.errors import ZooError
 
 
-class StagedReducer(Reducer):
-    """A reducer with one learned module per stage, in `self.stages`.
+class Learned:
+    """A method with learned parts."""
+
+    def setup(self, spec: Spec) -> None:
+        """Create learned parts. Called once by the wrapper, for a schedule that is solved.
+
+        Must leave parameters alone that exist already and fit.
+        """
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """After the model's classifier was replaced: replace heads that learn the same classes."""
+
+    def unused(self) -> set[str]:
+        """Names of own parameters that the classifier does not see; training freezes them."""
+        return set()
+
+    def after_step(self) -> None:
+        """After each step of the optimiser: bring parameters back to where they have a meaning."""
+
+
+class Staged(Learned):
+    """A method with one learned module per stage, in `self.stages`.
 
     Subclasses write `build`. Modules that fit are kept when the reducer is attached again, so
     loaded weights survive.
     """
+
+    name: ClassVar[str]
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,8 +70,8 @@ class StagedReducer(Reducer):
         return self.stages[self._blocks.index(step.block)]
 
 
-class QueryReducer(StagedReducer):
-    """A staged reducer whose number of output tokens is the shape of a parameter.
+class Queries(Staged):
+    """A staged method whose number of output tokens is the shape of a parameter.
 
     Once built, it leaves so many tokens whatever the image size. A stage has an int `outputs`.
     """

@@ -1,0 +1,110 @@
+"""Methods that compute attention themselves, or take part in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from reduction.counts import Step
+from reduction.tokens import Signals, Tokens
+
+
+class AttentionInput(NamedTuple):
+    """What one attention is about to compute, for reducers that act inside it.
+
+    Attributes:
+        q: Queries `(B, H, P+N, d)`, rotated where the model has rotary embedding.
+        k: Keys, likewise.
+        v: Values.
+        scale: Factor on the logits.
+        bias: Added to the logits, broadcastable to `(B, H, P+N, P+N)`, or None.
+        dropout: Dropout rate of the attention weights.
+        fused: Whether the model allows a fused kernel.
+        need: Signals that are wanted.
+        class_tokens: Leading tokens that together act as the class token.
+        again: What the attention would compute for other tokens of the residual stream; with True
+            only `v` of it is filled. Given where `OwnAttention.rereads` says so.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    bias: Tensor | None
+    dropout: float
+    fused: bool
+    need: frozenset[str]
+    class_tokens: int = 1
+    again: Callable[[Tokens, bool], AttentionInput] | None = None
+
+    def logits(self) -> Tensor:
+        """Scaled products of queries and keys with the bias added, `(B, H, P+N, P+N)`."""
+        logits = (self.q * self.scale) @ self.k.transpose(-2, -1)
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+
+
+class AttentionOutput(NamedTuple):
+    """Result of an attention that a reducer computed itself.
+
+    Attributes:
+        out: `(B, H, P+M, d)`; M is N unless tokens were removed inside.
+        signals: What was wanted.
+        tokens: The residual stream with M reducible tokens if it changed, else None.
+    """
+
+    out: Tensor
+    signals: Signals
+    tokens: Tokens | None = None
+
+
+class InAttention:
+    """A method that takes part in attentions; base of the two ways to do so."""
+
+    def inside(self, t: Tokens) -> bool:
+        """Whether the method takes part in the attention that these tokens are about to enter.
+
+        Where it says no, a block runs as it does for all other methods.
+        """
+        return True
+
+
+class ExtraKeys(InAttention):
+    """A method that adds keys to the attention of reducing blocks."""
+
+    def extra_keys(self, t: Tokens, step: Step) -> Tensor | None:
+        """Rows `(B, G, C)` that take part in a reducing block's attention and then are gone.
+
+        They are keys and queries without a position, and the signals do not show them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override extra_keys")
+
+
+class OwnAttention(InAttention):
+    """A method that computes the attention of blocks itself.
+
+    Attributes:
+        rereads: What `attend` computes again, with `AttentionInput.again`, from the tokens that it
+            has reduced: "values", which then are not computed before; "all"; or "no".
+    """
+
+    rereads: Literal["no", "values", "all"] = "no"
+
+    def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
+        """Replace the attention of a block, or leave it alone by returning None.
+
+        Called in every block for which `inside` said yes. With `site = "attn"` and a step, the
+        returned tokens are the residual stream that the (shorter) output is added to.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override attend")
+
+    def attention_macs(self, n: int, kept: int, width: int) -> int:
+        """Multiply-accumulates of the two attention products.
+
+        Args:
+            n: Tokens entering, prefix included.
+            kept: Rows that are computed: n, or fewer where tokens are removed inside.
+            width: Heads times head width.
+        """
+        return 2 * n * kept * width
