@@ -99,7 +99,8 @@ def apply(t: Tokens, a: Assignment) -> Tokens:
         a: The assignment.
 
     Returns:
-        Tokens with M reducible tokens and updated sizes, origins, sources and masks.
+        Tokens with M reducible tokens and updated sizes, origins, sources and masks, which lie in
+        no raster any more.
 
     Raises:
         TypeError: If `a` is no assignment.
@@ -204,6 +205,7 @@ def _keep(t: Tokens, a: Keep) -> Tokens:
         source=source,
         policy=None if t.policy is None else take_rows(t.policy, rows),
         mask=mask,
+        grid=None,
     )
 
 
@@ -241,6 +243,7 @@ def _fold(t: Tokens, a: Merge) -> Tokens:
         unit=False,
         origin=_origin(t, a.leader),
         source=map_,
+        grid=None,
     )
 
 
@@ -319,7 +322,8 @@ def _fuse(t: Tokens, a: Fuse) -> Tokens:
     if source is not None:
         slot = _slots_of(a.leader[:, :-1], batch, t.n)
         source = _follow(source, torch.where(slot < 0, m - 1, slot))
-    return t._replace(x=x, size=size, unit=False, origin=_origin(t, a.leader), source=source)
+    origin = _origin(t, a.leader)
+    return t._replace(x=x, size=size, unit=False, origin=origin, source=source, grid=None)
 
 
 def _replace_patches(
@@ -328,4 +332,4 @@ def _replace_patches(
     if t.prefix:
         x = torch.cat([t.x[:, : t.prefix], x], dim=1)
         size = torch.cat([t.size[:, : t.prefix], size.to(t.size.dtype)], dim=1)
-    return t._replace(x=x, size=size, unit=False, origin=origin, source=source)
+    return t._replace(x=x, size=size, unit=False, origin=origin, source=source, grid=None)

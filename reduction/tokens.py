@@ -36,6 +36,10 @@ class Tokens(NamedTuple):
         mask: False marks padding, `(B, P+N)` bool, for methods that keep a different number of
             tokens per image. None when there is no padding.
         memory: What a reducer remembers from block to block within one forward pass.
+        grid: Rows and columns of the raster in which the reducible tokens lie now, row-major;
+            tokens that a plugin appended stand behind it and are not counted. None once a
+            reduction has broken the raster, or where nobody said what it is. A method that keeps
+            a raster sets it itself.
     """
 
     x: Tensor
@@ -47,11 +51,13 @@ class Tokens(NamedTuple):
     policy: Tensor | None = None
     mask: Tensor | None = None
     memory: Mapping[str, Tensor] = NO_MEMORY
+    grid: tuple[int, int] | None = None
 
     @property
     def n(self) -> int:
-        """Number of reducible tokens N."""
-        return self.x.shape[1] - self.prefix
+        """Number of reducible tokens N, a plain int also where a tracer makes tensors of shapes."""
+        n = self.x.shape[1] - self.prefix
+        return int(n) if isinstance(n, Tensor) else n
 
     @property
     def patches(self) -> Tensor:
@@ -64,13 +70,16 @@ class Tokens(NamedTuple):
         return self.size[:, self.prefix :]
 
     @classmethod
-    def start(cls, x: Tensor, prefix: int, track: bool = False) -> Tokens:
+    def start(
+        cls, x: Tensor, prefix: int, track: bool = False, grid: tuple[int, int] | None = None
+    ) -> Tokens:
         """State before the first block: every token stands for itself.
 
         Args:
             x: Embedded tokens `(B, P+N, C)`.
             prefix: Number of prefix tokens P.
             track: Also keep `origin` and `source`.
+            grid: Patch grid `(rows, columns)`.
         """
         batch, length = x.shape[:2]
         # One number for all: sizes are never written into, and most never change.
@@ -79,7 +88,7 @@ class Tokens(NamedTuple):
         if track:
             origin = torch.arange(length - prefix, device=x.device).expand(batch, -1)
             source = origin
-        return cls(x, size, prefix, origin=origin, source=source)
+        return cls(x, size, prefix, origin=origin, source=source, grid=grid)
 
 
 class Signals(NamedTuple):
@@ -93,6 +102,9 @@ class Signals(NamedTuple):
         column: Attention that each token receives, averaged over heads and queries, `(B, P+N)`.
         attn: The whole map `(B, H, P+N, P+N)`; asking for it gives up fused attention.
         x_norm: Input of the attention after its layer norm, `(B, P+N, C)`.
+        out: Output of the attention before its projection, `(B, H, P+N, d)`.
+        x_mid: The residual stream between attention and MLP, `(B, P+N, C)`; at site "post" only.
+        mlp: What the MLP adds to it, layer scale included, `(B, P+N, C)`; at site "post" only.
     """
 
     k: Tensor | None = None
@@ -101,6 +113,9 @@ class Signals(NamedTuple):
     column: Tensor | None = None
     attn: Tensor | None = None
     x_norm: Tensor | None = None
+    out: Tensor | None = None
+    x_mid: Tensor | None = None
+    mlp: Tensor | None = None
 
 
 SIGNALS = frozenset(Signals._fields)

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reduction
-from reduction import Budget, Keep, Merge, Mix, Step, Tokens, apply, unmerge
+from reduction import Budget, Fuse, Keep, Merge, Mix, Step, Tokens, apply, unmerge
 from reduction.functional.attention import attention, column_mean
+from reduction.functional.carriers import append, join_tail, split_tail, trim
 from reduction.functional.masking import policy_softmax
 from reduction.functional.matching import bipartite_matching
+from reduction.tokens import SIGNALS, Signals
 
 shapes = st.tuples(st.integers(1, 3), st.integers(0, 5), st.integers(2, 17), st.integers(0, 10**6))
 
@@ -238,3 +240,37 @@ class TestRegistry:
             from reduction import registry
 
             del registry.METHODS.classes["toy_norm"]
+
+
+def test_whatever_moves_tokens_breaks_the_raster() -> None:
+    t = Tokens.start(torch.randn(2, 7, 5), prefix=1, track=True, grid=(2, 3))
+    assert t.grid == (2, 3) and Tokens.start(t.x, 1).grid is None
+    order = torch.arange(6).expand(2, -1)
+    answers = [
+        Keep(order[:, :4]),
+        Merge(order % 3, order[:, :3]),
+        Merge(None, order[:, :4], pairs=(order[:, 4:], order[:, :2])),
+        Mix(torch.rand(3, 6)),
+        Fuse(order[:, :4], torch.rand(2, 6)),
+    ]
+    assert [apply(t, a).grid for a in answers] == [None] * 5
+
+
+def test_appended_tokens_stand_behind_the_raster() -> None:
+    t = append(Tokens.start(torch.randn(2, 7, 5), prefix=1, grid=(2, 3)), torch.randn(2, 2, 5))
+    body, rest = split_tail(t, 2)
+    assert (t.grid, body.grid, rest.grid) == ((2, 3), (2, 3), None)
+    assert join_tail(body, rest).grid == (2, 3)
+    assert join_tail(apply(body, Keep(torch.arange(3))), rest).grid is None
+
+
+def test_every_signal_is_trimmed() -> None:
+    shape = {"column": (2, 7), "cls_row": (2, 3, 7), "attn": (2, 3, 7, 7)}
+    shape |= dict.fromkeys(("x_norm", "x_mid", "mlp"), (2, 7, 6))
+    shape |= dict.fromkeys(("k", "v", "out"), (2, 3, 7, 2))
+    assert set(shape) == SIGNALS
+    whole = Signals(**{name: torch.randn(size) for name, size in shape.items()})
+    for name, x in trim(whole, 5)._asdict().items():
+        want = [5 if length == 7 else length for length in shape[name]]
+        assert list(x.shape) == want, name
+    assert trim(Signals(), 5) == Signals()

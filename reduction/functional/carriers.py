@@ -59,7 +59,7 @@ def split_tail(t: Tokens, count: int) -> tuple[Tokens, Tokens]:
     """
     body = _rows(t, slice(None, t.x.shape[1] - count), slice(None, t.n - count))
     rest = _rows(t, slice(t.x.shape[1] - count, None), slice(t.n - count, None))
-    return body, rest._replace(prefix=0, source=None)
+    return body, rest._replace(prefix=0, source=None, grid=None)
 
 
 def join_tail(t: Tokens, rest: Tokens) -> Tokens:
@@ -85,13 +85,23 @@ def trim(s: Signals, length: int) -> Signals:
 
     A signal keeps its scale: attention that went to the other tokens is not redistributed.
     """
+
+    def rows(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, :length]
+
+    def heads(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, :, :length]
+
     return Signals(
-        k=None if s.k is None else s.k[:, :, :length],
-        v=None if s.v is None else s.v[:, :, :length],
-        cls_row=None if s.cls_row is None else s.cls_row[:, :, :length],
-        column=None if s.column is None else s.column[:, :length],
+        k=heads(s.k),
+        v=heads(s.v),
+        cls_row=heads(s.cls_row),
+        column=rows(s.column),
         attn=None if s.attn is None else s.attn[:, :, :length, :length],
-        x_norm=None if s.x_norm is None else s.x_norm[:, :length],
+        x_norm=rows(s.x_norm),
+        out=heads(s.out),
+        x_mid=rows(s.x_mid),
+        mlp=rows(s.mlp),
     )
 
 

@@ -227,6 +227,7 @@ class EvoViT(Learned, Trains, Follows, Parks, Reducer):
             origin=origin,
             source=source,
             memory=memory,
+            grid=None,
         )
 
     def restores(self, block: int, depth: int) -> bool:

@@ -104,7 +104,7 @@ def record(model: ReducedViT) -> Choices:
     reducer: Any = model.reducer
     if reducer is None:
         return chosen
-    assign, attend = reducer.assign, reducer.attend
+    assign, attend = reducer.assign, getattr(reducer, "attend", None)
 
     def on_assign(t: Any, s: Any, step: Any) -> Any:
         answer = assign(t, s, step)
