@@ -11,6 +11,7 @@ from reduction.errors import UnknownName, UnreachableBudget, ZooError
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.attention import AttentionInput, AttentionOutput, ExtraKeys, OwnAttention
+from reduction.mixins.entry import AtInput
 from reduction.mixins.following import Extends, Follows, Remembers
 from reduction.mixins.learned import Learned, Queries, Staged
 from reduction.mixins.masking import Masked
@@ -37,6 +38,7 @@ from reduction.tokens import Signals, Tokens
 __all__ = [
     "Adaptive",
     "Assignment",
+    "AtInput",
     "AttentionInput",
     "AttentionOutput",
     "Budget",

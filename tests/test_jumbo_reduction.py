@@ -13,8 +13,8 @@ from tests.cases import METHODS, Row, backbone, images, model
 from tests.test_jumbo import make, pictures
 from tests.test_metamorphic import two_textures
 from zoo.adapters.attention import attend
-from zoo.adapters.backbones import class_tokens
 from zoo.adapters.heads import head
+from zoo.adapters.tower import class_tokens
 from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 
 REDUCERS = ["tome", "topk", "evit", "random", "heuristic"]

@@ -60,19 +60,19 @@ def test_nothing_reduced_is_exactly_timm(name: str) -> None:
 def test_halves_of_every_block_are_exactly_timm(name: str, fused: bool) -> None:
     """Run each block through the adapters although nothing is reduced."""
     from zoo.adapters.attention import attend
-    from zoo.adapters.backbones import embed, rope_for
     from zoo.adapters.blocks import block_adapter
+    from zoo.adapters.tower import rope_for, tower_of
 
     m, x = backbone(name), images()
     for block in m.blocks:
         block.attn.fused_attn = fused
     need = frozenset({"k", "v", "cls_row", "column", "x_norm"})
     with torch.no_grad():
-        embedded = embed(m, x)
+        embedded = tower_of(m).embed(m, x)
         prefix = m.num_prefix_tokens
         t = Tokens.start(m.norm_pre(embedded.x), prefix, track=True)
         for i, block in enumerate(m.blocks):
-            rope = rope_for(embedded, i, t, moved=False)
+            rope = rope_for(embedded, i, t, positions_changed=False)
             adapter = block_adapter(block)
             branch, seen = adapter.attn_branch(
                 block,

@@ -24,7 +24,7 @@ from zoo.model import plan as planning
 from zoo.model.runtime import why_all_tokens
 
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
-HEADS = {name: not why_all_tokens(zoo.wrap(backbone(name), None)) for name in ALL}
+HEADS = {name: not why_all_tokens(zoo.wrap(backbone(name), None).anatomy) for name in ALL}
 
 
 def width(name: str = "plain") -> nn.Module:
@@ -58,7 +58,7 @@ def test_the_class_token_alone_gives_the_same_logits(name: str) -> None:
 @rows
 def test_the_class_token_alone_with_every_method(row: Row) -> None:
     m, x = model(row), images(3)
-    if why_all_tokens(m):
+    if why_all_tokens(m.anatomy):
         with pytest.raises(ZooError, match=f"reducer '{row.name}' needs all tokens"):
             m.set_runtime(last_block="class_token")
         return

@@ -32,7 +32,7 @@ def by_modules(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, Tensor],
 
     def run(m: nn.Module, x: Tensor) -> Tensor:
         with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr("zoo.model.block.straight_blocks", lambda blocks, x: [None] * len(blocks))
+            patch.setattr("zoo.model.stage.straight_blocks", lambda blocks, x: [None] * len(blocks))
             return m(x)
 
     return run

@@ -13,7 +13,7 @@ from reduction.tokens import Tokens
 from tests.parity.fixture import Case, Fixture, Unsupported, gradient_check
 from tests.parity.runner import handles
 from tests.parity.stages import check_blocks, check_counts, evaluated
-from zoo.adapters.backbones import embed
+from zoo.adapters.tower import tower_of
 from zoo.model.reduced import ReducedViT
 from zoo.model.stream import Info
 
@@ -61,7 +61,7 @@ def check_kept(case: Case, fx: Fixture, model: ReducedViT, info: Info) -> None:
     """The graph of the embedded patches; kept patches and scales in ascending order."""
     if "graph" in fx.tensors:
         with torch.no_grad():
-            x = model.backbone.norm_pre(embed(model.backbone, fx.images).x)
+            x = model.backbone.norm_pre(tower_of(model.backbone).embed(model.backbone, fx.images).x)
         t = Tokens.start(x, model.prefix)
         ours = model.reducer._graph(t, info.grid).expand(x.shape[0], -1, -1)
         case.close("graph", ours, fx.tensors["graph"], (1e-6, 1e-5))

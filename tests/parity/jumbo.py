@@ -12,7 +12,7 @@ from torch import Tensor
 import zoo
 from tests.parity.fixture import Case, Fixture, Unsupported
 from tests.parity.runner import handles
-from zoo.adapters.backbones import embed
+from zoo.adapters.tower import tower_of
 from zoo.models.jumbo import Jumbo
 from zoo.models.jumbo_weights import infer_args
 
@@ -91,7 +91,7 @@ def forward(fx: Fixture, model: Jumbo) -> Case:
     wrapped = zoo.wrap(model, None).eval()
     with torch.no_grad():
         features = model.forward_features(x)
-        check(case, fx, "tokens0", embed(model, x).x)
+        check(case, fx, "tokens0", tower_of(model).embed(model, x).x)
         logits, info = wrapped(x, return_info="trace")
         for i, t in enumerate(info.trace):
             check(case, fx, f"block{i}", t.x)

@@ -1,4 +1,4 @@
-"""What timm's attention modules compute, in pieces that a reducer can listen to.
+"""What attention modules compute, in pieces that a reducer can listen to.
 
 Each adapter restates a few lines of one class and is chosen by that class's exact `forward`, so
 a subclass that computes something else is refused instead of being run wrongly. The parity tests
@@ -8,16 +8,16 @@ hold every line to a difference of zero.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import Attention, AttentionRope, DropPath, apply_rot_embed_cat
-from timm.models.eva import EvaAttention
+from timm.layers import DropPath, apply_rot_embed_cat
 from torch import Tensor, nn
 
 from reduction.functional.attention import attention
 from reduction.mixins.attention import AttentionInput, AttentionOutput
 from reduction.tokens import Signals, Tokens
+from zoo.adapters.families import load_families
 from zoo.adapters.fast_linear import FastLinear, linear
 from zoo.errors import UnsupportedModel, ZooError
 
@@ -26,23 +26,34 @@ Shift = Callable[[Tensor], tuple[Tensor, Tensor]]
 Projection = Callable[..., tuple[Tensor, Tensor, Tensor]]
 _GLOBAL_HOOKS = nn.modules.module._global_forward_hooks
 _PROJECTIONS: dict[object, Projection] = {}
+_SEPARABLE: set[object] = set()
 
 
-def register_attention(cls: type[nn.Module], project: Projection) -> None:
-    """Support an attention class: `project(attn, x, shift=None)` returns normalised q, k and v.
+def register_attention(cls: type[nn.Module], project: Projection, separable: bool = False) -> None:
+    """Support an attention class.
 
-    A `Shift` is added before the normalisation of queries.
+    Args:
+        cls: The class; subclasses that override `forward` are not covered.
+        project: `project(attn, x, shift=None)` returns normalised q, k and v; a `Shift` is added
+            before the normalisation of queries.
+        separable: Whether q, k and v are the rows of one linear layer `qkv` or of `q_proj`,
+            `k_proj` and `v_proj`, so that some of them may be computed without the others.
     """
     _PROJECTIONS[cls.forward] = project
+    if separable:
+        _SEPARABLE.add(cls.forward)
 
 
-def projection(attn: nn.Module) -> Projection:
+def projection(attn: Any) -> Projection:
     """Adapter of an attention module.
 
     Raises:
         UnsupportedModel: If its class is not supported.
     """
     project = _PROJECTIONS.get(type(attn).forward)
+    if project is None:
+        load_families(type(attn))
+        project = _PROJECTIONS.get(type(attn).forward)
     if project is None:
         raise UnsupportedModel(
             f"attention class {type(attn).__name__} is not supported; supported are Attention, "
@@ -69,29 +80,23 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
 
-def _unpack(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A fused projection `(B, N, 3 H d)` as queries, keys and values, `(B, H, N, d)` each."""
     batch, n, _ = qkv.shape
     q, k, v = qkv.reshape(batch, n, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
-def _shifted(qkv: Tensor, x: Tensor, shift: Shift | None) -> Tensor:
+def shifted(qkv: Tensor, x: Tensor, shift: Shift | None) -> Tensor:
+    """A fused projection of `x` with a shift added to queries and values."""
     if shift is None:
         return qkv
     q, v = shift(x)
     return qkv + torch.cat((q, torch.zeros_like(q), v), dim=-1).to(qkv.dtype)
 
 
-def _attention(
-    attn: nn.Module, x: Tensor, shift: Shift | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = _unpack(_shifted(attn.qkv(x), x, shift), attn.num_heads)
-    return through(attn.q_norm, q), through(attn.k_norm, k), v
-
-
-def _separate(
-    attn: nn.Module, x: Tensor, shift: Shift | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def separate(attn: Any, x: Tensor, shift: Shift | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of three linear layers `q_proj`, `k_proj` and `v_proj`."""
     kv_heads = getattr(attn, "num_kv_heads", attn.num_heads)
     q, k, v = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
     if shift is not None:
@@ -101,34 +106,7 @@ def _separate(
     return attn.q_norm(q), attn.k_norm(k), v
 
 
-def _attention_rope(
-    attn: nn.Module, x: Tensor, shift: Shift | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _separate(attn, x, shift) if attn.qkv is None else _attention(attn, x, shift)
-
-
-def _eva_attention(
-    attn: nn.Module, x: Tensor, shift: Shift | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    if attn.qkv is None:
-        return _separate(attn, x, shift)
-    if attn.q_bias is None:
-        return _attention(attn, x, shift)
-    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-    if attn.qkv_bias_separate:
-        qkv = attn.qkv(x) + bias
-    else:
-        qkv = F.linear(x, weight=attn.qkv.weight, bias=bias)
-    q, k, v = _unpack(_shifted(qkv, x, shift), attn.num_heads)
-    return attn.q_norm(q), attn.k_norm(k), v
-
-
-register_attention(Attention, _attention)
-register_attention(AttentionRope, _attention_rope)
-register_attention(EvaAttention, _eva_attention)
-
-
-def project_rows(attn: nn.Module, x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def project_rows(attn: Any, x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """q of the first rows alone, and k and v of all; normalised.
 
     Args:
@@ -136,7 +114,7 @@ def project_rows(attn: nn.Module, x: Tensor, rows: int) -> tuple[Tensor, Tensor,
         x: `(B, N, C)`.
         rows: Queries wanted.
     """
-    layer = getattr(attn, "qkv", None)
+    layer: Any = getattr(attn, "qkv", None)
     if not splits_queries(attn):
         q, k, v = projection(attn)(attn, x)
         return q[:, :, :rows], k, v
@@ -148,7 +126,7 @@ def project_rows(attn: nn.Module, x: Tensor, rows: int) -> tuple[Tensor, Tensor,
     return attn.q_norm(split_heads(q, attn.num_heads)), attn.k_norm(k), v
 
 
-def splits_queries(attn: nn.Module) -> bool:
+def splits_queries(attn: Any) -> bool:
     """Whether `project_rows` computes the fused projection in two parts: nobody listens to it."""
     layer = getattr(attn, "qkv", None)
     if layer is None or not separable(attn) or getattr(attn, "q_bias", None) is not None:
@@ -156,9 +134,9 @@ def splits_queries(attn: nn.Module) -> bool:
     return not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def separable(attn: nn.Module) -> bool:
+def separable(attn: Any) -> bool:
     """Whether the projection is one of timm's, of whose plain layers rows may be taken."""
-    if type(attn).forward not in (Attention.forward, AttentionRope.forward, EvaAttention.forward):
+    if type(attn).forward not in _SEPARABLE:
         return False
     return attn.qkv is None or type(attn.qkv) in (nn.Linear, FastLinear)
 
@@ -171,7 +149,7 @@ def _rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
 
 
 def ready(
-    attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, prefix: int, rope: Tensor | None
+    attn: Any, q: Tensor, k: Tensor, v: Tensor, prefix: int, rope: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate queries and keys and give every head its own key, where the model does so."""
     if rope is not None:
@@ -185,7 +163,7 @@ def ready(
 
 
 def attend(
-    attn: nn.Module,
+    attn: Any,
     x: Tensor,
     *,
     prefix: int,
@@ -248,6 +226,7 @@ def attend(
     result = None if own is None else own(given)
     if result is None:
         result = AttentionOutput(*run_attention(given, policy))
+    signals = signals._replace(out=result.out if "out" in need else None)
     out = through(attn.norm, result.out.transpose(1, 2).flatten(2))
     if gate is not None:
         if gate.shape[1] != out.shape[1]:

@@ -1,4 +1,4 @@
-"""The two halves of timm's transformer blocks, so that tokens can change in between."""
+"""The two halves of transformer blocks, so that tokens can change in between."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from timm.models.eva import EvaBlock, EvaBlockPostNorm
-from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
-from zoo.adapters.attention import projection, through
+from zoo.adapters.attention import projection
+from zoo.adapters.families import load_families
 from zoo.errors import UnsupportedModel
 
 #: Runs an attention module on its normalised input; returns the output and anything else.
@@ -26,15 +25,22 @@ class BlockAdapter(NamedTuple):
         mlp_half: `(block, x) -> x`, the rest of the block.
         rope: Whether the block's own `forward` takes a rotary table.
         linear_macs: `(block, tokens, prefix) -> int`: multiply-accumulates of `mlp_half` for so
-            many tokens, prefix included; None counts the linear layers of `block.mlp`.
+            many tokens, prefix included; None counts the linear layers of `mlp`.
         attn_input: `(block, x) -> x`: what the attention gets of the residual stream.
+        mlp_branch: `(block, x) -> f`: what `mlp_half` adds to the residual stream through
+            `block.drop_path2`, layer scale included; None where it adds no one thing.
+        attn: `block -> module`: the attention.
+        mlp: `block -> module`: where the linear layers of the MLP are.
     """
 
-    attn_branch: Callable[[nn.Module, Tensor, Attend], tuple[Tensor, Any]]
-    mlp_half: Callable[[nn.Module, Tensor], Tensor]
+    attn_branch: Callable[[Any, Tensor, Attend], tuple[Tensor, Any]]
+    mlp_half: Callable[[Any, Tensor], Tensor]
     rope: bool
-    linear_macs: Callable[[nn.Module, int, int], int] | None = None
-    attn_input: Callable[[nn.Module, Tensor], Tensor] = lambda block, x: block.norm1(x)
+    linear_macs: Callable[[Any, int, int], int] | None = None
+    attn_input: Callable[[Any, Tensor], Tensor] = lambda block, x: block.norm1(x)
+    mlp_branch: Callable[[Any, Tensor], Tensor] | None = None
+    attn: Callable[[Any], Any] = lambda block: block.attn
+    mlp: Callable[[Any], nn.Module] = lambda block: block.mlp
 
 
 _BLOCKS: dict[object, BlockAdapter] = {}
@@ -60,16 +66,15 @@ def block_adapter(block: nn.Module) -> BlockAdapter:
     """
     adapter = _BLOCKS.get(type(block).forward)
     if adapter is None:
+        load_families(type(block))
+        adapter = _BLOCKS.get(type(block).forward)
+    if adapter is None:
         raise UnsupportedModel(
             f"block class {type(block).__name__} is not supported; supported are Block, "
             "ResPostBlock, EvaBlock and EvaBlockPostNorm of timm"
         )
-    projection(block.attn)
+    projection(adapter.attn(block))
     return adapter
-
-
-def _itself(b: nn.Module, x: Tensor) -> Tensor:
-    return x
 
 
 def hooked(*modules: nn.Module) -> bool:
@@ -77,41 +82,3 @@ def hooked(*modules: nn.Module) -> bool:
     return bool(torch.nn.modules.module._global_forward_hooks) or any(
         m._forward_hooks or m._forward_pre_hooks for m in modules
     )
-
-
-def _block_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
-    out, signals = attend(b.attn, b.norm1(x))
-    return through(b.drop_path1, through(b.ls1, out)), signals
-
-
-def _block_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    return x + through(b.drop_path2, through(b.ls2, b.mlp(b.norm2(x))))
-
-
-def _post_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
-    out, signals = attend(b.attn, x)
-    return through(b.drop_path1, b.norm1(out)), signals
-
-
-def _post_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    return x + through(b.drop_path2, b.norm2(b.mlp(x)))
-
-
-def _eva_attn(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
-    out, signals = attend(b.attn, b.norm1(x))
-    if b.gamma_1 is not None:
-        out = b.gamma_1 * out
-    return through(b.drop_path1, out), signals
-
-
-def _eva_mlp(b: nn.Module, x: Tensor) -> Tensor:
-    out = b.mlp(b.norm2(x))
-    if b.gamma_2 is not None:
-        out = b.gamma_2 * out
-    return x + through(b.drop_path2, out)
-
-
-register_block(Block, BlockAdapter(_block_attn, _block_mlp, rope=False))
-register_block(ResPostBlock, BlockAdapter(_post_attn, _post_mlp, rope=False, attn_input=_itself))
-register_block(EvaBlock, BlockAdapter(_eva_attn, _eva_mlp, rope=True))
-register_block(EvaBlockPostNorm, BlockAdapter(_post_attn, _post_mlp, rope=True, attn_input=_itself))

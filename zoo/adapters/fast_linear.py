@@ -63,7 +63,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if mode == "off" or not _applies(x, weight):
         return F.linear(x, weight, bias)
     train = recording(x, weight, bias)
-    product = _by_convolution if train else _by_operator
+    product: Product = _by_convolution if train else _by_operator
     if mode == "auto":
         key = (*weight.shape, bias is not None, train, weight.requires_grad)
         product = _chosen(*key, torch.get_num_threads())
@@ -89,7 +89,7 @@ def remove(model: nn.Module) -> None:
     """Undo `install`."""
     for module in model.modules():
         if type(module) is FastLinear:
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]  # the other way round is fine
 
 
 def available() -> bool:
@@ -105,7 +105,7 @@ def _applies(x: Tensor, weight: Tensor) -> bool:
         and undisturbed(x)
         and undisturbed(weight)
         and not autocasting(x)
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and available()
     )
 
@@ -166,7 +166,11 @@ def _chosen(
 
 def chosen() -> dict[str, str]:
     """What "auto" found in this process: shape of the layer and use to name of the product."""
-    names = {_plain: "default", _by_convolution: "convolution", _by_operator: "oneDNN"}
+    names: dict[Product, str] = {
+        _plain: "default",
+        _by_convolution: "convolution",
+        _by_operator: "oneDNN",
+    }
     return {key: names[product] for key, product in _FOUND.items()}
 
 

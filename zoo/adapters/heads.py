@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from reduction.functional.attention import attention_bias
 from reduction.tokens import Tokens
 from zoo.errors import ZooError
 
 #: `(model, x, weight) -> pooled`: tokens `(B, P+N, C)`, and weights `(B, N)` that add up to one.
-Pool = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Pool = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 _POOLS: dict[object, Pool] = {}
 
 
-def register_pool(cls: type[nn.Module], pool: Pool) -> None:
+def register_pool(cls: type[Any], pool: Pool) -> None:
     """Support a model class with a `pool` of its own: how it pools tokens of unequal size."""
     _POOLS[cls.pool] = pool
 
@@ -32,7 +33,7 @@ def _mean_weight(size: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tenso
     return (weight / weight.sum(1, keepdim=True)).to(dtype)
 
 
-def head(m: nn.Module, t: Tokens, pre_logits: bool = False) -> Tensor:
+def head(m: Any, t: Tokens, pre_logits: bool = False) -> Tensor:
     """Pool, normalise and classify; averages weigh tokens by size.
 
     Args:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from zoo.adapters.attention import projection, separable, split_heads
 from zoo.adapters.fast_linear import linear
 
 
-def queries_keys(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def queries_keys(attn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised queries and keys of `x` `(B, N, C)`, each `(B, H, N, d)`."""
     if not separable(attn):
         return projection(attn)(attn, x)[:2]
@@ -21,7 +23,7 @@ def queries_keys(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return attn.q_norm(q), attn.k_norm(k)
 
 
-def values(attn: nn.Module, x: Tensor) -> Tensor:
+def values(attn: Any, x: Tensor) -> Tensor:
     """Values of `x` `(B, N, C)`, `(B, H, N, d)`."""
     if not separable(attn):
         return projection(attn)(attn, x)[2]
@@ -30,19 +32,19 @@ def values(attn: nn.Module, x: Tensor) -> Tensor:
     return _third(attn, x, 2)
 
 
-def without_values(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def without_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys, and values of width 0."""
     q, k = queries_keys(attn, x)
     return q, k, k[..., :0]
 
 
-def without_keys(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def without_keys(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys of width 0, and values."""
     v = values(attn, x)
     return v[..., :0], v[..., :0], v
 
 
-def part_weights(attn: nn.Module) -> tuple[int, int]:
+def part_weights(attn: Any) -> tuple[int, int]:
     """Multiply-accumulates per token of `queries_keys` and of `values`."""
     if not separable(attn):
         whole = sum(
@@ -57,7 +59,7 @@ def part_weights(attn: nn.Module) -> tuple[int, int]:
     return 2 * value, value
 
 
-def _third(attn: nn.Module, x: Tensor, part: int) -> Tensor:
+def _third(attn: Any, x: Tensor, part: int) -> Tensor:
     """Queries (0), keys (1) or values (2) of a fused projection."""
     width = attn.qkv.weight.shape[0] // 3
     rows = slice(part * width, (part + 1) * width)

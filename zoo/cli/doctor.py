@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import zoo
-from zoo.adapters.backbones import input_size
 from zoo.adapters.blocks import supported_forwards
+from zoo.adapters.tower import tower_of
 from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 
 _PACKAGES = ("torch", "torchvision", "timm", "lightning", "hydra-core", "fvcore", "scikit-learn")
@@ -186,7 +186,7 @@ def _gap(one: nn.Module, other: nn.Module, images: Tensor) -> float:
 
 
 def _images(model: zoo.ReducedViT) -> Tensor:
-    return torch.randn(2, *input_size(model.backbone))
+    return torch.randn(2, *tower_of(model.backbone).input_size(model.backbone))
 
 
 def _version(package: str) -> str:

@@ -9,6 +9,8 @@ attention on a CPU unless told otherwise, which `fvcore_gmacs` and `torch_gmacs`
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from reduction.counts import BlockCost, Dims
@@ -28,13 +30,13 @@ def _weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def patch_embed_macs(backbone: nn.Module, patches: int) -> int:
+def patch_embed_macs(backbone: Any, patches: int) -> int:
     """Multiply-accumulates of the patch embedding for so many patches."""
     convs = [m for m in backbone.patch_embed.modules() if isinstance(m, nn.Conv2d)]
     return sum(c.weight.numel() for c in convs) * patches + _weights(backbone.patch_embed) * patches
 
 
-def head_macs(backbone: nn.Module, tokens: int) -> tuple[int, int]:
+def head_macs(backbone: Any, tokens: int) -> tuple[int, int]:
     """Linear and attention multiply-accumulates of pooling and classifier."""
     linear = sum(
         _weights(getattr(backbone, name)) for name in ("head", "head_dist") if _has(backbone, name)
@@ -56,11 +58,11 @@ def head_macs(backbone: nn.Module, tokens: int) -> tuple[int, int]:
     return linear, 2 * rows * keys * width
 
 
-def _has(module: nn.Module, name: str) -> bool:
+def _has(module: Any, name: str) -> bool:
     return isinstance(getattr(module, name, None), nn.Module)
 
 
-def _attn_linear(attn: nn.Module, tokens: int, rows: int, rereads: str = "no") -> int:
+def _attn_linear(attn: Any, tokens: int, rows: int, rereads: str = "no") -> int:
     """Linear layers of an attention that takes in `tokens` and puts out `rows`."""
     out = _weights(attn.proj)
     if rereads == "no":
@@ -71,8 +73,10 @@ def _attn_linear(attn: nn.Module, tokens: int, rows: int, rereads: str = "no") -
 
 
 def _mlp_macs(block: nn.Module, tokens: int, prefix: int) -> int:
-    own = block_adapter(block).linear_macs
-    return _weights(block.mlp) * tokens if own is None else own(block, tokens, prefix)
+    adapter = block_adapter(block)
+    if adapter.linear_macs is not None:
+        return adapter.linear_macs(block, tokens, prefix)
+    return _weights(adapter.mlp(block)) * tokens
 
 
 def _signal_macs(need: frozenset[str], tokens: int, dims: Dims) -> int:
@@ -89,7 +93,7 @@ def _signal_macs(need: frozenset[str], tokens: int, dims: Dims) -> int:
 
 def block_cost(anatomy: Anatomy, i: int, p: Plan) -> BlockCost:
     """Cost of block i with the counts of a plan."""
-    block = anatomy.backbone.blocks[i]
+    block, attn = anatomy.tower.blocks(anatomy.backbone)[i], anatomy.attention(i)
     dims = anatomy.dims(i)
     width = dims.heads * dims.head_dim
     own = _signal_macs(p.need, p.attention, dims)
@@ -98,8 +102,8 @@ def block_cost(anatomy: Anatomy, i: int, p: Plan) -> BlockCost:
     spared = 0
     if p.rows is not None:
         rows, products = p.rows, 2 * p.rows * p.attention * width
-        if splits_queries(block.attn):
-            spared = (p.attention - p.rows) * block.attn.qkv.weight.numel() // 3
+        if splits_queries(attn):
+            spared = (p.attention - p.rows) * attn.qkv.weight.numel() // 3
     if p.step is not None and anatomy.reducer is not None:
         site = anatomy.reducer.site
         if site == "attn":
@@ -116,14 +120,14 @@ def block_cost(anatomy: Anatomy, i: int, p: Plan) -> BlockCost:
         p.entering,
         p.mlp,
         p.leaving,
-        _attn_linear(block.attn, p.attention, rows, rereads) - spared,
+        _attn_linear(attn, p.attention, rows, rereads) - spared,
         products,
         _mlp_macs(block, p.mlp, anatomy.prefix),
         own,
     )
 
 
-def patch_and_head_gmacs(backbone: nn.Module) -> tuple[int, int]:
+def patch_and_head_gmacs(backbone: Any) -> tuple[int, int]:
     """Patches of the backbone's own grid and the cost of embedding them, reduction apart."""
     rows, columns = backbone.patch_embed.grid_size
     return int(rows * columns), patch_embed_macs(backbone, int(rows * columns))
@@ -156,6 +160,8 @@ def count(
     linear += sum(b.linear + b.mlp for b in blocks)
     attention += sum(b.attention for b in blocks)
     own = sum(b.reducer for b in blocks) + sum(p.macs(anatomy.backbone) for p in plugins)
+    if (entry := plans[0].entry) is not None and anatomy.reducer is not None:
+        own += anatomy.reducer.macs(patches, anatomy.prefix, entry, anatomy.dims(0))
     for i, plan in enumerate(plans):
         own += sum(p.block_macs(i, plan.attention, schedule) for p in plugins)
     return linear, attention, own, blocks

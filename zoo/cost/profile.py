@@ -59,7 +59,7 @@ def profile(
 
 def _grid(anatomy: Anatomy, img_size: int | tuple[int, int]) -> tuple[int, int]:
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    patch = anatomy.backbone.patch_embed.patch_size
+    patch = anatomy.tower.patch_size(anatomy.backbone)
     if height % patch[0] or width % patch[1]:
         raise ZooError(
             f"image size {height}x{width} is not divisible by the patch size {patch[0]}x{patch[1]}"

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from zoo.adapters.backbones import input_size
 from zoo.cost.counters import fvcore_gmacs
 from zoo.cost.profile import profile
 from zoo.cost.types import Profile
@@ -65,7 +64,7 @@ def _as_published(model: ReducedViT) -> dict[str, Any] | None:
 def _fvcore(model: ReducedViT) -> float | None:
     """fvcore's count, or None: it traces through a private interface of torch, and is a check."""
     try:
-        return fvcore_gmacs(model, torch.zeros(1, *input_size(model.backbone)))
+        return fvcore_gmacs(model, torch.zeros(1, *model.tower.input_size(model.backbone)))
     except Exception as error:
         print(f"warning: fvcore could not count this model: {error}", file=sys.stderr)
         return None

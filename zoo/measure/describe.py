@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from zoo.adapters.backbones import input_size
 from zoo.adapters.standalone import as_standalone
 
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 def describe(model: ReducedViT) -> dict[str, Any]:
     """Returns the fields of a row that say what a model is."""
     recipe = model.recipe
-    size = input_size(model.backbone)[1:]
+    size = model.tower.input_size(model.backbone)[1:]
     # The row names the budget that was asked for; the recipe holds the schedule solved from it.
     schedule = model.target.config() if model.target is not None else recipe["schedule"]
     alone = as_standalone(model.backbone)

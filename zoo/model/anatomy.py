@@ -9,8 +9,9 @@ from torch import nn
 
 from reduction.base import Reducer
 from reduction.counts import Dims, Spec, Step
-from zoo.adapters.backbones import check_backbone, class_tokens, has_class_token, pools
+from zoo.adapters.blocks import block_adapter
 from zoo.adapters.standalone import Standalone, as_standalone, check_alone
+from zoo.adapters.tower import Tower, check_backbone, tower_of
 from zoo.errors import ZooError
 from zoo.plugins.base import Plugin
 
@@ -32,20 +33,24 @@ class Anatomy(NamedTuple):
     plugins: Sequence[Plugin] = ()
 
     @property
+    def tower(self) -> Tower:
+        """How backbones of this family are run."""
+        return tower_of(self.backbone)
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
-        return len(self.backbone.blocks)
+        return len(self.tower.blocks(self.backbone))
 
     @property
     def prefix(self) -> int:
         """Number of prefix tokens P."""
-        return int(self.backbone.num_prefix_tokens)
+        return self.tower.prefix(self.backbone)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patch grid `(rows, columns)` at the backbone's own image size."""
-        rows, columns = self.backbone.patch_embed.grid_size
-        return int(rows), int(columns)
+        return self.tower.grid(self.backbone)
 
     @property
     def patches(self) -> int:
@@ -58,10 +63,15 @@ class Anatomy(NamedTuple):
         """The backbone, if it runs itself."""
         return as_standalone(self.backbone)
 
+    def attention(self, block: int) -> Any:
+        """The attention module of a block."""
+        own = self.tower.blocks(self.backbone)[block]
+        return block_adapter(own).attn(own)
+
     def dims(self, block: int) -> Dims:
         """Widths of a block."""
-        attn = self.backbone.blocks[block].attn
-        classes = max(1, class_tokens(self.backbone))
+        attn = self.attention(block)
+        classes = max(1, self.tower.class_tokens(self.backbone))
         return Dims(attn.proj.out_features, attn.num_heads, attn.head_dim, classes)
 
     def spec(self, steps: Sequence[Step | None]) -> Spec:
@@ -70,17 +80,17 @@ class Anatomy(NamedTuple):
         Args:
             steps: The reduction of each block.
         """
-        attn = self.backbone.blocks[0].attn
+        attn, tower, m = self.attention(0), self.tower, self.backbone
         return Spec(
-            width=int(self.backbone.embed_dim),
+            width=tower.width(m),
             heads=int(attn.num_heads),
             head_dim=int(attn.head_dim),
             depth=self.depth,
             prefix=self.prefix,
             grid=self.grid,
-            classes=int(self.backbone.num_classes),
+            classes=tower.classes(m),
             steps=tuple(steps),
-            reads=pools(self.backbone),
+            reads=tower.reads(m),
         )
 
 
@@ -127,7 +137,7 @@ def check_together(anatomy: Anatomy) -> None:
                 f"{pair}: tokens cannot be protected from a method that removes them inside the "
                 "attention; use protected=false"
             )
-    if reducer.needs_class_token and not has_class_token(anatomy.backbone):
+    if reducer.needs_class_token and not anatomy.tower.class_tokens(anatomy.backbone):
         other = "; use score_from='column_mean' (attention received from all tokens)"
         raise ZooError(
             f"reducer {reducer.name!r} scores tokens by the class token, which this model does "

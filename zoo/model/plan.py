@@ -32,6 +32,7 @@ class Plan(NamedTuple):
         spared: Trailing tokens that the reduction leaves alone.
         restore: Whether parked tokens come back behind the block.
         rows: Leading rows that the attention puts out and that go on; None is all.
+        entry: The reduction before the first block, of which `entering` is the result; there only.
     """
 
     entering: int
@@ -43,6 +44,7 @@ class Plan(NamedTuple):
     spared: int = 0
     restore: bool = False
     rows: int | None = None
+    entry: Step | None = None
 
 
 def only_prefix_at_the_end(plans: list[Plan], prefix: int, site: str) -> list[Plan]:
@@ -114,6 +116,12 @@ def _walk(
         anatomy.prefix,
     )
     n0 = n
+    entry = None
+    if reducer is not None and schedule is not None and reducer.site == "input":
+        if strict:
+            _check(reducer, schedule, 0, depth, n, n0)
+        entry = _step(reducer, schedule, 0, depth, n, n0, grid)
+        n = n if entry is None else reducer.count(n, entry)
     # Not in place: a tracer makes tensors of sizes.
     n = n + sum(p.added(-1, depth) for p in plugins)
     spared = [_spared(reducer, plugins, block, depth) for block in range(depth)]
@@ -125,7 +133,8 @@ def _walk(
     parked, last = 0, None  # tokens that would come back, and the step that took them out
     for block in range(depth):
         step = None
-        if reducer is not None and schedule is not None and reducer.acts(block, depth):
+        acts = site != "input" and reducer is not None and reducer.acts(block, depth)
+        if acts and reducer is not None and schedule is not None:
             free = n + parked - spared[block]
             if strict:
                 _check(reducer, schedule, block, depth, free, n0)
@@ -151,16 +160,13 @@ def _walk(
     if parked and isinstance(reducer, Parks) and reducer.restores(depth - 1, depth):
         restored[-1] = True
         rows[-1] = (*rows[-1][:3], n + parked)
-    return [
-        Plan(
-            *(count + prefix for count in rows[block]),
-            steps[block],
-            _need(reducer, block, steps),
-            spared[block],
-            restored[block],
-        )
-        for block in range(depth)
-    ]
+    plans: list[Plan] = []
+    for block, counts in enumerate(rows):
+        entering, attention, mlp, leaving = (count + prefix for count in counts)
+        need = _need(reducer, block, steps)
+        more = steps[block], need, spared[block], restored[block]
+        plans.append(Plan(entering, attention, mlp, leaving, *more))
+    return [plans[0]._replace(entry=entry), *plans[1:]]
 
 
 def _spared(reducer: Reducer | None, plugins: Sequence[Plugin], block: int, depth: int) -> int:

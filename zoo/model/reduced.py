@@ -1,38 +1,30 @@
-"""The wrapper that runs a timm backbone block by block while a reducer changes its tokens."""
+"""The wrapper around a backbone and whatever changes its tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from reduction.assignment import unmerge
 from reduction.base import Reducer
 from reduction.eager import traced
-from reduction.mixins.answer import OwnAnswer
-from reduction.mixins.following import Extends, Remembers
 from reduction.mixins.learned import Learned
 from reduction.mixins.training import Outcome, Trains
 from reduction.schedules.base import Schedule
 from reduction.schedules.keep_rate import KeepRate
 from reduction.schedules.target import Target
-from reduction.tokens import Signals, Tokens
-from zoo.adapters.backbones import (
-    check_images,
-    embed,
-    grid_size,
-)
 from zoo.adapters.fast_linear import install, using
-from zoo.adapters.heads import head
-from zoo.adapters.standalone import as_standalone, check_alone
+from zoo.adapters.standalone import check_alone
+from zoo.adapters.tower import Tower, tower_of
 from zoo.errors import ZooError
 from zoo.model.anatomy import Anatomy, check_parts, check_together
-from zoo.model.block import checkpointed, prepare, run_block
 from zoo.model.plan import Plan, Planner, make_plan
 from zoo.model.runtime import Runtime, make_runtime
-from zoo.model.stream import Info
+from zoo.model.stream import Info as Info
+from zoo.model.stream import flow, leave
 from zoo.model.timm_api import TimmContract
 from zoo.plugins.base import Plugin
 
@@ -88,7 +80,7 @@ class ReducedViT(TimmContract):
         for plugin in plugins:
             plugin.setup(backbone, target or schedule)
         check_together(self.anatomy)
-        self._planner = Planner()
+        self.planner = Planner()
         self.runtime = Runtime()
         self.set_runtime(last_block=last_block, fast_linear=fast_linear)
         if reducer is not None and schedule is not None:
@@ -110,7 +102,7 @@ class ReducedViT(TimmContract):
         Raises:
             ZooError: If an option is unknown, or invalid for this model.
         """
-        self.runtime = make_runtime(self, options)
+        self.runtime = make_runtime(self.anatomy, self.runtime, options)
         if self.runtime.fast_linear != "off":
             install(self.backbone)
         return self
@@ -121,6 +113,11 @@ class ReducedViT(TimmContract):
     def anatomy(self) -> Anatomy:
         """The model's parts and the facts about them, as they are now."""
         return Anatomy(self.backbone, self.reducer, self.plugins)
+
+    @property
+    def tower(self) -> Tower:
+        """How the backbone's family is run."""
+        return tower_of(self.backbone)
 
     @property
     def depth(self) -> int:
@@ -177,45 +174,30 @@ class ReducedViT(TimmContract):
         Raises:
             UnsupportedModel: If `return_info` is asked of a standalone backbone.
         """
-        if self._alone(images, {"return_info": bool(return_info)}):
-            return self.backbone(images)
-        if self.runtime.fast_linear == "off" or traced():
-            return self._forward(images, return_info)
-        with using(self.runtime.fast_linear):
-            return self._forward(images, return_info)
-
-    def _forward(self, images: Tensor, return_info: bool | str) -> Any:
-        if not return_info and self._untouched():
-            if not traced():
-                check_images(self.backbone, images)
-            return self.backbone(images)
-        short = self.runtime.last_block == "class_token" and not (return_info or self.training)
-        t, info, memories = self._run(
-            images, track=bool(return_info), trace=return_info == "trace", short=short
-        )
-        logits = self._head(t, memories)
-        return (logits, info) if return_info else logits
-
-    def _untouched(self) -> bool:
-        """Whether there is nothing to do but what the backbone does by itself."""
-        return (
-            self.reducer is None
-            and not len(self.plugins)
-            and self.runtime.last_block == "full"
-            and not self.runtime.own_kernels
-            and not getattr(self.backbone, "grad_checkpointing", False)
-        )
+        alone = self._checked(images, {"return_info": bool(return_info)})
+        with self._linear():
+            if alone or (not return_info and self._untouched()):
+                return self.backbone(images)
+            whole = return_info or self.training
+            out = flow(
+                self,
+                images,
+                track=bool(return_info),
+                trace=return_info == "trace",
+                last_block="full" if whole else self.runtime.last_block,
+            )
+            logits = leave(self, out)
+        return (logits, out.info) if return_info else logits
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens after the final norm, `(B, P+M, C)`; of a standalone backbone, its own answer."""
-        if self._alone(images):
-            return self.backbone.forward_features(images)
-        t, _, _ = self._run(images)
-        return self.backbone.norm(t.x)
+        if self._checked(images):
+            return self.backbone.forward_features(images)  # type: ignore[no-any-return]
+        return self.tower.norm(self.backbone, flow(self, images).t.x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The backbone's own head; knows nothing of sizes. `forward` does."""
-        return self.backbone.forward_head(x, pre_logits=pre_logits)
+        return self.backbone.forward_head(x, pre_logits=pre_logits)  # type: ignore[no-any-return]
 
     def forward_intermediates(
         self, images: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False
@@ -230,11 +212,12 @@ class ReducedViT(TimmContract):
         Returns:
             Maps `(B, C, rows, columns)`. Patches that were dropped are zero.
         """
-        if self._alone(images):
-            return self.backbone.forward_intermediates(
+        if self._checked(images):
+            maps: list[Tensor] = self.backbone.forward_intermediates(
                 images, indices, norm=norm, intermediates_only=True
             )
-        _, info, _ = self._run(images, track=True, trace=True)
+            return maps
+        info = flow(self, images, track=True, trace=True).info
         if indices is None:
             indices = range(self.depth)
         elif isinstance(indices, int):
@@ -243,92 +226,33 @@ class ReducedViT(TimmContract):
         for i in indices:
             t = info.trace[i]
             if norm:
-                t = t._replace(x=self.backbone.norm(t.x))
+                t = t._replace(x=self.tower.norm(self.backbone, t.x))
             maps.append(unmerge(t).transpose(1, 2).unflatten(2, info.grid))
         return maps
 
-    def _alone(self, images: Tensor, asked: dict[str, bool] | None = None) -> bool:
-        """Whether the backbone runs itself, after the checks that `_run` makes for the others."""
-        if as_standalone(self.backbone) is None:
-            return False
-        check_alone(self.backbone, asked or {})
-        if not torch.compiler.is_compiling():
-            check_images(self.backbone, images)
-        return True
+    def _checked(self, images: Tensor, asked: dict[str, bool] | None = None) -> bool:
+        """Refuse images that do not fit; says whether the backbone runs itself, whatever else."""
+        alone = self.anatomy.alone is not None
+        if alone:
+            check_alone(self.backbone, asked or {})
+        if not traced():
+            self.tower.check_images(self.backbone, images)
+        return alone
 
-    def _run(
-        self,
-        images: Tensor,
-        track: bool = False,
-        trace: bool = False,
-        schedule: Schedule | None = None,
-        short: bool = False,
-    ) -> tuple[Tokens, Info, list[Any]]:
-        m, reducer = self.backbone, self.reducer
-        if not torch.compiler.is_compiling():
-            check_images(m, images)
-        embedded = embed(m, images)
-        grid = grid_size(m, images)
-        n = embedded.x.shape[1] - self.prefix
-        if track and n != grid[0] * grid[1]:
-            raise ZooError(
-                "the source map cannot be tracked while patch dropout removes tokens; call without "
-                "return_info, or in evaluation mode"
-            )
-        changes = reducer is not None or len(self.plugins) > 0
-        follow = changes and embedded.rope is not None
-        follow = follow or (reducer is not None and "origin" in reducer.needs)
-        t = Tokens.start(embedded.x, self.prefix, track=track or follow)
-        embedded = embedded._replace(x=None)  # so that no later block holds on to it
-        if not track:
-            t = t._replace(source=None)
-        memories = []
-        for plugin in self.plugins:
-            t, memory = plugin.start(t)
-            memories.append(memory)
-        if not isinstance(m.norm_pre, nn.Identity):
-            t = t._replace(x=m.norm_pre(t.x))
-        if isinstance(reducer, Remembers):
-            t = reducer.begin(t)
-        run: Callable[..., tuple[Tokens, Signals]] = run_block
-        if getattr(m, "grad_checkpointing", False) and torch.is_grad_enabled():
-            run = checkpointed(run_block, self.runtime.fast_linear)
-        counts, states = [], []
-        signals = Signals()
-        moved = t.n != n
-        shared = prepare(self, t, embedded)
-        for i, plan in enumerate(
-            self._planner.plan(
-                self.anatomy, schedule or self.schedule, grid, n, "class_token" if short else "full"
-            )
-        ):
-            entering = t.x.shape[1]
-            t, signals = run(i, t, signals, plan, moved, shared)
-            length = t.x.shape[1]
-            for j, plugin in enumerate(shared.plugins):
-                t, memories[j] = plugin.after(i, t, memories[j])
-            added = t.x.shape[1] - length
-            moved = moved or plan.step is not None or added > 0
-            if added and isinstance(reducer, Extends):
-                t = reducer.extended(t, added)
-            counts.append((entering, length + added))
-            if trace:
-                states.append(t)
-        if isinstance(reducer, OwnAnswer):
-            t = reducer.finish(t)
-        source = t.source if t.source is not None else t.size.new_zeros(0)
-        return t, Info(tuple(counts), t.size, source, grid, tuple(states), t), memories
+    def _untouched(self) -> bool:
+        """Whether there is nothing to do but what the backbone does by itself."""
+        return (
+            self.reducer is None
+            and not len(self.plugins)
+            and self.runtime.last_block == "full"
+            and not self.runtime.own_kernels
+            and not getattr(self.backbone, "grad_checkpointing", False)
+        )
 
-    def _head(self, t: Tokens, memories: Sequence[Any]) -> Tensor:
-        for plugin, memory in zip(self.plugins, memories, strict=True):
-            logits = plugin.head(self.backbone, t, memory)
-            if logits is not None:
-                return logits
-        if isinstance(self.reducer, OwnAnswer):
-            logits = self.reducer.logits(self.backbone, t)
-            if logits is not None:
-                return logits
-        return head(self.backbone, t._replace(x=self.backbone.norm(t.x)))
+    def _linear(self) -> AbstractContextManager[Any]:
+        """Which product linear layers are computed with."""
+        mode = self.runtime.fast_linear
+        return nullcontext() if mode == "off" or traced() else using(mode)
 
     def peer(self, images: Tensor, targets: Tensor) -> Outcome | None:
         """A second pass of the same weights under the schedule that the reducer asks for, if any.
@@ -342,8 +266,8 @@ class ReducedViT(TimmContract):
         other = self.reducer.peer(self.schedule)
         if other is None:
             return None
-        t, info, memories = self._run(images, track=True, trace=True, schedule=other)
-        return self.outcome(info, self._head(t, memories), targets)
+        out = flow(self, images, track=True, trace=True, schedule=other)
+        return self.outcome(out.info, leave(self, out), targets)
 
     def auxiliary_losses(
         self, info: Info, logits: Tensor, targets: Tensor, teacher: Outcome | None = None
@@ -367,5 +291,5 @@ class ReducedViT(TimmContract):
         self, info: Info, logits: Tensor, targets: Tensor, teacher: Outcome | None = None
     ) -> Outcome:
         """What losses may look at, with the final norm applied."""
-        final = info.final._replace(x=self.backbone.norm(info.final.x))
+        final = info.final._replace(x=self.tower.norm(self.backbone, info.final.x))
         return Outcome(info.trace, final, logits, targets, teacher)

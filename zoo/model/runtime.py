@@ -8,23 +8,16 @@ and no saved folder, and are given anew to `zoo.load`, `zoo.wrap` and `zoo.creat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from typing import Any, NamedTuple
 
 from reduction.base import Reducer
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.attention import InAttention
 from reduction.mixins.parking import Parks
-from zoo.adapters.backbones import has_class_token, pools
+from zoo.adapters.blocks import block_adapter
 from zoo.adapters.fast_linear import MODES, Mode
-from zoo.adapters.standalone import as_standalone
 from zoo.errors import ZooError
-
-if TYPE_CHECKING:
-    from zoo.model.reduced import ReducedViT
+from zoo.model.anatomy import Anatomy
 
 LAST_BLOCKS = ("full", "class_token")
 
@@ -49,11 +42,12 @@ class Runtime(NamedTuple):
     own_kernels: bool = False
 
 
-def make_runtime(model: ReducedViT, changes: Mapping[str, Any]) -> Runtime:
+def make_runtime(anatomy: Anatomy, now: Runtime, changes: Mapping[str, Any]) -> Runtime:
     """A model's options with some of them changed.
 
     Args:
-        model: Its `runtime` holds the others.
+        anatomy: Of the model.
+        now: Its options so far.
         changes: Fields of `Runtime`.
 
     Raises:
@@ -64,7 +58,7 @@ def make_runtime(model: ReducedViT, changes: Mapping[str, Any]) -> Runtime:
             raise ZooError(
                 f"unknown runtime option {name!r}; there are {', '.join(Runtime._fields)}"
             )
-    chosen = model.runtime._replace(**changes)
+    chosen = now._replace(**changes)
     # YAML and command lines turn the bare words into Booleans.
     words: dict[Any, Mode] = {True: "on", False: "off"}
     chosen = chosen._replace(fast_linear=words.get(chosen.fast_linear, chosen.fast_linear))
@@ -77,30 +71,24 @@ def make_runtime(model: ReducedViT, changes: Mapping[str, Any]) -> Runtime:
     if not isinstance(chosen.own_kernels, bool):
         raise ZooError(f"own_kernels must be true or false, got {chosen.own_kernels!r}")
     if chosen.last_block == "class_token":
-        reason = why_all_tokens(model)
+        reason = why_all_tokens(anatomy)
         if reason:
             raise ZooError(f"last_block=class_token is not possible here: {reason}")
     return chosen
 
 
-def why_all_tokens(model: ReducedViT) -> str:
+def why_all_tokens(anatomy: Anatomy) -> str:
     """Who needs more of the last block than its prefix tokens; empty if nobody does."""
-    m, reducer = model.backbone, model.reducer
-    if as_standalone(m) is not None:
+    m, reducer = anatomy.backbone, anatomy.reducer
+    if anatomy.alone is not None:
         return "the backbone runs itself"
-    forward_head = getattr(type(m), "forward_head", None)
-    heads = (VisionTransformer, VisionTransformerDistilled, Eva)
-    known = forward_head in [cls.forward_head for cls in heads]
-    if not (known and has_class_token(m) and getattr(m, "global_pool", "") == "token"):
-        what = "averages over patches" if pools(m) == "patches" else "is not a plain one"
-        return f"the classifier does not read the class token alone (it {what})"
-    if getattr(m, "attn_pool", None) is not None:
-        return "the classifier attends to all tokens"
-    blocks = [cls.forward for cls in (Block, ResPostBlock, EvaBlock, EvaBlockPostNorm)]
-    if type(m.blocks[-1]).forward not in blocks:
-        return f"the last block is a {type(m.blocks[-1]).__name__}"
-    if len(model.plugins):
-        names = ", ".join(p.name for p in model.plugins)
+    if reason := anatomy.tower.why_all_tokens(m):
+        return reason
+    last = anatomy.tower.blocks(m)[-1]
+    if block_adapter(last).mlp_branch is None:
+        return f"the last block is a {type(last).__name__}"
+    if len(anatomy.plugins):
+        names = ", ".join(p.name for p in anatomy.plugins)
         return f"a plugin ({names}) looks at tokens behind the last block"
     if reducer is not None and _reads_the_end(reducer):
         return f"reducer {reducer.name!r} needs all tokens of the last block"

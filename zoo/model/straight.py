@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,12 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from reduction.eager import autocasting, undisturbed
-from reduction.functional.attention import signals
+from reduction.functional.attention import attention_bias, signals
 from reduction.functional.kernels import choose, fused
-from reduction.tokens import Signals
+from reduction.tokens import Signals, Tokens
 from zoo.adapters.attention import idle
 from zoo.adapters.fast_linear import FastLinear, linear
+from zoo.model.lane import Stage
 
 _MODULES = nn.modules.module
 _NONE = Signals()
@@ -110,11 +111,44 @@ class Straight(NamedTuple):
 
     def mlp(self, x: Tensor) -> Tensor:
         """`x` plus the MLP branch, `(B, N, C)`."""
+        return _sum(x, self.mlp_branch(x))
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """The MLP branch alone, `(B, N, C)`."""
         hidden = self.act(self.product(torch.layer_norm(x, *self.norm2), *self.fc1))
         out = self.product(hidden, *self.fc2)
         if self.gamma2 is not None:
             out.mul_(self.gamma2)
-        return _sum(x, out)
+        return out
+
+
+class Line(NamedTuple):
+    """The lane of a block that is resolved to its parameters.
+
+    Attributes:
+        block: Its parameters.
+    """
+
+    block: Straight
+
+    def attention(self, t: Tokens, stage: Stage) -> tuple[Tokens, Signals]:
+        """See `zoo.model.lane.Lane`, as for the others."""
+        frame = stage.frame
+        reducer = frame.reducer
+        sizes = t.size if reducer is not None and reducer.prop_attn and not t.unit else None
+        bias = attention_bias(sizes, t.mask, t.x.dtype)
+        own = stage.positions_changed or frame.own_kernels
+        x, seen = self.block.attention(t.x, bias, stage.plan.need, frame.class_tokens, own)
+        return t._replace(x=x), seen
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """See `Lane`."""
+        return self.block.mlp(x)
+
+    def mlp_seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Lane`."""
+        branch = self.block.mlp_branch(x)
+        return x + branch, branch
 
 
 def _sum(x: Tensor, out: Tensor) -> Tensor:
@@ -138,7 +172,7 @@ def straight_blocks(blocks: Iterable[nn.Module], x: Tensor) -> list[Straight | N
     return [_resolve(b, x.dtype) if calm else None for b in blocks]
 
 
-def _resolve(block: nn.Module, dtype: torch.dtype) -> Straight | None:
+def _resolve(block: Any, dtype: torch.dtype) -> Straight | None:
     # Dictionaries are read directly: asking a module for its parts takes several times as long.
     if type(block) is not Block:
         return None
@@ -171,12 +205,12 @@ def _resolve(block: nn.Module, dtype: torch.dtype) -> Straight | None:
         heads=attn.num_heads,
         scale=attn.scale,
         proj=_layer(a["proj"]),
-        gamma1=None if idle(b["ls1"]) else b["ls1"]._parameters["gamma"],
+        gamma1=_gamma(b["ls1"]),
         norm2=_norm(b["norm2"]),
         fc1=_layer(m["fc1"]),
         act=_activation(m["act"]),
         fc2=_layer(m["fc2"]),
-        gamma2=None if idle(b["ls2"]) else b["ls2"]._parameters["gamma"],
+        gamma2=_gamma(b["ls2"]),
         product=linear if any(type(f) is FastLinear for f in layers) else F.linear,
     )
 
@@ -189,7 +223,7 @@ def _watched(m: nn.Module | None) -> bool:
     return changed or bool(m._forward_hooks or m._forward_pre_hooks)
 
 
-def _ordinary(m: nn.Module, dtype: torch.dtype) -> bool:
+def _ordinary(m: Any, dtype: torch.dtype) -> bool:
     """Whether all parameters are there and plain ones of this type; temporaries are so, too."""
     names = ("gamma",) if type(m) is LayerScale else ("weight", "bias")
     return all(name in m._parameters for name in names) and all(
@@ -198,19 +232,24 @@ def _ordinary(m: nn.Module, dtype: torch.dtype) -> bool:
     )
 
 
-def _activation(m: nn.Module) -> Callable[[Tensor], Tensor]:
+def _activation(m: Any) -> Callable[[Tensor], Tensor]:
     """A module that writes over its input, where it is known how."""
     kind = type(m)
     if kind not in (nn.GELU, GELU, GELUTanh):
         return m
     approximate = "tanh" if kind is GELUTanh else getattr(m, "approximate", "none")
-    return partial(torch._C._nn.gelu_, approximate=approximate)
+    in_place: Any = torch._C._nn
+    return partial(in_place.gelu_, approximate=approximate)
 
 
-def _norm(m: nn.Module) -> Norm:
+def _norm(m: Any) -> Norm:
     p = m._parameters
     return m.normalized_shape, p["weight"], p["bias"], m.eps
 
 
-def _layer(m: nn.Module) -> Layer:
+def _layer(m: Any) -> Layer:
     return m._parameters["weight"], m._parameters["bias"]
+
+
+def _gamma(m: Any) -> Tensor | None:
+    return None if idle(m) else m._parameters["gamma"]

@@ -1,12 +1,27 @@
-"""From images to logits."""
+"""From images to logits: in through the embedding, through the stages, and out through the head."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from reduction.tokens import Tokens
+from reduction.assignment import apply
+from reduction.counts import Step
+from reduction.mixins.answer import OwnAnswer
+from reduction.mixins.entry import AtInput
+from reduction.mixins.following import Extends, Remembers
+from reduction.schedules.base import Schedule
+from reduction.tokens import Signals, Tokens
+from zoo.adapters.tower import Embedded
+from zoo.errors import ZooError
+from zoo.model.lane import Frame
+from zoo.model.stage import checkpointed, run, stages
+
+if TYPE_CHECKING:
+    from zoo.model.reduced import ReducedViT
 
 
 class Info(NamedTuple):
@@ -33,3 +48,124 @@ class Info(NamedTuple):
     def sizes(self) -> Tensor:
         """Another name of `size`."""
         return self.size
+
+
+class Outflow(NamedTuple):
+    """What comes out behind the last block.
+
+    Attributes:
+        t: Tokens before the final norm.
+        info: What happened to them.
+        memories: Of the plugins.
+    """
+
+    t: Tokens
+    info: Info
+    memories: Sequence[Any]
+
+
+def flow(
+    model: ReducedViT,
+    images: Tensor,
+    track: bool = False,
+    trace: bool = False,
+    schedule: Schedule | None = None,
+    last_block: str = "full",
+) -> Outflow:
+    """Run the blocks.
+
+    Args:
+        model: Whose.
+        images: `(B, 3, H, W)`, checked.
+        track: Keep the source map.
+        trace: Keep the state behind every block.
+        schedule: Another one than the model's.
+        last_block: See `zoo.model.runtime.Runtime`.
+    """
+    reducer, schedule = model.reducer, schedule or model.schedule
+    m, tower = model.backbone, model.tower
+    grid = tower.grid_of(m, images)
+    embedded = tower.embed(m, images)
+    patches = embedded.x.shape[1] - model.prefix
+    plans = model.planner.plan(model.anatomy, schedule, grid, patches, last_block)
+    t, memories = _enter(model, images, embedded, grid, plans[0].entry, track)
+    # Without its features, so that no later block holds on to them.
+    frame = _frame(model, embedded._replace(x=None))
+    del embedded
+    block = run
+    if getattr(m, "grad_checkpointing", False) and torch.is_grad_enabled():
+        block = checkpointed(run, model.runtime.fast_linear)
+    counts, states, signals = [], [], Signals()
+    for stage in stages(tower.blocks(m), plans, frame, t, patches):
+        entering = t.x.shape[1]
+        t, signals = block(stage, t, signals)
+        length = t.x.shape[1]
+        for i, plugin in enumerate(frame.plugins):
+            t, memories[i] = plugin.after(stage.block, t, memories[i])
+        added = t.x.shape[1] - length
+        if added and isinstance(reducer, Extends):
+            t = reducer.extended(t, added)
+        counts.append((entering, length + added))
+        if trace:
+            states.append(t)
+    if isinstance(reducer, OwnAnswer):
+        t = reducer.finish(t)
+    source = t.source if t.source is not None else t.size.new_zeros(0)
+    return Outflow(t, Info(tuple(counts), t.size, source, grid, tuple(states), t), memories)
+
+
+def _enter(
+    model: ReducedViT,
+    images: Tensor,
+    embedded: Embedded,
+    grid: tuple[int, int],
+    entry: Step | None,
+    track: bool,
+) -> tuple[Tokens, list[Any]]:
+    """Tokens before the first block, and what plugins remember."""
+    tower, reducer = model.tower, model.reducer
+    patches = embedded.x.shape[1] - model.prefix
+    full = patches == grid[0] * grid[1]
+    if track and not full:
+        raise ZooError(
+            "the source map cannot be tracked while patch dropout removes tokens; call without "
+            "return_info, or in evaluation mode"
+        )
+    changes = reducer is not None or len(model.plugins) > 0
+    follow = changes and embedded.rope is not None
+    follow = follow or (reducer is not None and "origin" in reducer.needs)
+    t = Tokens.start(embedded.x, model.prefix, track=track or follow)
+    t = t._replace(source=t.source if track else None, grid=grid if full else None)
+    if entry is not None:
+        if not isinstance(reducer, AtInput) or not full:
+            raise ZooError(
+                "a method that looks at images needs one token per patch; switch patch dropout off"
+            )
+        t = apply(t, reducer.look(images, grid, entry))
+    memories = []
+    for plugin in model.plugins:
+        t, memory = plugin.start(t)
+        memories.append(memory)
+    t = t._replace(x=tower.pre_norm(model.backbone, t.x))
+    return (reducer.begin(t) if isinstance(reducer, Remembers) else t), memories
+
+
+def _frame(model: ReducedViT, embedded: Embedded) -> Frame:
+    classes = max(1, model.tower.class_tokens(model.backbone))
+    own, plugins = model.runtime.own_kernels, list(model.plugins)
+    return Frame(model.reducer, plugins, model.schedule, own, embedded, classes)
+
+
+def leave(model: ReducedViT, out: Outflow) -> Tensor:
+    """Logits: of a plugin's head, of the reducer, or of the backbone's own head."""
+    t = out.t
+    for plugin, memory in zip(model.plugins, out.memories, strict=True):
+        logits = plugin.head(model.backbone, t, memory)
+        if logits is not None:
+            return logits  # type: ignore[no-any-return]
+    if isinstance(model.reducer, OwnAnswer):
+        logits = model.reducer.logits(model.backbone, t)
+        if logits is not None:
+            return logits
+    t = t._replace(x=model.tower.norm(model.backbone, t.x))
+    return model.tower.leave(model.backbone, t)

@@ -128,7 +128,7 @@ class TimmContract(nn.Module):
     def unused_parameters(self) -> set[str]:
         """Names of parameters that get no gradient, mostly because a plugin took their place."""
         names = {f"backbone.{name}" for p in self.plugins for name in p.unused(self.backbone)}
-        own = self.reducer.unused() if isinstance(self.reducer, Learned) else set()
+        own: set[str] = self.reducer.unused() if isinstance(self.reducer, Learned) else set()
         return names | {f"reducer.{name}" for name in own}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def _weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def _attn_branch(b: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
+def _attn_branch(b: Any, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
     out, seen = attend(b.attn, b.norm1(x))
     return b.drop_path1(out), seen
 

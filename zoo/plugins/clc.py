@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from reduction.functional.carriers import append
 from reduction.schedules.base import Schedule
 from reduction.tokens import Tokens
-from zoo.adapters.backbones import class_tokens
+from zoo.adapters.tower import class_tokens
 from zoo.errors import ZooError
 from zoo.plugins.base import Plugin, register_plugin
 from zoo.plugins.stages import CLCA_CARD, stage_blocks

@@ -10,7 +10,6 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from zoo.adapters.backbones import input_size
 from zoo.adapters.standalone import as_standalone
 from zoo.cost.sampling import CostSampler, is_adaptive
 from zoo.errors import ZooError
@@ -168,7 +167,7 @@ def measure_throughput(
         measure(
             runner,
             dense,
-            input_size=input_size(model.backbone),
+            input_size=model.tower.input_size(model.backbone),
             batch=size,
             rounds=options.rounds,
             min_time=options.min_time,

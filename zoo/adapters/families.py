@@ -1,0 +1,29 @@
+"""Where the adapters of a class are: in a file of this folder that bears the name of its library.
+
+`timm_vit.py` adapts classes of timm, a `transformers_*.py` would adapt those of transformers. A
+file is imported when the first object of its library is asked for, so none needs a library that is
+not installed, and no list has to be edited.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+
+def load_families(cls: type) -> None:
+    """Import the adapters of every library that a class, or one of its bases, comes from.
+
+    Args:
+        cls: Class of a backbone, a block or an attention module.
+    """
+    _load(frozenset(base.__module__.partition(".")[0] for base in cls.__mro__))
+
+
+@functools.cache
+def _load(libraries: frozenset[str]) -> None:
+    folder = importlib.import_module("zoo.adapters")
+    for module in pkgutil.iter_modules(folder.__path__):
+        if module.name.partition("_")[0] in libraries and "_" in module.name:
+            importlib.import_module(f"zoo.adapters.{module.name}")

@@ -1,0 +1,122 @@
+"""What timm's plain vision transformers have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from reduction.tokens import Tokens
+from zoo.adapters.heads import head
+from zoo.adapters.tower import STANDALONE, Tower, register_tower
+from zoo.errors import ZooError
+
+
+class TimmTower(Tower):
+    """A timm model with `patch_embed`, `blocks`, `norm` and `forward_head`. Subclasses embed."""
+
+    def blocks(self, m: Any) -> Sequence[nn.Module]:
+        """See `Tower`, as for all others."""
+        return m.blocks  # type: ignore[no-any-return]
+
+    def prefix(self, m: Any) -> int:
+        """See `Tower`."""
+        return int(m.num_prefix_tokens)
+
+    def class_tokens(self, m: Any) -> int:
+        """See `Tower`; where several slots are one wide class token, `num_class_tokens` says so."""
+        # Asked of the class: a module takes long to say that it lacks something.
+        own = m.num_class_tokens if hasattr(type(m), "num_class_tokens") else None
+        return int(getattr(m, "cls_token", None) is not None) if own is None else int(own)
+
+    def width(self, m: Any) -> int:
+        """See `Tower`."""
+        return int(m.embed_dim)
+
+    def classes(self, m: Any) -> int:
+        """See `Tower`."""
+        return int(m.num_classes)
+
+    def reads(self, m: Any) -> str:
+        """See `Tower`."""
+        kind = getattr(m, "global_pool", "token")
+        return "class" if kind in ("token", "") else "patches"
+
+    def grid(self, m: Any) -> tuple[int, int]:
+        """See `Tower`."""
+        rows, columns = m.patch_embed.grid_size
+        return int(rows), int(columns)
+
+    def patch_size(self, m: Any) -> tuple[int, int]:
+        """See `Tower`."""
+        height, width = m.patch_embed.patch_size
+        return int(height), int(width)
+
+    def grid_of(self, m: Any, images: Tensor) -> tuple[int, int]:
+        """See `Tower`."""
+        rows, columns = m.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+        return int(rows), int(columns)
+
+    def input_size(self, m: Any) -> tuple[int, int, int]:
+        """See `Tower`."""
+        height, width = m.patch_embed.img_size
+        return m.patch_embed.proj.in_channels, height, width
+
+    def check_images(self, m: Any, images: Tensor) -> None:
+        """See `Tower`."""
+        check_images(m, images)
+
+    def pre_norm(self, m: Any, x: Tensor) -> Tensor:
+        """See `Tower`."""
+        return x if isinstance(m.norm_pre, nn.Identity) else m.norm_pre(x)
+
+    def norm(self, m: Any, x: Tensor) -> Tensor:
+        """See `Tower`."""
+        return m.norm(x)  # type: ignore[no-any-return]
+
+    def why_all_tokens(self, m: Any) -> str:
+        """See `Tower`."""
+        heads = [cls.forward_head for cls in (VisionTransformer, VisionTransformerDistilled, Eva)]
+        known = getattr(type(m), "forward_head", None) in heads
+        if not (known and self.class_tokens(m) and getattr(m, "global_pool", "") == "token"):
+            what = "averages over patches" if self.reads(m) == "patches" else "is not a plain one"
+            return f"the classifier does not read the class token alone (it {what})"
+        if getattr(m, "attn_pool", None) is not None:
+            return "the classifier attends to all tokens"
+        return ""
+
+    def leave(self, m: Any, t: Tokens, pre_logits: bool = False) -> Tensor:
+        """See `Tower`."""
+        return head(m, t, pre_logits)
+
+
+def check_images(m: Any, images: Tensor) -> None:
+    """Refuse images that timm's patch embedding cannot take, in words.
+
+    Raises:
+        ZooError: If the shape, channels or size do not fit.
+    """
+    channels = m.patch_embed.proj.in_channels
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise ZooError(f"expected images of shape (B, {channels}, H, W), got {tuple(images.shape)}")
+    height, width = images.shape[-2:]
+    patch, size = m.patch_embed.patch_size, m.patch_embed.img_size
+    strict = m.patch_embed.strict_img_size and size is not None
+    if strict and (height, width) != tuple(size):
+        raise ZooError(
+            f"expected images of {size[0]}x{size[1]}, got {height}x{width}; resize them, or build "
+            f"the model with img_size=({height}, {width}) or dynamic_img_size=True"
+        )
+    if not getattr(m.patch_embed, "dynamic_img_pad", False) and (
+        height % patch[0] or width % patch[1]
+    ):
+        raise ZooError(
+            f"image size {height}x{width} is not divisible by the patch size {patch[0]}x{patch[1]}"
+        )
+
+
+register_tower(STANDALONE, TimmTower())

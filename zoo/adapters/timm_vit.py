@@ -1,0 +1,74 @@
+"""timm's VisionTransformer: DeiT, DINOv2, CLIP, SigLIP, MAE, with registers or without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import Tensor
+
+from zoo.adapters.attention import Shift, register_attention, shifted, through, unpack
+from zoo.adapters.blocks import Attend, BlockAdapter, register_block
+from zoo.adapters.timm_tower import TimmTower
+from zoo.adapters.tower import Embedded, register_tower
+
+
+class TimmViT(TimmTower):
+    """timm's `VisionTransformer`."""
+
+    title = "timm VisionTransformer"
+
+    def embed(self, m: Any, images: Tensor) -> Embedded:
+        """See `Tower`."""
+        x = m._pos_embed(m.patch_embed(images))
+        return Embedded(m.patch_drop(x), None, False)
+
+
+def attention(attn: Any, x: Tensor, shift: Shift | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of timm's `Attention`."""
+    q, k, v = unpack(shifted(attn.qkv(x), x, shift), attn.num_heads)
+    return through(attn.q_norm, q), through(attn.k_norm, k), v
+
+
+def _attn(b: Any, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
+    out, signals = attend(b.attn, b.norm1(x))
+    return through(b.drop_path1, through(b.ls1, out)), signals
+
+
+def _mlp(b: Any, x: Tensor) -> Tensor:
+    return x + through(b.drop_path2, _branch(b, x))
+
+
+def _branch(b: Any, x: Tensor) -> Tensor:
+    return through(b.ls2, b.mlp(b.norm2(x)))
+
+
+def post_attn(b: Any, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
+    """Attention half of a block that normalises behind its layers."""
+    out, signals = attend(b.attn, x)
+    return through(b.drop_path1, b.norm1(out)), signals
+
+
+def post_mlp(b: Any, x: Tensor) -> Tensor:
+    """The other half."""
+    return x + through(b.drop_path2, post_branch(b, x))
+
+
+def post_branch(b: Any, x: Tensor) -> Tensor:
+    """What the other half adds."""
+    return b.norm2(b.mlp(x))  # type: ignore[no-any-return]
+
+
+def itself(b: Any, x: Tensor) -> Tensor:
+    """What an attention without a norm in front of it gets."""
+    return x
+
+
+register_tower(VisionTransformer, TimmViT())
+register_attention(Attention, attention, separable=True)
+register_block(Block, BlockAdapter(_attn, _mlp, rope=False, mlp_branch=_branch))
+register_block(
+    ResPostBlock,
+    BlockAdapter(post_attn, post_mlp, rope=False, attn_input=itself, mlp_branch=post_branch),
+)

@@ -1,0 +1,217 @@
+"""What every family of backbones answers: how one is entered, run block by block, and left.
+
+A family is one file with a subclass of `Tower`, registered for the classes that it runs exactly as
+they run themselves. Towers hold nothing: the backbone is an argument of every method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reduction.tokens import Tokens
+from zoo.adapters.blocks import block_adapter
+from zoo.adapters.families import load_families
+from zoo.adapters.standalone import as_standalone
+from zoo.errors import UnsupportedModel, ZooError
+
+
+class Embedded(NamedTuple):
+    """What a backbone hands to its first block.
+
+    Attributes:
+        x: Tokens `(B, P+N, C)`, before the pre-norm; None once the first block has them.
+        rope: Rotary table `(N, 2d)`, `(H, N, 2d)` or batched `(B, 1, N, 2d)`; with a leading
+            depth when `mixed`; None without rotary embedding.
+        mixed: Whether every block has its own table.
+    """
+
+    x: Any
+    rope: Tensor | None
+    mixed: bool
+
+
+class Tower:
+    """How the backbones of one family are run.
+
+    Attributes:
+        title: The family in words, for messages and listings.
+    """
+
+    title: ClassVar[str]
+
+    def blocks(self, m: Any) -> Sequence[nn.Module]:
+        """The transformer blocks, in order."""
+        raise NotImplementedError
+
+    def prefix(self, m: Any) -> int:
+        """Number of prefix tokens P."""
+        raise NotImplementedError
+
+    def class_tokens(self, m: Any) -> int:
+        """Leading tokens that together act as the class token: 1, or 0 in a model without one."""
+        raise NotImplementedError
+
+    def width(self, m: Any) -> int:
+        """C, features per token."""
+        raise NotImplementedError
+
+    def classes(self, m: Any) -> int:
+        """Number of classes, 0 for a model without classifier."""
+        raise NotImplementedError
+
+    def reads(self, m: Any) -> str:
+        """What the classifier reads: "class", or "patches" where it pools them."""
+        raise NotImplementedError
+
+    def grid(self, m: Any) -> tuple[int, int]:
+        """Patch grid `(rows, columns)` at the backbone's own image size."""
+        raise NotImplementedError
+
+    def patch_size(self, m: Any) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        raise NotImplementedError
+
+    def grid_of(self, m: Any, images: Tensor) -> tuple[int, int]:
+        """Patch grid `(rows, columns)` of a batch of images."""
+        raise NotImplementedError
+
+    def input_size(self, m: Any) -> tuple[int, int, int]:
+        """`(channels, height, width)` of the images that a backbone was built for."""
+        raise NotImplementedError
+
+    def check_images(self, m: Any, images: Tensor) -> None:
+        """Refuse images that the patch embedding cannot take, in words.
+
+        Raises:
+            ZooError: If the shape, channels or size do not fit.
+        """
+        raise NotImplementedError
+
+    def embed(self, m: Any, images: Tensor) -> Embedded:
+        """Patch and position embedding, prefix tokens included."""
+        raise NotImplementedError
+
+    def pre_norm(self, m: Any, x: Tensor) -> Tensor:
+        """The norm before the first block, where there is one."""
+        return x
+
+    def norm(self, m: Any, x: Tensor) -> Tensor:
+        """The norm behind the last block."""
+        raise NotImplementedError
+
+    def why_all_tokens(self, m: Any) -> str:
+        """Why the head needs more than the prefix tokens; empty where it reads nothing else."""
+        return f"the classifier of a {type(m).__name__} is not known to read the class token alone"
+
+    def leave(self, m: Any, t: Tokens, pre_logits: bool = False) -> Tensor:
+        """Pool and classify tokens that went through `norm`; averages weigh tokens by size.
+
+        Args:
+            m: The backbone.
+            t: Tokens after the final norm.
+            pre_logits: Stop before the classifier.
+        """
+        raise NotImplementedError
+
+
+#: Under this key stands the tower of backbones that run themselves: what is asked of them is
+#: sizes and images.
+STANDALONE = "standalone"
+_TOWERS: dict[object, Tower] = {}
+
+
+def _key(cls: type) -> object:
+    """What makes a class run as it does: a subclass that overrides one of these is another one."""
+    return getattr(cls, "forward_features", None), getattr(cls, "forward", None)
+
+
+def register_tower(cls: type[nn.Module] | str, tower: Tower) -> None:
+    """Support a class of backbones, and its subclasses that keep its forward."""
+    _TOWERS[cls if isinstance(cls, str) else _key(cls)] = tower
+
+
+def find_tower(m: nn.Module) -> Tower | None:
+    """The tower of a backbone, None if its class is not supported."""
+    cls = type(m)
+    key = _key(cls) if as_standalone(m) is None else STANDALONE
+    if key not in _TOWERS:
+        load_families(cls)
+    return _TOWERS.get(key)
+
+
+def tower_of(m: nn.Module) -> Tower:
+    """The tower of a backbone.
+
+    Raises:
+        UnsupportedModel: Naming the class and what is supported.
+    """
+    tower = find_tower(m)
+    if tower is None:
+        cls = type(m)
+        hint = " (a hierarchical or windowed model has no single token sequence to reduce)"
+        raise UnsupportedModel(
+            f"backbone class {cls.__module__}.{cls.__name__} is not supported{hint}; supported are "
+            "timm's VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, MAE, registers, distilled) and "
+            "Eva (EVA-02, DINOv3), and subclasses that keep their forward"
+        )
+    return tower
+
+
+def check_backbone(m: nn.Module) -> None:
+    """Refuse a model that the wrapper would run differently from itself.
+
+    A standalone backbone runs itself, so it is never refused.
+
+    Raises:
+        UnsupportedModel: Naming the class and what is supported.
+    """
+    if as_standalone(m) is not None:
+        return
+    for block in tower_of(m).blocks(m):
+        block_adapter(block)
+
+
+def class_tokens(m: nn.Module) -> int:
+    """Leading tokens that together act as the class token; 0 where there is none."""
+    tower = find_tower(m)
+    return 0 if tower is None else tower.class_tokens(m)
+
+
+def has_class_token(m: nn.Module) -> bool:
+    """Whether token 0 is a class token, or part of one."""
+    return class_tokens(m) > 0
+
+
+def rope_for(embedded: Embedded, block: int, t: Tokens, positions_changed: bool) -> Tensor | None:
+    """Rotary table of the tokens that are there now.
+
+    Args:
+        embedded: From `Tower.embed`.
+        block: Index of the block.
+        t: Current tokens.
+        positions_changed: Whether tokens are no longer in their first places.
+
+    Returns:
+        A table broadcastable to `(B, H, N, 2d)`, or None. A token without position (origin -1)
+        is not rotated.
+    """
+    rope = embedded.rope
+    if rope is None:
+        return None
+    rope = rope[block] if embedded.mixed else rope
+    if not positions_changed:
+        return rope
+    assert t.origin is not None
+    if rope.dim() == 4:
+        raise ZooError("patch dropout together with a reducer is not supported for rotary models")
+    half = rope.shape[-1] // 2
+    still = rope.new_zeros(rope.shape[:-2] + (1, rope.shape[-1]))
+    still[..., half:] = 1.0
+    table = torch.cat([rope, still], dim=-2)
+    index = torch.where(t.origin < 0, table.shape[-2] - 1, t.origin)
+    rows = table[..., index, :]  # (B, N, 2d) or (H, B, N, 2d)
+    return rows.unsqueeze(1) if rows.dim() == 3 else rows.transpose(0, 1)

@@ -1,0 +1,185 @@
+"""Through a block's own modules: in two halves, or as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from reduction.counts import Step
+from reduction.eager import autocasting
+from reduction.functional.attention import attention_bias
+from reduction.functional.carriers import append, trim
+from reduction.mixins.attention import AttentionInput, AttentionOutput, ExtraKeys, OwnAttention
+from reduction.schedules.base import Schedule
+from reduction.tokens import Signals, Tokens
+from zoo.adapters.attention import Shift, attend, projection, ready, through
+from zoo.adapters.blocks import BlockAdapter
+from zoo.adapters.split_qkv import without_keys, without_values
+from zoo.adapters.tower import rope_for
+from zoo.errors import UnsupportedModel
+from zoo.model.lane import Stage
+from zoo.model.straight import Straight
+
+_NONE = Signals()
+
+
+class Whole(NamedTuple):
+    """A block that runs itself; what `Lane.attention` returns has been through the MLP, too.
+
+    Attributes:
+        block: The block.
+        rope: Whether its `forward` takes a rotary table.
+    """
+
+    block: nn.Module
+    rope: bool
+
+    def attention(self, t: Tokens, stage: Stage) -> tuple[Tokens, Signals]:
+        """All of the block. Nothing is seen inside."""
+        extra: dict[str, Any] = {}
+        if self.rope:
+            embedded = stage.frame.embedded
+            extra["rope"] = rope_for(embedded, stage.block, t, stage.positions_changed)
+        bias = attention_bias(_sizes(t, stage), t.mask, t.x.dtype)
+        if bias is not None:
+            extra["attn_mask"] = bias if autocasting(t.x) else bias.to(t.x.dtype)
+        return t._replace(x=self.block(t.x, **extra)), _NONE
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Nothing is left to do."""
+        return x
+
+    def mlp_seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Never asked for: whoever wants it listens, and then the block runs in halves."""
+        raise NotImplementedError
+
+
+class Halves(NamedTuple):
+    """A block in two halves, through its modules.
+
+    Attributes:
+        block: The block.
+        adapter: How to run its class.
+        straight: Its parameters, where the MLP may be computed from them.
+    """
+
+    block: Any
+    adapter: BlockAdapter
+    straight: Straight | None
+
+    def attention(self, t: Tokens, stage: Stage) -> tuple[Tokens, Signals]:
+        """Attention with everything that may happen in it: keys of a reducer, rows, shifts."""
+        frame, plan, block, adapter = stage.frame, stage.plan, self.block, self.adapter
+        reducer, step = frame.reducer, plan.step
+        inside = stage.inside is not None and stage.inside.inside(t)
+        extra = None
+        if inside and step is not None and isinstance(reducer, ExtraKeys):
+            extra = reducer.extra_keys(t, step)
+        all_ = t if extra is None else append(t, extra)
+        own = None
+        if inside and isinstance(reducer, OwnAttention):
+            own = _bound(reducer, all_, step)
+        bias = attention_bias(_sizes(all_, stage, t.unit), all_.mask, t.x.dtype)
+        changed = stage.positions_changed or extra is not None
+        shift = _shift(frame.plugins, stage.block, frame.schedule) if frame.plugins else None
+        listen = partial(
+            attend,
+            prefix=t.prefix,
+            rope=rope_for(frame.embedded, stage.block, all_, changed),
+            bias=bias,
+            policy=all_.policy,
+            need=plan.need,
+            class_tokens=frame.class_tokens,
+            own=own,
+            rows=plan.rows,
+            shift=shift,
+            **self._rereading(stage, shift),
+        )
+        branch, result = adapter.attn_branch(block, all_.x, listen)
+        if extra is not None:
+            length = t.x.shape[1]
+            branch = branch[:, :length]
+            result = result._replace(signals=trim(result.signals, length))
+        t = t if result.tokens is None else result.tokens
+        if plan.rows is not None:
+            t = _first(t, plan.rows)
+        return t._replace(x=t.x + branch), result.signals
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """See `Lane`."""
+        if self.straight is not None:
+            return self.straight.mlp(x)
+        return self.adapter.mlp_half(self.block, x)
+
+    def mlp_seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Lane`."""
+        if self.adapter.mlp_branch is None:
+            raise UnsupportedModel(
+                f"block class {type(self.block).__name__} has no one MLP whose answer could be "
+                "looked at; choose a method that does not read it"
+            )
+        branch = self.adapter.mlp_branch(self.block, x)
+        return x + through(self.block.drop_path2, branch), branch
+
+    def _rereading(self, stage: Stage, shift: Shift | None) -> dict[str, Any]:
+        """Arguments of `attend` for a reducer that changes tokens between keys and values."""
+        reducer, frame, block = stage.frame.reducer, stage.frame, self.block
+        within = stage.plan.step is not None and reducer is not None and reducer.site == "attn"
+        if not within or not isinstance(reducer, OwnAttention) or reducer.rereads == "no":
+            return {}
+        attn = self.adapter.attn(block)
+
+        def again(t: Tokens, values_only: bool) -> AttentionInput:
+            x = self.adapter.attn_input(block, t.x)
+            if shift is not None:
+                q, k, v = projection(attn)(attn, x, shift)
+            else:
+                q, k, v = (without_keys if values_only else projection(attn))(attn, x)
+            rope = None if values_only else rope_for(frame.embedded, stage.block, t, True)
+            q, k, v = ready(attn, q, k, v, t.prefix, rope)
+            bias = attention_bias(_sizes(t, stage), t.mask, t.x.dtype)
+            dropout = attn.attn_drop.p if attn.training else 0.0
+            return AttentionInput(q, k, v, attn.scale, bias, dropout, attn.fused_attn, frozenset())
+
+        return {"project": without_values, "again": again}
+
+
+def _sizes(t: Tokens, stage: Stage, unit: bool | None = None) -> Tensor | None:
+    """Sizes for proportional attention, where the reducer asks for it and some are not one."""
+    reducer = stage.frame.reducer
+    unit = t.unit if unit is None else unit
+    return t.size if reducer is not None and reducer.prop_attn and not unit else None
+
+
+def _bound(
+    reducer: OwnAttention, t: Tokens, step: Step | None
+) -> Callable[[AttentionInput], AttentionOutput | None]:
+    return lambda given: reducer.attend(given, t, step)
+
+
+def _shift(plugins: Iterable[Any], block: int, schedule: Schedule | None) -> Shift | None:
+    """What all plugins together add to queries and values."""
+    # Neither := in a comprehension nor a closure: they keep a graph from being captured whole.
+    given = [p.shift(block, schedule) for p in plugins]
+    shifts = [s for s in given if s is not None]
+    if len(shifts) < 2:
+        return shifts[0] if shifts else None
+    return partial(_total, shifts)
+
+
+def _total(shifts: Sequence[Shift], x: Tensor) -> tuple[Tensor, Tensor]:
+    q, v = shifts[0](x)
+    for further in shifts[1:]:
+        more_q, more_v = further(x)
+        q, v = q + more_q, v + more_v
+    return q, v
+
+
+def _first(t: Tokens, rows: int) -> Tokens:
+    """Prefix tokens alone, for a head that reads nothing else."""
+    mask = None if t.mask is None else t.mask[:, :rows]
+    origin = None if t.origin is None else t.origin[:, :0]
+    return t._replace(x=t.x[:, :rows], size=t.size[:, :rows], mask=mask, origin=origin)

@@ -1,0 +1,157 @@
+"""One block with its reduction: decided once per forward pass by `stages`, then `run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from reduction.base import Reducer
+from reduction.counts import Step
+from reduction.eager import undisturbed
+from reduction.functional.carriers import join_tail, split_tail, trim
+from reduction.mixins.attention import InAttention
+from reduction.mixins.following import Follows
+from reduction.mixins.masking import Masked
+from reduction.mixins.parking import Parks
+from reduction.tokens import Signals, Tokens
+from zoo.adapters.blocks import block_adapter, hooked
+from zoo.adapters.fast_linear import Mode, using
+from zoo.model.halves import Halves, Whole
+from zoo.model.lane import Frame, Lane, Reduce, Stage
+from zoo.model.plan import Plan
+from zoo.model.straight import Line, straight_blocks
+
+_NONE = Signals()
+
+
+def run(stage: Stage, t: Tokens, signals: Signals) -> tuple[Tokens, Signals]:
+    """One block with its reduction: the unit of gradient checkpointing.
+
+    Behind a large product the interpreter finds its caches cold, and a question costs as much as a
+    small operation: whatever can be asked before is an attribute of the stage.
+
+    Args:
+        stage: What is going to happen.
+        t: Tokens entering the block.
+        signals: Of the block before.
+
+    Returns:
+        Tokens leaving the block, and its signals.
+    """
+    lane, step = stage.lane, stage.plan.step
+    if stage.before is not None:
+        t = stage.before(t, signals, step)
+    if stage.asks and (t.policy is not None or (stage.inside and stage.inside.inside(t))):
+        lane = stage.halves
+    t, seen = lane.attention(t, stage)
+    if stage.between is not None:
+        t = stage.between(t, seen, step)
+        if stage.follows is None:
+            seen = _NONE  # the MLP is where memory peaks: hold nothing that it does not need
+    if stage.shows_mlp:
+        before = t.x
+        x, branch = lane.mlp_seen(before)
+        t, seen = t._replace(x=x), seen._replace(x_mid=before, mlp=branch)
+    else:
+        t = t._replace(x=lane.mlp(t.x))
+    if stage.behind is not None:
+        t = stage.behind(t, seen, step)
+    if stage.follows is not None:
+        t = stage.follows.observe(t, seen, stage.block)
+    if stage.parks is not None:
+        t = stage.parks.restore(t)
+    return t, seen
+
+
+def stages(
+    blocks: Sequence[nn.Module], plans: Sequence[Plan], frame: Frame, t: Tokens, patches: int
+) -> list[Stage]:
+    """Decide what happens in every block of a forward pass.
+
+    Args:
+        blocks: Of the backbone.
+        plans: One per block.
+        frame: What the blocks share.
+        t: What enters the first.
+        patches: Tokens that the embedding made, plugins apart.
+    """
+    reducer, depth = frame.reducer, len(blocks)
+    inside = reducer if isinstance(reducer, InAttention) else None
+    asks = inside is not None or isinstance(reducer, Masked) or t.policy is not None
+    plain = not frame.plugins and frame.embedded.rope is None
+    free = undisturbed(t.x)
+    changed = t.n != patches or plans[0].entry is not None
+    out = []
+    for i, (block, plan, straight) in enumerate(
+        zip(blocks, plans, straight_blocks(blocks, t.x), strict=True)
+    ):
+        step = plan.step
+        site = None if reducer is None or step is None else reducer.site
+        reduce = None if site is None else _bound(reducer, plan.spared)
+        changed = changed or site == "pre"
+        adapter = block_adapter(block)
+        halves = Halves(block, adapter, straight)
+        lane: Lane = halves
+        listened = plan.need or plan.rows is not None or site in ("mid", "attn")
+        shifted = any(p.shift(i, frame.schedule) is not None for p in frame.plugins)
+        if straight is not None and plain and plan.rows is None and not _MAPS & plan.need:
+            lane = Line(straight)
+        elif not listened and not shifted and site != "attn":
+            # Once tokens have changed, nothing has to equal the tower's kernels to the last bit.
+            own = (changed or frame.own_kernels) and free and not hooked(block, adapter.attn(block))
+            lane = halves if own else Whole(block, adapter.rope)
+        out.append(
+            Stage(
+                i,
+                plan,
+                frame,
+                lane,
+                halves,
+                changed,
+                reduce if site == "pre" else None,
+                reduce if site == "mid" else None,
+                reduce if site == "post" else None,
+                asks and lane is not halves,
+                inside,
+                reducer if isinstance(reducer, Follows) and plan.need else None,
+                reducer if isinstance(reducer, Parks) and plan.restore else None,
+                bool(_OF_THE_MLP & plan.need),
+            )
+        )
+        added = sum(p.added(i, depth) for p in frame.plugins)
+        changed = changed or step is not None or added > 0
+    return out
+
+
+#: Signals of the MLP, and those for which an attention goes through modules.
+_OF_THE_MLP = frozenset({"x_mid", "mlp"})
+_MAPS = frozenset({"attn", "out"})
+
+
+def _bound(reducer: Any, tail: int) -> Reduce:
+    return partial(reduce_protecting, reducer, tail) if tail else reducer.reduce
+
+
+def reduce_protecting(reducer: Reducer, tail: int, t: Tokens, s: Signals, step: Step) -> Tokens:
+    """Let a reducer have all tokens but the last `tail`, which stay behind what is left."""
+    body, rest = split_tail(t, tail)
+    return join_tail(reducer.reduce(body, trim(s, body.x.shape[1]), step), rest)
+
+
+def checkpointed(function: Callable[..., Any], fast_linear: Mode) -> Callable[..., Any]:
+    """A function that keeps its arguments alone for the backward pass, and runs again there."""
+
+    def whole(*args: Any) -> Any:
+        # The backward pass runs it again, from wherever that is called.
+        with using(fast_linear):
+            return function(*args)
+
+    def again(*args: Any) -> Any:
+        inner = function if fast_linear == "off" else whole
+        return checkpoint(inner, *args, use_reentrant=False)
+
+    return again
