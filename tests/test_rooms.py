@@ -49,7 +49,9 @@ def test_patches_leave_before_the_first_block_with_their_positions(name: str) ->
     if name in ("plain", "gap", "registers"):
         with torch.no_grad():
             tokens = model.tower.embed(m, x).x
-            patches = torch.stack([t[model.prefix :][i] for t, i in zip(tokens, chosen)])
+            patches = torch.stack(
+                [t[model.prefix :][i] for t, i in zip(tokens, chosen, strict=True)]
+            )
             tokens = m.blocks(m.norm_pre(torch.cat([tokens[:, : model.prefix], patches], 1)))
             assert torch.allclose(m.forward_head(m.norm(tokens)), logits, atol=1e-5)
 

@@ -114,7 +114,8 @@ class JumboBlock(Block):
         **kwargs: Any,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__(dim, num_heads, drop_path=drop_path, norm_layer=norm_layer, **dd, **kwargs)
+        norm: Any = norm_layer  # timm says a type and takes a partial
+        super().__init__(dim, num_heads, drop_path=drop_path, norm_layer=norm, **dd, **kwargs)
         self.jumbo_tokens = jumbo_tokens
         # A tuple keeps the shared module out of this block's own parameters and state dict, while
         # copying and pickling the model still find that it is one and the same.
@@ -126,7 +127,8 @@ class JumboBlock(Block):
             self.drop_path3 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.jumbo_lora = None
         if lora_rank and mlp is not None:
-            wide, hidden = mlp.fc1.in_features, mlp.fc1.out_features
+            fc1: Any = mlp.fc1
+            wide, hidden = fc1.in_features, fc1.out_features
             self.jumbo_lora = nn.ModuleDict(
                 {
                     "fc1": LowRank(wide, hidden, lora_rank, **dd),
@@ -139,7 +141,9 @@ class JumboBlock(Block):
         """The MLP of the wide token: this block's own, the shared one, or none."""
         return self._shared[0] if self.jumbo_mlp is None else self.jumbo_mlp
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(  # type: ignore[override]  # timm added is_causal later
+        self, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         """Run the block on `(B, J+N, C)`, wide slots first."""
         x = x + self.drop_path1(self.attn(self.norm1(x), attn_mask=attn_mask, **kwargs))
         return self.mlp_half(x)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import LayerNorm, Mlp, get_act_layer, get_norm_layer, resample_abs_pos_embed
@@ -145,7 +145,7 @@ class Jumbo(VisionTransformer):
             drop_path_rate=drop_path_rate,
             norm_layer=norm,
             act_layer=act,
-            block_fn=block,
+            block_fn=cast(Any, block),
             weight_init="skip",
             **dd,
             **kwargs,
@@ -155,15 +155,15 @@ class Jumbo(VisionTransformer):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd), requires_grad=False)
         #: Grid of the position table, which keeps its size whatever the images are.
         self.pos_grid = tuple(int(n) for n in self.patch_embed.grid_size)
-        self.patch_drop = PatchDrop(0.0, slots)
+        self.patch_drop: Any = PatchDrop(0.0, slots)
         self.set_patch_drop(patch_drop_rate)
         self.jumbo_mlp = shared
         self.head_hidden_size = (slots + 1) * embed_dim
-        self.global_pool = global_pool
+        self.global_pool: Any = global_pool
         self.num_classes = num_classes
-        self.head = self._new_head(num_classes)
+        self.head: Any = self._new_head(num_classes)
         if weight_init != "skip":
-            self.weight_init_mode = weight_init
+            self.weight_init_mode = cast(Any, weight_init)
             self.init_weights(needs_reset=False)
 
     @classmethod
@@ -208,7 +208,7 @@ class Jumbo(VisionTransformer):
         _init_head(self.head)
 
     def _new_head(self, num_classes: int) -> nn.Module:
-        token = self.jumbo_token
+        token: Any = self.jumbo_token
         if not num_classes:
             return nn.Identity()
         return _init_head(
@@ -288,7 +288,7 @@ class Jumbo(VisionTransformer):
         """
         table, self.pos_embed = self.pos_embed, None  # timm would resample it for good
         try:
-            super().set_input_size(img_size, patch_size)
+            super().set_input_size(cast(Any, img_size), cast(Any, patch_size))
         finally:
             self.pos_embed = table
 
@@ -320,7 +320,7 @@ class Jumbo(VisionTransformer):
         return x + table
 
     def _with_jumbo(self, patches: Tensor) -> Tensor:
-        token = self.jumbo_token.expand(patches.shape[0], -1, -1)
+        token = cast(Tensor, self.jumbo_token).expand(patches.shape[0], -1, -1)
         return torch.cat([token, patches], dim=1)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
@@ -382,7 +382,7 @@ class Jumbo(VisionTransformer):
         x = self.norm_pre(self._pos_embed(self.patch_embed(images)))
         for block in self.blocks[:-1]:
             x = block(x)
-        last = self.blocks[-1]
+        last: Any = self.blocks[-1]
         q, k, _ = projection(last.attn)(last.attn, last.norm1(x))
         logits = (q[:, :, : self.jumbo_tokens] * last.attn.scale) @ k.transpose(-2, -1)
         return logits.softmax(-1)[..., self.jumbo_tokens :].mean((1, 2)).unflatten(1, grid)

@@ -36,7 +36,7 @@ class Plugin(Configured, nn.Module):
     replaces_head: ClassVar[bool] = False
     protected: bool = False
 
-    def setup(self, backbone: nn.Module, schedule: Schedule | None = None) -> None:
+    def setup(self, backbone: Any, schedule: Schedule | None = None) -> None:
         """Create parameters that depend on the backbone. Called once by the wrapper.
 
         Must leave parameters alone that exist already and fit.
@@ -46,7 +46,7 @@ class Plugin(Configured, nn.Module):
             schedule: Of the model, or None without a reducer; a `Target` not solved yet.
         """
 
-    def warm_start(self, backbone: nn.Module) -> None:
+    def warm_start(self, backbone: Any) -> None:
         """Copy initial values from the backbone's weights; again when those were loaded later."""
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -75,7 +75,7 @@ class Plugin(Configured, nn.Module):
         """After each block; may append tokens with origin -1."""
         return t, memory
 
-    def head(self, backbone: nn.Module, t: Tokens, memory: Any) -> Tensor | None:
+    def head(self, backbone: Any, t: Tokens, memory: Any) -> Tensor | None:
         """Logits from the final tokens, or None for the backbone's own head."""
         return None
 
@@ -87,7 +87,7 @@ class Plugin(Configured, nn.Module):
         """Trailing tokens that the reduction of a block must leave alone."""
         return 0
 
-    def macs(self, backbone: nn.Module) -> int:
+    def macs(self, backbone: Any) -> int:
         """Multiply-accumulates of the plugin's own products for one image."""
         return 0
 
@@ -95,7 +95,7 @@ class Plugin(Configured, nn.Module):
         """Multiply-accumulates of `shift` in a block whose attention has so many tokens."""
         return 0
 
-    def unused(self, backbone: nn.Module) -> set[str]:
+    def unused(self, backbone: Any) -> set[str]:
         """Names of the backbone's parameters that no longer have a say."""
         return set()
 

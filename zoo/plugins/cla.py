@@ -121,7 +121,7 @@ class CLA(Plugin):
         self.class_tokens = 1
         self.net: LayerConvHead | LayerMixHead | None = None
 
-    def setup(self, backbone: nn.Module, schedule: Schedule | None = None) -> None:
+    def setup(self, backbone: Any, schedule: Schedule | None = None) -> None:
         """Choose the layers and create the head."""
         if not class_tokens(backbone):
             raise ZooError(
@@ -163,17 +163,17 @@ class CLA(Plugin):
             return t, memory
         return t, (*memory, t.x[:, : self.class_tokens].flatten(1))
 
-    def head(self, backbone: nn.Module, t: Tokens, memory: Any) -> Tensor:
+    def head(self, backbone: Any, t: Tokens, memory: Any) -> Tensor:
         """Classify from the kept class tokens, in ascending order of layers."""
         assert self.net is not None
         return self.net(torch.stack(memory, dim=-1))
 
-    def macs(self, backbone: nn.Module) -> int:
+    def macs(self, backbone: Any) -> int:
         """Multiply-accumulates of the head for one image."""
         assert self.net is not None
         return self.net.macs()
 
-    def unused(self, backbone: nn.Module) -> set[str]:
+    def unused(self, backbone: Any) -> set[str]:
         """The backbone's final norm, pooling and classifier."""
         return {n for n, _ in backbone.named_parameters() if n.startswith(_AFTER_BLOCKS)}
 

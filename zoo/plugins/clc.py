@@ -86,7 +86,7 @@ class CLC(Plugin):
 
     # ------------------------------------------------------------------ building
 
-    def setup(self, backbone: nn.Module, schedule: Schedule | None = None) -> None:
+    def setup(self, backbone: Any, schedule: Schedule | None = None) -> None:
         """Choose the blocks that recover and create the CLR."""
         self.blocks = stage_blocks(self.name, self.blocks, schedule, backbone)
         self.class_tokens = class_tokens(backbone)
@@ -102,7 +102,7 @@ class CLC(Plugin):
             self.warm_start(backbone)
 
     @torch.no_grad()
-    def warm_start(self, backbone: nn.Module) -> None:
+    def warm_start(self, backbone: Any) -> None:
         """Start the CLR as a copy of the class token, and its position rows near zero."""
         if self.clr_token is None:
             return
@@ -148,7 +148,7 @@ class CLC(Plugin):
         """Put the CLR at the end of the sequence."""
         if self.clr_token is None:
             return t, ()
-        clr = self.clr_token
+        clr: Tensor = self.clr_token
         if self.clr_pos_embed is not None:
             clr = clr + self.clr_pos_embed
         return append(t, clr.expand(t.x.shape[0], -1, -1)), ()
@@ -185,7 +185,7 @@ class CLC(Plugin):
         return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
 
 
-def _position_rows(backbone: nn.Module) -> bool:
+def _position_rows(backbone: Any) -> bool:
     """Whether the position embedding has rows for tokens that are no patches."""
     embed = getattr(backbone, "pos_embed", None)
     rows, columns = backbone.patch_embed.grid_size

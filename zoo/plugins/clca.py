@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from reduction.schedules.base import Schedule
 from reduction.tokens import Tokens
@@ -69,7 +69,8 @@ class CLCA(Plugin):
         )
         self.cla = CLA(multiplier, blocks)
         # Messages should name what the user chose.
-        self.clc.name = self.cla.name = self.name
+        for part in (self.clc, self.cla):
+            part.__dict__["name"] = self.name
         self.gap = gap
         self.num_clr = num_clr
         self.recover_at_last = recover_at_last
@@ -79,13 +80,13 @@ class CLCA(Plugin):
         self.protected = protected
         self.blocks = self.clc.blocks
 
-    def setup(self, backbone: nn.Module, schedule: Schedule | None = None) -> None:
+    def setup(self, backbone: Any, schedule: Schedule | None = None) -> None:
         """Set up both parts with the same reduction blocks."""
         self.cla.setup(backbone, schedule)
         self.clc.setup(backbone, schedule)
         self.blocks = self.clc.blocks
 
-    def warm_start(self, backbone: nn.Module) -> None:
+    def warm_start(self, backbone: Any) -> None:
         """Start the CLR as a copy of the class token."""
         self.clc.warm_start(backbone)
 
@@ -104,7 +105,7 @@ class CLCA(Plugin):
         t, kept = self.cla.after(block, t, memory[1])
         return t, (cached, kept)
 
-    def head(self, backbone: nn.Module, t: Tokens, memory: Any) -> Tensor:
+    def head(self, backbone: Any, t: Tokens, memory: Any) -> Tensor:
         """Classify from the kept class tokens."""
         return self.cla.head(backbone, t, memory[1])
 
@@ -116,11 +117,11 @@ class CLCA(Plugin):
         """Trailing tokens that the reduction of a block leaves alone."""
         return self.clc.spared(block, depth)
 
-    def macs(self, backbone: nn.Module) -> int:
+    def macs(self, backbone: Any) -> int:
         """Multiply-accumulates of the head; the cache has no products of its own."""
         return self.cla.macs(backbone)
 
-    def unused(self, backbone: nn.Module) -> set[str]:
+    def unused(self, backbone: Any) -> set[str]:
         """The backbone's final norm and classifier."""
         return self.cla.unused(backbone)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import nn
+from typing import Any
 
 from reduction.base import Card
 from reduction.schedules.base import Schedule
@@ -26,7 +25,7 @@ CLCA_CARD = Card(
 
 
 def stage_blocks(
-    plugin: str, blocks: Sequence[int] | None, schedule: Schedule | None, backbone: nn.Module
+    plugin: str, blocks: Sequence[int] | None, schedule: Schedule | None, backbone: Any
 ) -> list[int]:
     """The reduction blocks R: after each of them the cache is recovered and a class token kept.
 

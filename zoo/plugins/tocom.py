@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, C width, H heads, d head width, U units of an adapter
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ class ToCom(Plugin):
         self.dropout = dropout
         self.blocks = nn.ModuleList()
 
-    def setup(self, backbone: nn.Module, schedule: Schedule | None = None) -> None:
+    def setup(self, backbone: Any, schedule: Schedule | None = None) -> None:
         """Create the adapters of every block."""
         units, like = self.dim * self.max_rate, next(backbone.parameters())
         fresh = []
@@ -163,14 +164,15 @@ class ToCom(Plugin):
         band, sign = self.band(schedule)
         if band.start == band.stop:
             return None
-        adapters, factor = self.blocks[block], sign * self.scale
+        adapters: Any = self.blocks[block]
+        factor = sign * self.scale
         return lambda x: (adapters.q(x, band, factor), adapters.v(x, band, factor))
 
     def block_macs(self, block: int, tokens: int, schedule: Schedule | None) -> int:
         """Two layers for queries and two for values, on the units in use."""
         band, _ = self.band(schedule)
-        own = self.blocks[block]
-        sides = sum(a.down.in_features + a.up.out_features for a in (own.q, own.v))
+        own: Any = self.blocks[block]
+        sides: int = sum(a.down.in_features + a.up.out_features for a in (own.q, own.v))
         return tokens * (band.stop - band.start) * sides
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -235,7 +235,7 @@ class LookupBlock(nn.Module):
             proj_drop=proj_drop,
             attn_drop=attn_drop,
             drop_path=drop_path,
-            norm_layer=Norm,
+            norm_layer=cast(Any, Norm),
         )
         self.infuse = Infuse(dim, num_heads, placement, renormalise, proj_drop)
         self.lookup_norm = Norm(dim)
@@ -263,12 +263,13 @@ class LookupBlock(nn.Module):
     def macs(self, n: int, m: int, look: bool = True) -> BlockCost:
         """Multiply-accumulates for `n` lookup and `m` compressed tokens."""
         dim = self.lookup_norm.normalized_shape[0]
+        refine, look_mlp = cast(Any, self.refine.mlp.fc1), cast(Any, self.lookup_mlp.fc1)
         square = dim * dim
         linear = (2 * m + 2 * n + 4 * m) * square
         attention = 2 * n * m * dim + 2 * m * m * dim
-        mlp = 2 * m * dim * self.refine.mlp.fc1.out_features
+        mlp = 2 * m * dim * refine.out_features
         if look:
             linear += (m + n) * square
             attention += n * m * dim
-            mlp += 2 * n * dim * self.lookup_mlp.fc1.out_features
+            mlp += 2 * n * dim * look_mlp.out_features
         return BlockCost(n + m, m, n + m, linear, attention, mlp, 0)

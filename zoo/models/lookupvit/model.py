@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import PatchEmbed
@@ -198,7 +198,7 @@ class LookupViT(nn.Module):
         """Both streams before the first block, and their grids."""
         x = self.patch_embed(images)
         patches = (x.shape[-2], x.shape[-1])
-        pos = self.pos_embed
+        pos: Tensor = self.pos_embed
         if self.dynamic_img_size:
             pos = resampled(pos, patches)
         x = self.pos_drop(x + pos)
@@ -387,7 +387,8 @@ class LookupViT(nn.Module):
         n, last = grid[0] * grid[1], len(self.blocks) - 1
         all_tokens = self.head_mode != "compressed"
         blocks = [
-            b.macs(n, rows * columns, all_tokens or i < last) for i, b in enumerate(self.blocks)
+            cast(Any, b).macs(n, rows * columns, all_tokens or i < last)
+            for i, b in enumerate(self.blocks)
         ]
         heads = [self.head] * (self.head_mode != "lookup") + [self.head_lookup] * all_tokens
         linear = n * self.patch_embed.proj.weight.numel()
