@@ -235,7 +235,7 @@ def test_every_option_file_has_the_defaults() -> None:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from zoo.run.messages import config_folder
+    from zoo.published import config_folder
 
     for name in ("cla", "clc", "clca", "ifa"):
         assert name in list_plugins()

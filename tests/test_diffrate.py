@@ -22,8 +22,8 @@ from reduction.functional.matching import most_similar
 from reduction.methods.diffrate import DiffRate
 from tests.cases import backbone, images
 from zoo.errors import UnsupportedModel, ZooError
+from zoo.published import config_folder
 from zoo.results.rows import new_row, summary_line
-from zoo.run.messages import config_folder
 
 PUBLISHED = json.loads(
     (Path(__file__).parent / "golden/diffrate_compression_rates.json").read_text()

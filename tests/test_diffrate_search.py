@@ -28,7 +28,7 @@ from reduction.functional.diffrate_search import (
 from tests.cases import backbone, images
 from zoo.errors import ZooError
 from zoo.lit.diffrate_search import DiffRateSearch, cost_of
-from zoo.run.messages import config_folder
+from zoo.published import config_folder
 from zoo.run.train import train
 
 SMALL = Cost.of_vit(197, 384, 16, 12)  # DeiT-S

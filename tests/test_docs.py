@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 import reduction
 import zoo
 from zoo.cli import docs
-from zoo.run.messages import config_folder
+from zoo.published import config_folder
 
 ROOT = Path(zoo.__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

@@ -15,7 +15,7 @@ from zoo.errors import ZooError
 from zoo.lit.tocom import TokenCompensation
 from zoo.model.reduced import ReducedViT
 from zoo.plugins.tocom import ToCom
-from zoo.run.messages import config_folder
+from zoo.published import config_folder
 
 FAMILIES = ["plain", "gap", "registers", "qk_norm", "eva02", "eva02_fused", "dinov3", "rope_mixed"]
 

@@ -17,6 +17,7 @@ from zoo.errors import UnknownName, ZooError
 from zoo.model.anatomy import Anatomy
 from zoo.model.reduced import ReducedViT
 from zoo.plugins.base import Plugin, create_plugins
+from zoo.published import published
 
 ReducerLike = str | Mapping[str, Any] | Reducer | None
 ScheduleLike = str | Mapping[str, Any] | Schedule | None
@@ -36,8 +37,9 @@ def wrap(
     Args:
         timm_model: A VisionTransformer or Eva of timm, with any weights. It is not copied.
         reducer: Registry name, mapping `{"name": ..., **args}`, instance, or None.
-        schedule: Mapping such as `{"name": "constant_r", "r": 13}`, instance, or None for a keep
-            rate of 0.7 at the quarter points of the depth.
+        schedule: Mapping such as `{"name": "constant_r", "r": 13}`, name of a published one such as
+            "diffrate/deit_small_2.9", instance, or None for a keep rate of 0.7 at the quarter
+            points of the depth.
         plugins: Names, mappings or instances.
         last_block: "class_token" computes in the last block only what a class-token head reads;
             exact. See `zoo.model.runtime.Runtime`; like all run-time options it is not saved.
@@ -54,7 +56,7 @@ def wrap(
     if isinstance(timm_model, ReducedViT):
         raise ZooError("the model is wrapped already; pass model.unwrap() to wrap it again")
     built = create_reducer(reducer)
-    sched = create_schedule(schedule)
+    sched = create_schedule(published(schedule))
     parts = create_plugins(plugins)
     return assemble(timm_model, built, sched, parts, last_block, fast_linear)
 
@@ -92,7 +94,7 @@ def create_model(
 
     # Cheap things first: a typo in a method should not wait for a large model.
     built = create_reducer(reducer)
-    sched = create_schedule(schedule)
+    sched = create_schedule(published(schedule))
     parts = create_plugins(plugins)
     if not timm.is_model(backbone):
         raise UnknownName("backbone", backbone, timm.list_models())

@@ -69,8 +69,8 @@ def _say(text: str) -> int:
 def _hydra(program: str, command: str, rest: list[str]) -> int:
     import hydra
 
+    from zoo.published import config_folder
     from zoo.run.entry import guarded, job
-    from zoo.run.messages import config_folder
 
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=command)
     def run(cfg: Any) -> Any:

@@ -10,7 +10,6 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 # Every flag that Hydra's own parser knows. Its message for any other is ten lines of usage.
 FLAGS = (
@@ -205,16 +204,6 @@ def _dotted(node: object, prefix: str = "") -> Iterator[str]:
     for name, value in node.items_ex(resolve=False):
         yield prefix + str(name)
         yield from _dotted(value, f"{prefix}{name!s}.")
-
-
-def config_folder() -> Path:
-    """Returns the folder of the configuration tree: installed as zoo.configs, or a checkout's."""
-    import importlib.util
-
-    spec = importlib.util.find_spec("zoo.configs")
-    if spec is not None and spec.submodule_search_locations:
-        return Path(next(iter(spec.submodule_search_locations)))
-    return Path(__file__).resolve().parents[2] / "configs"
 
 
 def _groups() -> list[str]:
