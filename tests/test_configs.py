@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 
 import reduction
 import zoo
-from zoo.run import messages
+from zoo import published
 from zoo.run.build import build_model
 
-FOLDER = messages.config_folder()
+FOLDER = published.config_folder()
 OPTIONS = {
     path.name: sorted(option.stem for option in path.glob("*.yaml"))
     for path in FOLDER.iterdir()
@@ -148,4 +148,4 @@ def test_no_option_names_a_path_of_one_machine():
 
 def test_bare_checkout_finds_its_configs(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert (messages.config_folder() / "eval.yaml").is_file()
+    assert (published.config_folder() / "eval.yaml").is_file()

@@ -11,6 +11,8 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 
+from zoo.published import config_folder
+
 # Every flag that Hydra's own parser knows. Its message for any other is ten lines of usage.
 FLAGS = (
     "--help -h --hydra-help --version --cfg -c --resolve --package -p --run -r --multirun -m "
