@@ -298,3 +298,18 @@ def test_every_piece_runs() -> None:
         for piece in pieces(1):
             piece.plain()
             piece.fast()
+
+
+@pytest.mark.slow
+def test_two_checkouts_are_compared(tmp_path, capsys):
+    from benchmarks import compare
+
+    here = str(Path(__file__).resolve().parents[1])
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--backbone", "test_vit", "--reducers", "none,tome", "--batch", "2"]
+    assert compare.main([here, *arguments, "--rounds", "3", "--out", str(out)]) == 0
+    rows = read_rows(out)
+    assert [row["method"] for row in rows] == ["none", "tome"]
+    for row in rows:
+        assert row["bench"]["logits_gap"] < 1e-5 and 0.1 < row["bench"]["ratio"] < 10
+        assert row["bench"]["ms_before"] > 0 and row["ms"] > 0
