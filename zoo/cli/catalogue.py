@@ -24,6 +24,9 @@ _SIGNALS = {
     "column": "attention received",
     "attn": "whole map",
     "x_norm": "normed input",
+    "out": "attention output",
+    "x_mid": "stream before the MLP",
+    "mlp": "MLP output",
 }
 
 
