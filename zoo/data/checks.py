@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from zoo.data.classes import ORDERS
 from zoo.errors import ZooError
 
 
@@ -92,6 +93,21 @@ def check_classes(model: nn.Module, num_classes: int | None, name: str) -> None:
             f"{name} has {num_classes} classes, the model's head has {outputs} outputs; expected "
             "the same number (part of a bigger data set needs data.class_map and data.num_classes)"
         )
+
+
+def check_choices(class_order: str | None, damaged: str) -> None:
+    """Refuse words that are none of the choices of an option.
+
+    Raises:
+        ZooError: With the choices.
+    """
+    if class_order not in (None, *ORDERS):
+        raise ZooError(
+            f"data.class_order={class_order}: expected natural (timm's order, 2 before 10), "
+            "plain (torchvision's, 10 before 2) or null"
+        )
+    if damaged not in ("skip", "fail"):
+        raise ZooError(f"data.damaged={damaged}: expected skip or fail")
 
 
 def _by(size: Any) -> str:

@@ -70,6 +70,7 @@ class Digits(Dataset[tuple[Any, int]]):
     """
 
     num_classes = NUM_CLASSES
+    classes = tuple(map(str, range(NUM_CLASSES)))
 
     def __init__(
         self,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from zoo.data.checks import check_classes, data_config
-from zoo.data.sampler import EpochLoader, EpochSampler
-from zoo.data.source import class_names, count_classes, create
+from zoo.data.checks import check_choices, check_classes, data_config
+from zoo.data.classes import differing
+from zoo.data.images import Picture
+from zoo.data.loader import Damaged, EpochLoader, EvalLoader, ImageLoader, StreamLoader
+from zoo.data.numbering import Numbering
+from zoo.data.sampler import EpochSampler, ShareSampler
+from zoo.data.source import FolderOptions, Source, create
 from zoo.data.transforms import eval_transform, train_transform
 from zoo.errors import ZooError
 
@@ -46,7 +50,15 @@ class ImageData(pl.LightningDataModule):
         pin_memory: None means yes where there is a GPU.
         drop_last: Whether training leaves out the last, smaller batch of an epoch.
         download: Let torchvision fetch the data.
-        class_map: File that maps folder names to class numbers (timm's `class_map`).
+        class_map: File (or mapping) from folder names to class numbers, timm's `class_map`.
+        class_order: How class folders are numbered: `natural` (timm's rule, the default) or
+            `plain` (torchvision's). Weights that know the names of their classes go by those.
+        match_names: Insist on the class names that the weights were trained with; False goes by
+            the numbers.
+        extensions: File name endings of images in folders; None is every format that Pillow opens.
+        strict: Refuse a folder that holds anything but images in class folders.
+        damaged: `skip` names images that cannot be read and leaves them out, `fail` stops.
+        upright: Turn photographs as their EXIF tag says.
         mirror: Whether a mirrored image still belongs to its class; False switches flips off.
         options: More arguments for timm's create_dataset (`input_key`, `target_key`, ...).
         augment: The `augment` option, see `zoo.data.transforms`.
@@ -73,7 +85,13 @@ class ImageData(pl.LightningDataModule):
         pin_memory: bool | None = None,
         drop_last: bool = True,
         download: bool = False,
-        class_map: str | None = None,
+        class_map: str | Mapping[str, Any] | None = None,
+        class_order: str | None = None,
+        match_names: bool = True,
+        extensions: Sequence[str] | None = None,
+        strict: bool = False,
+        damaged: str = "skip",
+        upright: bool = True,
         mirror: bool = True,
         options: Mapping[str, Any] | None = None,
         augment: Mapping[str, Any] | None = None,
@@ -83,7 +101,9 @@ class ImageData(pl.LightningDataModule):
         for key, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value is not None and value < 1:
                 raise ZooError(f"data.{key} must be at least 1, got {value}")
-        self.name, self.root, self.seed = name, root, seed
+        check_choices(class_order, damaged)
+        self.name: str = str(name)
+        self.root, self.seed = root, seed
         self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
         self._num_classes = num_classes
         self._overrides = {
@@ -100,9 +120,21 @@ class ImageData(pl.LightningDataModule):
         self.num_workers = num_workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.drop_last, self.mirror, self.augment = drop_last, mirror, augment
-        self._create = {"class_map": class_map, "download": download, **(options or {})}
+        self.upright = upright
+        self.damaged = Damaged(fatal=damaged == "fail")
+        self._folder = FolderOptions(class_order, extensions, strict, class_map)
+        self._create = {"download": download, **(options or {})}
         self.config: dict[str, Any] | None = None
-        self._parts: dict[str, Dataset[Any]] = {}
+        self._parts: dict[str, Source] = {}
+        self._numbering = Numbering(
+            self.label,
+            self.name,
+            root,
+            (train_split, self.splits["test"]),
+            self._folder,
+            self._first,
+            match_names,
+        )
 
     # -- what is known before a model exists ------------------------------------------------------
 
@@ -113,17 +145,20 @@ class ImageData(pl.LightningDataModule):
         Raises:
             ZooError: the data set has more classes than were given.
         """
-        part = next(iter(self._parts.values()), None) or self._part(self._first_part())
-        counted = count_classes(part)
-        given = self._num_classes
+        counted, given = self._numbering.count, self._num_classes
         if given is not None and counted is not None and counted > given:
             raise ZooError(f"{self.label} has {counted} classes, got data.num_classes={given}")
         return counted if given is None else given
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes, or None."""
-        return class_names(self._part(self._first_part()))
+        """Names of the classes in the order of their numbers, or None."""
+        return self._numbering.names
+
+    @property
+    def class_order(self) -> str | None:
+        """What gave class folders their numbers: the sorting rule, `class_map` or `weights`."""
+        return self._numbering.order
 
     @property
     def label(self) -> str:
@@ -134,24 +169,45 @@ class ImageData(pl.LightningDataModule):
 
     # -- the model --------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module, check: bool = True) -> ImageData:
-        """Make images look as a model expects them.
+    def attach(self, model: nn.Module, check: bool = True, training: bool = False) -> ImageData:
+        """Make images look as a model expects them, and number classes as it does.
 
         Args:
             model: A timm model or a wrapped one.
-            check: Whether its head must have one output per class.
+            check: Whether its head must have one output per class, and the same classes.
+            training: Whether it may learn other classes than its weights know.
 
         Returns:
             This data module.
 
         Raises:
-            ZooError: the image size or the number of classes does not fit.
+            ZooError: the image size or the classes do not fit.
         """
         self.config = data_config(model, self._overrides)
-        self._parts.clear()  # the number of channels may have changed
+        self._parts.clear()  # they are numbered for the model before
         if check:
+            self._numbering.follow(model, training)
             check_classes(model, self.num_classes, self.label)
+            if not training:
+                self._numbering.check_given(self._num_classes)
         return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint says of the data."""
+        return {"class_names": self.class_names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a resumed run has the classes that it began with.
+
+        Raises:
+            ZooError: it has not.
+        """
+        was, now = state_dict.get("class_names"), self.class_names
+        if was is not None and now is not None and was != now:
+            raise ZooError(
+                f"{self.label}: the run to resume began with other classes, they differ in "
+                f"{differing(was, now) or 'their order'}"
+            )
 
     # -- data sets --------------------------------------------------------------------------------
 
@@ -164,24 +220,16 @@ class ImageData(pl.LightningDataModule):
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         for part in wanted.get(str(stage), ("train", "val", "test")):
             self._part(part)
-        if stage == "fit":
-            train, val = (class_names(self._parts[p]) for p in ("train", "val"))
-            if train is not None and val is not None and train != val:
-                differ = sorted(set(train) ^ set(val))
-                raise ZooError(
-                    f"{self.label}: training and validation do not have the same classes, "
-                    f"they differ in {', '.join(differ[:5]) or 'their order'}"
-                )
 
-    def dataset(self, part: str = "test") -> Dataset[Any]:
+    def dataset(self, part: str = "test") -> Source:
         """Return one part, `train`, `val` or `test`, with its transform."""
         data = self._part(part)
         config = self._config()
+        data.prepare = Picture(config["input_size"][0], self.upright)
         if part == "train":
-            transform = train_transform(config, self.augment, self.mirror)
+            data.transform = train_transform(config, self.augment, self.mirror)
         else:
-            transform = eval_transform(config)
-        data.transform = transform  # type: ignore[attr-defined]
+            data.transform = eval_transform(config)
         return data
 
     def _config(self) -> dict[str, Any]:
@@ -189,28 +237,30 @@ class ImageData(pl.LightningDataModule):
             raise ZooError("call ImageData.attach(model) first: the images follow the model's size")
         return self.config
 
-    def _first_part(self) -> str:
+    def _first(self) -> Source:
         """The part to ask for the classes: the training split where there is one."""
         if self._parts:
-            return next(iter(self._parts))
+            return next(iter(self._parts.values()))
         try:
-            self._part("train")
+            return self._part("train")
         except ZooError:
-            return "test"  # a folder to evaluate on only
-        return "train"
+            return self._part("test")  # data to evaluate on only
 
-    def _part(self, part: str) -> Dataset[Any]:
+    def _part(self, part: str) -> Source:
         if part not in self._parts:
-            self._parts[part] = create(
-                str(self.name),
+            data = create(
+                self.name,
                 self.root,
                 self.splits[part],
                 training=part == "train",
                 num_classes=self._num_classes,
-                channels=self.config["input_size"][0] if self.config else 3,
                 seed=self.seed,
+                folder=self._folder,
                 **self._create,
             )
+            data.numbers = self._numbering.numbers(data, next(iter(self._parts.values()), data))
+            self._parts[part] = data
+            self._numbering.announce(data)
         return self._parts[part]
 
     # -- loaders ----------------------------------------------------------------------------------
@@ -219,22 +269,18 @@ class ImageData(pl.LightningDataModule):
         """Return the training loader, its order given by the seed and the epoch alone."""
         data = self.dataset("train")
         if isinstance(data, IterableDataset):
-            return self._stream(data, self.batch_size)
-        trainer = self.trainer
-        sampler = EpochSampler(
-            data,  # type: ignore[arg-type]
-            seed=self.seed,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
-        )
+            # Streamed data brings its own order and sharing among processes.
+            data.set_loader_cfg(num_workers=self.num_workers)
+            return ImageLoader(data, self.damaged, **self._options(self.batch_size))
+        rank, processes = self._process()
+        sampler = EpochSampler(data, seed=self.seed, rank=rank, world_size=processes)
         return EpochLoader(
             data,
+            self.damaged,
             sampler,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
             # Fewer images than one batch: a small batch is better than no training at all.
             drop_last=self.drop_last and len(sampler) >= self.batch_size,
+            **self._options(self.batch_size),
         )
 
     def set_epoch(self, epoch: int) -> None:
@@ -253,23 +299,24 @@ class ImageData(pl.LightningDataModule):
 
     def _eval_loader(self, part: str) -> DataLoader[Any]:
         data = self.dataset(part)
+        size, options = self._config()["input_size"], self._options(self.eval_batch_size)
+        rank, processes = self._process()
         if isinstance(data, IterableDataset):
-            return self._stream(data, self.eval_batch_size)
-        return DataLoader(
-            data,
-            batch_size=self.eval_batch_size,
-            shuffle=False,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-        )
-
-    def _stream(self, data: IterableDataset[Any], batch_size: int) -> DataLoader[Any]:
-        """Streamed data brings its own order and sharing among processes."""
-        if hasattr(data, "set_loader_cfg"):
             data.set_loader_cfg(num_workers=self.num_workers)
-        return DataLoader(
-            data, batch_size=batch_size, num_workers=self.num_workers, pin_memory=self.pin_memory
-        )
+            return StreamLoader(data, self.damaged, rank, processes, size, **options)
+        return EvalLoader(data, self.damaged, ShareSampler(data, rank, processes), size, **options)
+
+    def _options(self, batch_size: int) -> dict[str, Any]:
+        return {
+            "batch_size": batch_size,
+            "num_workers": self.num_workers,
+            "pin_memory": self.pin_memory,
+        }
+
+    def _process(self) -> tuple[int, int]:
+        """Number of this process, and how many there are."""
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
 
 #: Images that stand for a data set where it is not run through as a whole.
@@ -283,8 +330,6 @@ def spread_images(data: ImageData, most: int = IMAGES) -> Iterator[Tensor]:
         data: After `setup("test")`.
         most: How many; a stream gives its first ones.
     """
-    from torch.utils.data import DataLoader, IterableDataset, Subset
-
     whole = data.dataset("test")
     if isinstance(whole, IterableDataset):
         left = most
@@ -294,7 +339,8 @@ def spread_images(data: ImageData, most: int = IMAGES) -> Iterator[Tensor]:
             if left <= 0:
                 return
         return
-    count = len(whole)  # type: ignore[arg-type]
+    count = len(whole)
     places = [i * count // min(most, count) for i in range(min(most, count))]
-    for images, _ in DataLoader(Subset(whole, places), batch_size=data.eval_batch_size):
+    loader = ImageLoader(Subset(whole, places), data.damaged, batch_size=data.eval_batch_size)
+    for images, _ in loader:
         yield images

@@ -1,12 +1,12 @@
-"""The order of the training images, which depends on the seed and the epoch and nothing else."""
+"""Which images come, and in which order: a matter of the seed, the epoch and the process alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sized
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DistributedSampler
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -40,26 +40,36 @@ class EpochSampler(DistributedSampler[Any]):
         )
 
 
-class EpochLoader(DataLoader[Any]):
-    """A loader whose processes are seeded by the epoch of its `EpochSampler`.
+class ShareSampler(DistributedSampler[Any]):
+    """Every image once, in order, each in one process.
+
+    torch's own sampler repeats images until all processes have as many, and they would count twice.
 
     Args:
-        data: The data set.
-        sampler: Its order.
-        **options: Of torch's DataLoader.
+        data: What is sampled from.
+        rank: Number of this process.
+        world_size: Number of processes.
     """
 
-    def __init__(self, data: Dataset[Any], sampler: EpochSampler, **options: Any) -> None:
-        super().__init__(data, sampler=sampler, generator=torch.Generator(), **options)
+    def __init__(self, data: Sized, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(
+            data,  # type: ignore[arg-type]  # only its length is used
+            num_replicas=world_size,
+            rank=rank,
+            shuffle=False,
+        )
+        self.count = len(data)
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator, so nothing starts before the first batch is asked for. Lightning makes
-        # iterators early, before a resumed run knows its epoch, and their processes would have
-        # begun on the images of epoch 0.
-        sampler = self.sampler
-        assert isinstance(sampler, EpochSampler)
-        self.generator.manual_seed(epoch_seed(sampler.seed, sampler.epoch, sampler.rank))
-        yield from super().__iter__()
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.count, self.num_replicas))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.count, self.num_replicas))
+
+    @property
+    def largest(self) -> int:
+        """Length of the largest share."""
+        return math.ceil(self.count / self.num_replicas)
 
 
 def epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:

@@ -7,9 +7,11 @@ from typing import Any
 
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp, posterize
 from torchvision import transforms as tv
 from torchvision.transforms import InterpolationMode
 
+from zoo.data.images import Picture
 from zoo.errors import ZooError
 
 # What an `augment` option may hold for timm's create_transform; `affine` and `mixup` are ours.
@@ -26,24 +28,12 @@ TIMM_KEYS = (
 KEYS = frozenset({*TIMM_KEYS, "hflip", "affine", "mixup"})
 
 
-class ToMode:
-    """Convert a PIL image to the mode the model takes: `L` for one channel, `RGB` for three."""
-
-    def __init__(self, channels: int) -> None:
-        modes = {1: "L", 3: "RGB", 4: "RGBA"}
-        if channels not in modes:
-            raise ZooError(f"images can be given 1, 3 or 4 channels, the model takes {channels}")
-        self.mode = modes[channels]
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """Return the image in that mode."""
-        return image if image.mode == self.mode else image.convert(self.mode)
-
-
 def eval_transform(config: Mapping[str, Any]) -> Callable[[Image.Image], Any]:
     """Return timm's inference transform for a data configuration."""
     channels = config["input_size"][0]
-    return tv.Compose([ToMode(channels), *create_transform(**config, is_training=False).transforms])
+    return tv.Compose(
+        [Picture(channels), *create_transform(**config, is_training=False).transforms]
+    )
 
 
 def train_transform(
@@ -57,8 +47,9 @@ def train_transform(
         mirror: False when a mirrored image may belong to another class: nothing is flipped then.
 
     Raises:
-        ZooError: the option holds a key that does not exist.
+        ZooError: the option holds a key that does not exist, or does not work on such images.
     """
+    channels = config["input_size"][0]
     if not augment:
         return eval_transform(config)
     unknown = sorted(set(augment) - KEYS)
@@ -67,16 +58,38 @@ def train_transform(
     picked = {k: augment[k] for k in TIMM_KEYS if augment.get(k) is not None}
     if not augment.get("color_jitter"):
         picked["color_jitter"] = None  # timm's own default would be 0.4
+    if not mirror:
+        picked["vflip"] = 0.0
+    if channels == 4 and picked.get("auto_augment"):
+        raise ZooError(
+            "augment.auto_augment works on grey and colour images, the model takes 4 channels; "
+            "type augment.auto_augment=null"
+        )
     chain = create_transform(
         **config,
         is_training=True,
         hflip=float(augment.get("hflip") or 0.0) if mirror else 0.0,
         **picked,
     ).transforms
+    for step in chain:
+        for op in _operations(step):
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
     affine = augment.get("affine")
     if affine and any(affine.values()):
         chain.insert(1, _affine(affine))  # after the crop that sets the size
-    return tv.Compose([ToMode(config["input_size"][0]), *chain])
+    return tv.Compose([Picture(channels), *chain])
+
+
+def _operations(step: Any) -> list[AugmentOp]:
+    """The operations that one of timm's automatic augmentations draws from."""
+    found = [*getattr(step, "ops", ()), *(op for one in getattr(step, "policy", ()) for op in one)]
+    return [op for op in found if isinstance(op, AugmentOp)]
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's posterize, also where it asks for 0 bits, which Pillow refuses: black."""
+    return posterize(image, bits, **options) if bits > 0 else image.point(lambda _: 0)
 
 
 def _affine(options: Mapping[str, Any]) -> Callable[[Image.Image], Image.Image]:

@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from reduction.mixins.learned import Learned
 from reduction.mixins.training import Trains
+from zoo.data.loader import NO_IMAGE
 from zoo.errors import ZooError
 from zoo.lit import optim, schedules
 
@@ -216,7 +217,11 @@ class Classifier(pl.LightningModule):
 
     def _count(self, part: str, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch[0], batch[1]
-        logits = self.net(images).float()
+        logits = self.net(images).float()  # also of blanks: others may wait for this process in it
+        real = labels != NO_IMAGE
+        logits, labels = logits[real], labels[real]
+        if not len(labels):
+            return
         metrics = getattr(self, f"{part}_metrics")
         for name, metric in metrics.items():
             if name == "loss":
@@ -227,6 +232,8 @@ class Classifier(pl.LightningModule):
                 metric.update(logits, labels)
 
     def _report(self, part: str) -> None:
+        if not getattr(self, f"{part}_metrics")["images"].compute():
+            raise ZooError(f"no image of the {part} split could be read")
         for name, metric in getattr(self, f"{part}_metrics").items():
             value = metric.compute()  # over all processes
             value = 100 * value if name.startswith("top") else value

@@ -56,6 +56,8 @@ FIELDS: dict[str, str] = {
     "tag": "timm tag of the pretrained weights, e.g. 'fb_in1k'",
     "dataset": "name of the data",
     "split": "split that accuracy was measured on",
+    "class_order": "what gave class folders their numbers: 'natural' (timm's order), 'plain' "
+    "(torchvision's), 'class_map' (a file), 'weights' (names saved with them)",
     "n_images": "images that accuracy was measured on",
     "img_size": "side of the square input, pixels (or [height, width])",
     "schedule": "mapping: name and arguments of the budget",

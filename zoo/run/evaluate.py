@@ -59,7 +59,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if "flops" in tasks and "accuracy" not in tasks:
         row.update(sample_costs(cfg, model, _limit(cfg.limit)))
     if "accuracy" in tasks:
-        row.update(measure_accuracy(cfg, model, device, dtype))
+        measured = measure_accuracy(cfg, model, device, dtype)
+        notes = [text for text in (row.get("notes"), measured.pop("notes")) if text]
+        row.update(measured, notes="; ".join(notes) or None)
     if "throughput" in tasks:
         measured = measure_throughput(cfg, model, device, dtype)
         notes = [text for text in (row.get("notes"), measured.pop("notes")) if text]
@@ -131,15 +133,18 @@ def measure_accuracy(
         watch=None if sampler is None else sampler.add,
     )
     if not images:
-        raise ZooError(f"{data.label}: no images in the split {data.splits['test']!r}")
+        unread = f"; {data.damaged}" if data.damaged else ""
+        raise ZooError(f"{data.label}: no images in the split {data.splits['test']!r}{unread}")
     return {
         "dataset": data.label,
         "split": data.splits["test"],
+        "class_order": data.class_order,
         "n_images": images,
         "top1": 100 * top1 / images,
         # Among five classes or fewer everything is in the first five.
         "top5": 100 * top5 / images if model.num_classes > 5 else None,
         "ci95": list(wilson_interval(top1, images)),
+        "notes": str(data.damaged) if data.damaged else None,
         **({} if sampler is None else sampled_costs(sampler.profile())),
     }
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
 
 _DEMO_WEIGHTS = "vit_digits"
+_LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "fast_dev_run")
 _DEMO_REDUCER = {"_target_": "reduction.methods.tome.ToMe"}
 
 
@@ -61,7 +62,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     data = build_data(cfg)
     model = _build(cfg, data)
-    data.attach(model)
+    data.attach(model, training=True)
     model.train()  # loaded models come in evaluation mode
     module: Classifier = instantiate(cfg.module)(
         model,
@@ -82,7 +83,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     seconds = _fit(trainer, module, data, cfg.ckpt)
     _pick_weights(trainer, module, str(cfg.test))
     [scores] = trainer.test(module, datamodule=data, verbose=False)
-    run = {"top1_start": start, "notes": _notes(cfg, trainer, seconds)}
+    notes = _notes(cfg, trainer, seconds)
+    if unread := _unread(cfg, data, int(scores["test/images"])):
+        notes += f", {unread}"
+    run = {"top1_start": start, "notes": notes}
     return _finish(cfg, trainer, module, data, scores, run)
 
 
@@ -256,6 +260,7 @@ def _finish(
         task=["train", "accuracy"],
         dataset=data.label,
         split=data.splits["test"],
+        class_order=data.class_order,
         n_images=images,
         top1=100 * hits / images,
         top5=scores.get("test/top5"),
@@ -292,17 +297,27 @@ def _notes(cfg: DictConfig, trainer: pl.Trainer, seconds: float) -> str:
         f"{trainer.current_epoch} epochs from {start} in {seconds:.0f} s",
         f"weights of the {cfg.test} epoch",
     ]
-    limits = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "fast_dev_run")
-    if any(cfg.trainer.get(name) for name in limits):
+    if any(cfg.trainer.get(name) for name in _LIMITS):
         parts.append("on part of the data")
     if "train/loss_epoch" in val:
         parts.append(f"training loss {float(val['train/loss_epoch']):.4f}")
     return ", ".join(parts)
 
 
+def _unread(cfg: DictConfig, data: ImageData, seen: int) -> str | None:
+    """How many test images are missing; each process knows of its own alone."""
+    try:
+        whole = len(data.dataset("test"))
+    except TypeError:
+        return None  # a stream
+    if not data.damaged or seen >= whole or any(cfg.trainer.get(name) for name in _LIMITS):
+        return None
+    return f"{whole - seen} of {whole} test images could not be read"
+
+
 def _preprocessing(data: ImageData) -> dict[str, Any]:
-    config = dict(data.config or {})
-    return _json({**config, "dataset": data.label})
+    classes = {"class_names": data.class_names, "class_order": data.class_order}
+    return _json({**(data.config or {}), "dataset": data.label, **classes})
 
 
 def _device_name(trainer: pl.Trainer) -> str:
