@@ -95,8 +95,13 @@ def check_classes(model: nn.Module, num_classes: int | None, name: str) -> None:
         )
 
 
-def check_choices(class_order: str | None, damaged: str) -> None:
+def check_choices(class_order: str | None, damaged: str, **flags: bool) -> None:
     """Refuse words that are none of the choices of an option.
+
+    Args:
+        class_order: The option of that name.
+        damaged: Likewise.
+        **flags: Options that are true or false.
 
     Raises:
         ZooError: With the choices.
@@ -108,6 +113,9 @@ def check_choices(class_order: str | None, damaged: str) -> None:
         )
     if damaged not in ("skip", "fail"):
         raise ZooError(f"data.damaged={damaged}: expected skip or fail")
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ZooError(f"data.{name} must be true or false, got {value!r}")
 
 
 def _by(size: Any) -> str:

@@ -117,7 +117,7 @@ def trained_names(model: nn.Module) -> list[str] | None:
     names = saved["class_names"] if "class_names" in saved else known.get("label_names")
     if names is None:
         return None
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ZooError(
             f"the class names saved with the weights must be a list of text, got {names!r:.60}; "
             "type data.match_names=false to go by the numbers"

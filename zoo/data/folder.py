@@ -121,13 +121,18 @@ class Found(NamedTuple):
     endings: Counter[str]
 
     def __str__(self) -> str:
-        kinds = [f"{n} {kind if n == 1 else _PLURAL[kind]}" for kind, n in self.left_out.items()]
-        text = ", ".join(sorted(kinds))
-        if self.endings:
-            text += f" ({shortened([end for end, _ in self.endings.most_common()], 3)})"
-        return text
+        kinds = []
+        for kind, count in sorted(self.left_out.items()):
+            text = f"{count} {kind if count == 1 else _PLURAL[kind]}"
+            if kind == _NO_IMAGE:
+                endings = sorted(self.endings, key=lambda end: (-self.endings[end], end))
+                text += f" ({shortened(endings, 3)})"
+            kinds.append(text)
+        return ", ".join(kinds)
 
 
+_NO_IMAGE = "file that is no image"
+_UNMAPPED = "image of a class that data.class_map lacks"
 _PLURAL = {
     "hidden folder": "hidden folders",
     "hidden file": "hidden files",
@@ -136,8 +141,8 @@ _PLURAL = {
     "loose file": "loose files",
     "sub-folder of a class": "sub-folders of classes",
     "broken link or device": "broken links or devices",
-    "image of a class that data.class_map lacks": "images of classes that data.class_map lacks",
-    "file that is no image": "files that are no images",
+    _UNMAPPED: "images of classes that data.class_map lacks",
+    _NO_IMAGE: "files that are no images",
 }
 
 
@@ -161,10 +166,10 @@ def scan(tree: Tree, extensions: Collection[str], table: Mapping[str, int] | Non
         for entry in tree.entries(folder.name):
             stray = _stray(entry) or _no_image(entry, extensions)
             if not stray and table is not None and name not in table:
-                stray = "image of a class that data.class_map lacks"
+                stray = _UNMAPPED
             if stray:
                 left_out[stray] += 1
-                if stray == "file that is no image":
+                if stray == _NO_IMAGE:
                     endings[_ending(entry.name) or "no ending"] += 1
             else:
                 samples.append((tree.path(folder.name, entry.name), name))
@@ -193,7 +198,7 @@ def _no_image(entry: Entry, extensions: Collection[str]) -> str:
         return "sub-folder of a class"
     if entry.kind == "other":
         return "broken link or device"
-    return "" if _ending(entry.name) in extensions else "file that is no image"
+    return "" if _ending(entry.name) in extensions else _NO_IMAGE
 
 
 def _ending(name: str) -> str:

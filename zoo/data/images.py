@@ -77,6 +77,7 @@ class Picture:
 
 def upright(image: Image.Image) -> Image.Image:
     """Turn a photograph as its EXIF tag says."""
+    image.load()  # in which Pillow turns a TIFF by itself
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # tags that cannot be read say nothing; the pixels may be fine all the same
@@ -85,11 +86,13 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _to(image: Image.Image, mode: str) -> Image.Image:
+    """Convert, over a stage where Pillow knows no direct way: La to LA, LAB and HSV to grey."""
+    stages = {"La": "LA", "LAB": "RGB", "HSV": "RGB"}
     if image.mode == mode:
         return image
     try:
-        if image.mode == "La":  # Pillow knows one way out of it
-            image = image.convert("LA")
+        if image.mode in stages:
+            image = image.convert(stages[image.mode])
         return image.convert(mode)
     except ValueError as error:
         raise ZooError(f"pixels of the kind {image.mode} cannot be shown as {mode}") from error

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from zoo.data.images import Damage
 from zoo.data.sampler import EpochSampler, ShareSampler, epoch_seed
@@ -125,13 +125,15 @@ class EvalLoader(ImageLoader):
         self,
         dataset: Dataset[Any],
         damaged: Damaged,
-        sampler: ShareSampler,
+        sampler: Sampler[int],
         image_size: Sequence[int],
         **options: Any,
     ) -> None:
         super().__init__(dataset, damaged, sampler=sampler, **options)
-        self.processes, self.image_size = sampler.num_replicas, tuple(image_size)
-        self._batches = math.ceil(sampler.largest / (self.batch_size or 1))
+        # Lightning puts a sampler of its own in the place of this one to overfit a few batches.
+        ours = sampler if isinstance(sampler, ShareSampler) else ShareSampler(range(len(sampler)))  # type: ignore[arg-type]
+        self.processes, self.image_size = ours.num_replicas, tuple(image_size)
+        self._batches = math.ceil(ours.largest / (self.batch_size or 1))
 
     def __len__(self) -> int:
         return self._batches
@@ -164,7 +166,7 @@ class EpochLoader(ImageLoader):
     """
 
     def __init__(
-        self, dataset: Dataset[Any], damaged: Damaged, sampler: EpochSampler, **options: Any
+        self, dataset: Dataset[Any], damaged: Damaged, sampler: Sampler[int], **options: Any
     ) -> None:
         super().__init__(dataset, damaged, sampler=sampler, generator=torch.Generator(), **options)
 
@@ -172,8 +174,8 @@ class EpochLoader(ImageLoader):
         # Lightning makes iterators early, before a resumed run knows its epoch, and their processes
         # would have begun on the images of epoch 0: so this too starts with the first batch.
         sampler = self.sampler
-        assert isinstance(sampler, EpochSampler)
-        self.generator.manual_seed(epoch_seed(sampler.seed, sampler.epoch, sampler.rank))
+        if isinstance(sampler, EpochSampler):  # not where Lightning is to overfit a few batches
+            self.generator.manual_seed(epoch_seed(sampler.seed, sampler.epoch, sampler.rank))
         # Batches that are still to be made up for. The last ones have none after them to divide,
         # and waiting for the next batch would change what the random numbers are used for.
         tail = missing = self._unreadable_at_end()

@@ -101,7 +101,7 @@ class ImageData(pl.LightningDataModule):
         for key, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value is not None and value < 1:
                 raise ZooError(f"data.{key} must be at least 1, got {value}")
-        check_choices(class_order, damaged)
+        check_choices(class_order, damaged, match_names=match_names, strict=strict, upright=upright)
         self.name: str = str(name)
         self.root, self.seed = root, seed
         self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
@@ -277,7 +277,7 @@ class ImageData(pl.LightningDataModule):
         return EpochLoader(
             data,
             self.damaged,
-            sampler,
+            sampler=sampler,
             # Fewer images than one batch: a small batch is better than no training at all.
             drop_last=self.drop_last and len(sampler) >= self.batch_size,
             **self._options(self.batch_size),
@@ -303,8 +303,11 @@ class ImageData(pl.LightningDataModule):
         rank, processes = self._process()
         if isinstance(data, IterableDataset):
             data.set_loader_cfg(num_workers=self.num_workers)
-            return StreamLoader(data, self.damaged, rank, processes, size, **options)
-        return EvalLoader(data, self.damaged, ShareSampler(data, rank, processes), size, **options)
+            return StreamLoader(
+                data, self.damaged, rank=rank, processes=processes, image_size=size, **options
+            )
+        sampler = ShareSampler(data, rank, processes)
+        return EvalLoader(data, self.damaged, sampler=sampler, image_size=size, **options)
 
     def _options(self, batch_size: int) -> dict[str, Any]:
         return {

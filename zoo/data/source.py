@@ -72,10 +72,9 @@ def folder_names(
     """
     for split in splits[:-1]:
         try:
-            tree = open_split(root, split, training=True)
+            return class_folders(open_split(root, split, training=True), options.rule(name))
         except ZooError:
             continue  # a folder to evaluate on only
-        return class_folders(tree, options.rule(name))
     return class_folders(open_split(root, splits[-1], training=False), options.rule(name))
 
 

@@ -25,15 +25,15 @@ TIMM_KEYS = (
     "re_mode",
     "re_count",
 )
+# What a message names of the options: those that may be wrong.
+_NAMED = (*TIMM_KEYS, "interpolation", "crop_pct", "crop_mode")
 KEYS = frozenset({*TIMM_KEYS, "hflip", "affine", "mixup"})
 
 
 def eval_transform(config: Mapping[str, Any]) -> Callable[[Image.Image], Any]:
     """Return timm's inference transform for a data configuration."""
-    channels = config["input_size"][0]
-    return tv.Compose(
-        [Picture(channels), *create_transform(**config, is_training=False).transforms]
-    )
+    chain = _by_timm(config, is_training=False)
+    return tv.Compose([Picture(config["input_size"][0]), *chain])
 
 
 def train_transform(
@@ -65,12 +65,8 @@ def train_transform(
             "augment.auto_augment works on grey and colour images, the model takes 4 channels; "
             "type augment.auto_augment=null"
         )
-    chain = create_transform(
-        **config,
-        is_training=True,
-        hflip=float(augment.get("hflip") or 0.0) if mirror else 0.0,
-        **picked,
-    ).transforms
+    picked["hflip"] = float(augment.get("hflip") or 0.0) if mirror else 0.0
+    chain = _by_timm(config, is_training=True, **picked)
     for step in chain:
         for op in _operations(step):
             if op.aug_fn is posterize:
@@ -79,6 +75,17 @@ def train_transform(
     if affine and any(affine.values()):
         chain.insert(1, _affine(affine))  # after the crop that sets the size
     return tv.Compose([Picture(channels), *chain])
+
+
+def _by_timm(config: Mapping[str, Any], **options: Any) -> list[Any]:
+    """timm's steps; what it does not know comes out of it as an error of many kinds."""
+    try:
+        return list(create_transform(**config, **options).transforms)
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+        given = {**config, **options}
+        words = ", ".join(f"{k}={given[k]}" for k in _NAMED if given.get(k) is not None)
+        reason = " ".join(str(error).split()) or "it gives no reason"
+        raise ZooError(f"timm makes no transforms of {words}: {reason}") from error
 
 
 def _operations(step: Any) -> list[AugmentOp]:

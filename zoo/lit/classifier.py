@@ -220,14 +220,14 @@ class Classifier(pl.LightningModule):
         logits = self.net(images).float()  # also of blanks: others may wait for this process in it
         real = labels != NO_IMAGE
         logits, labels = logits[real], labels[real]
-        if not len(labels):
-            return
         metrics = getattr(self, f"{part}_metrics")
         for name, metric in metrics.items():
-            if name == "loss":
-                metric.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
-            elif name == "images":
+            if name == "images":
                 metric.update(len(labels))
+            elif not len(labels):
+                continue
+            elif name == "loss":
+                metric.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
             else:
                 metric.update(logits, labels)
 

@@ -305,12 +305,12 @@ def _notes(cfg: DictConfig, trainer: pl.Trainer, seconds: float) -> str:
 
 
 def _unread(cfg: DictConfig, data: ImageData, seen: int) -> str | None:
-    """How many test images are missing; each process knows of its own alone."""
+    """How many test images are missing, in all processes; each knows its own alone."""
     try:
         whole = len(data.dataset("test"))
     except TypeError:
         return None  # a stream
-    if not data.damaged or seen >= whole or any(cfg.trainer.get(name) for name in _LIMITS):
+    if seen >= whole or any(cfg.trainer.get(name) for name in _LIMITS):
         return None
     return f"{whole - seen} of {whole} test images could not be read"
 
