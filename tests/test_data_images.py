@@ -71,8 +71,10 @@ def greys(batches) -> list[int]:
 
 
 @pytest.mark.parametrize("tag", range(1, 9))
-@pytest.mark.parametrize("end", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("end", ["jpg", "png", "webp", "avif", "tiff"])
 def test_photographs_stand_as_any_viewer_shows_them(tmp_path, tag, end):
+    if f".{end}" not in Image.registered_extensions():
+        pytest.skip(f"this Pillow does not know {end}")
     pixels = np.zeros((40, 64), np.uint8)
     pixels[:10, :20] = 255
     turned = (pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1])
@@ -428,6 +430,20 @@ def test_streams_are_upright_and_say_what_they_leave_out(monkeypatch, model, cap
         seen += labels.tolist()
     assert sorted(seen) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]
     assert "floating-point pixels from 7 to 7" in capsys.readouterr().err
+
+    with pytest.raises(ZooError, match="data.damaged=fail is for images that are opened one by"):
+        ImageData("wds/x", num_classes=2, damaged="fail").attach(model)
+
+
+def test_folders_of_torchvision_data_are_opened_here_too(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    paths = pictures(tmp_path)
+    paths[0].write_bytes(b"")
+    found = zoo.data.source._wrapped(ImageFolder(str(tmp_path / "train")))
+    assert found.names == ["a", "b"] and not found.readable(0) and found[1][0].mode == "L"
+    with pytest.raises(ZooError, match=f"{paths[0]}: no image that Pillow can read"):
+        found[0]
 
 
 # -- augmentation ---------------------------------------------------------------------------------

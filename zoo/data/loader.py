@@ -130,10 +130,11 @@ class EvalLoader(ImageLoader):
         **options: Any,
     ) -> None:
         super().__init__(dataset, damaged, sampler=sampler, **options)
-        # Lightning puts a sampler of its own in the place of this one to overfit a few batches.
-        ours = sampler if isinstance(sampler, ShareSampler) else ShareSampler(range(len(sampler)))  # type: ignore[arg-type]
-        self.processes, self.image_size = ours.num_replicas, tuple(image_size)
-        self._batches = math.ceil(ours.largest / (self.batch_size or 1))
+        self.image_size, self.processes = tuple(image_size), 1
+        self._batches = super().__len__()
+        if isinstance(sampler, ShareSampler):  # not where Lightning is to overfit a few batches
+            self.processes = sampler.num_replicas
+            self._batches = math.ceil(sampler.largest / (self.batch_size or 1))
 
     def __len__(self) -> int:
         return self._batches

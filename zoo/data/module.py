@@ -258,6 +258,11 @@ class ImageData(pl.LightningDataModule):
                 folder=self._folder,
                 **self._create,
             )
+            if self.damaged.fatal and isinstance(data, IterableDataset):
+                raise ZooError(
+                    "data.damaged=fail is for images that are opened one by one; those of a stream "
+                    "are opened by timm, which leaves damaged ones out"
+                )
             data.numbers = self._numbering.numbers(data, next(iter(self._parts.values()), data))
             self._parts[part] = data
             self._numbering.announce(data)

@@ -182,7 +182,7 @@ def _by_timm(
             class_map=class_map,
             **options,
         )
-    except (AssertionError, RuntimeError, FileNotFoundError, KeyError) as error:
+    except (AssertionError, RuntimeError, OSError, LookupError, ValueError) as error:
         hint = "; type data.download=true to fetch it" if prefix == "torch" else ""
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ZooError(
