@@ -126,9 +126,9 @@ def _build(cfg: DictConfig, data: ImageData) -> ReducedViT:
         size = OmegaConf.select(cfg, "data.img_size")
         if size is not None and "img_size" not in args:
             given["img_size"] = _plain(size)
-        if classes is not None and "num_classes" not in args and cfg.weights is None:
+        if classes is not None and "num_classes" not in args:
             given["num_classes"] = classes
-    model = build_model(cfg, **given)
+    model = build_model(cfg, new_head="auto", **given)
     if classes is not None and classes != model.num_classes and "num_classes" not in args:
         _say(f"new classifier: {classes} classes, {cfg.weights} has {model.num_classes}")
         model.reset_classifier(classes)
