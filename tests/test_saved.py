@@ -25,7 +25,9 @@ def expected() -> dict[str, torch.Tensor]:
 
 
 def test_there_is_one_of_each_kind() -> None:
-    assert {"dense", "tome", "diffrate", "dynamicvit", "evit_clca", "ltmp", "target"} <= set(FOLDERS)
+    assert {"dense", "tome", "diffrate", "dynamicvit", "evit_clca", "ltmp", "target"} <= set(
+        FOLDERS
+    )
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import zoo
 from reduction.methods.tome import ToMe
+from reduction.mixins.training import Trains
 from zoo.data import build_data
 from zoo.errors import BadCheckpoint, UnknownName, ZooError
 from zoo.lit.callbacks import EMA
@@ -289,7 +290,7 @@ def test_mixup_on_and_off():
         Classifier(net(), mixup={"alpha": 1})
 
 
-class _WithLoss(ToMe):
+class _WithLoss(Trains, ToMe):
     def auxiliary_losses(self, outcome):
         assert len(outcome.trace) == 3
         return {"ratio": torch.tensor(2.0)}

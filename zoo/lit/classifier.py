@@ -19,6 +19,7 @@ from reduction.mixins.learned import Learned
 from reduction.mixins.training import Trains
 from zoo.errors import ZooError
 from zoo.lit import optim, schedules
+from zoo.lit.divergence import check_answers, check_step
 
 
 class Classifier(pl.LightningModule):
@@ -131,7 +132,8 @@ class Classifier(pl.LightningModule):
         return images, labels
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the reducer put its parameters right."""
+        """Stop where training diverges; let the reducer put its parameters right."""
+        check_step(self, outputs, batch, batch_idx)
         if isinstance(reducer := getattr(self.net, "reducer", None), Learned):
             reducer.after_step()
 
@@ -217,6 +219,7 @@ class Classifier(pl.LightningModule):
     def _count(self, part: str, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch[0], batch[1]
         logits = self.net(images).float()
+        check_answers(self, part, logits, batch)
         metrics = getattr(self, f"{part}_metrics")
         for name, metric in metrics.items():
             if name == "loss":

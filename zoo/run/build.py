@@ -84,7 +84,8 @@ def _arguments(backbone: Any) -> dict[str, Any]:
     args = _plain((backbone or {}).get("args")) or {}
     if not isinstance(args, dict):
         raise ZooError(
-            f"backbone.args holds arguments for timm, e.g. +backbone.args.img_size=384; got {args!r}"
+            "backbone.args holds arguments for timm, e.g. +backbone.args.img_size=384; "
+            f"got {args!r}"
         )
     if taken := next((key for key in args if key in _TAKEN), None):
         raise ZooError(f"backbone.args.{taken}: type {_TAKEN[taken]}{args[taken]} instead")

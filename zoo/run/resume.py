@@ -7,16 +7,20 @@ then it is taken, or is refused by its name.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.checkpoint.untrusted import check_plain, short
 from zoo.errors import BadCheckpoint
+from zoo.published import config_folder
+
+Key = tuple[str, ...]
 
 # Where things are on this machine: every command says it anew.
 _PLACES = ("paths", "output_dir", "results", "ckpt", "hydra")
@@ -31,6 +35,7 @@ _FREE = (
 )  # fmt: skip
 _OURS = ("zoo.", "lightning.", "pytorch_lightning.")
 _SHOWN = 4
+_ABSENT = object()
 
 
 def options_to_store(cfg: DictConfig) -> dict[str, Any]:
@@ -52,35 +57,41 @@ def resumed(cfg: DictConfig, stored: Mapping[str, Any], path: Path) -> DictConfi
         BadCheckpoint: It holds no options, or the command asks for other ones.
     """
     was = _stored_options(stored, path)
-    result = cfg.copy()
-    with open_dict(result):
-        for key, value in was.items():
-            if key != "callbacks":
-                result[key] = value
-        result.callbacks = _callbacks(was, cfg)
+    now: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
+    result = {**now, **was, "callbacks": _callbacks(was, now)}
+    before = OmegaConf.create(copy.deepcopy(result))
     differ = []
-    for key in sorted(_typed(cfg)):
-        if key.split(".")[0] in _PLACES or _equal(cfg, result, key):
+    for key in sorted(_typed(now)):
+        same = _at(now, key) == _at(result, key) or _resolved(cfg, key) == _resolved(before, key)
+        if key[0] in _PLACES or same:
             continue
-        if any(fnmatchcase(key, pattern) for pattern in _FREE) or _foreign(cfg, key):
-            OmegaConf.update(result, key, _raw(cfg, key), force_add=True)
+        foreign = key[0] == "callbacks" and _is_foreign(_at(now, key[:2]))
+        if foreign or any(fnmatchcase(".".join(key), pattern) for pattern in _FREE):
+            _put(result, key, _at(now, key))
         else:
             differ.append(key)
     if differ:
-        kinds = list(dict.fromkeys(key.split(".")[0] for key in differ))
-        shown = [f"{k}={_value(cfg, k)} (was {_value(result, k)})" for k in differ[:_SHOWN]]
+        # What the command sets stands first, then what it thereby leaves out.
+        differ.sort(key=lambda key: _at(now, key) is None)
+        kinds = list(dict.fromkeys(key[0] for key in differ))
+        shown = [
+            f"{'.'.join(k)}={_value(cfg, k)} (was {_value(before, k)})" for k in differ[:_SHOWN]
+        ]
         more = f" and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
         raise BadCheckpoint(
-            f"{path}: trained with another {' and '.join(kinds)} than this command asks for; leave "
+            f"{path}: trained with another {_and(kinds)} than this command asks for; leave "
             f"out {', '.join(shown)}{more}, because a resumed run goes on as it was, or start a "
             f"new run from its weights: weights={path}"
         )
-    return result
+    merged = OmegaConf.create(result)
+    OmegaConf.set_struct(merged, True)
+    return merged
 
 
 def _stored_options(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
     hyper = stored.get("hyper_parameters")
-    # Version 0.1 stored them resolved and without trainer and callbacks, which the command gives.
+    # Before 0.2 they were stored resolved, and without trainer and callbacks: those the command
+    # gives.
     found = (hyper.get("options") or hyper.get("config")) if isinstance(hyper, Mapping) else None
     if not isinstance(found, dict) or not found:
         raise BadCheckpoint(
@@ -91,13 +102,13 @@ def _stored_options(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in found.items() if key not in _PLACES}
 
 
-def _callbacks(was: Mapping[str, Any], cfg: DictConfig) -> dict[str, Any]:
+def _callbacks(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """The run's own callbacks; those of other people's code are this command's."""
-    now = _raw(cfg, "callbacks") or {}
-    if not isinstance(was.get("callbacks"), dict):
-        return dict(now)
-    ours = {k: v for k, v in was["callbacks"].items() if not _is_foreign(v)}
-    return {**ours, **{k: v for k, v in now.items() if _is_foreign(v)}}
+    mine = now.get("callbacks") or {}
+    if "callbacks" not in was:
+        return dict(mine)
+    ours = {k: v for k, v in (was["callbacks"] or {}).items() if not _is_foreign(v)}
+    return {**ours, **{k: v for k, v in mine.items() if _is_foreign(v)}}
 
 
 def _is_foreign(node: Any) -> bool:
@@ -105,26 +116,20 @@ def _is_foreign(node: Any) -> bool:
     return isinstance(target, str) and not target.startswith(_OURS)
 
 
-def _foreign(cfg: DictConfig, key: str) -> bool:
-    parts = key.split(".")
-    return parts[0] == "callbacks" and _is_foreign(_raw(cfg, ".".join(parts[:2])))
-
-
-def _typed(cfg: DictConfig) -> set[str]:
+def _typed(now: Mapping[str, Any]) -> set[Key]:
     """Names of the options that a command set: what differs from the defaults, and what it names.
 
     An option that was typed with the value of the default cannot be told from one that was not,
     unless Hydra says what was typed.
     """
-    default = _leaves(_defaults())
-    mine = _leaves(OmegaConf.to_container(cfg, resolve=False))
+    default, mine = dict(_leaves(_defaults())), dict(_leaves(now))
     found = {k for k in {*mine, *default} if mine.get(k, _ABSENT) != default.get(k, _ABSENT)}
     for name in _named():
-        found |= {k for k in mine if k == name or k.startswith(f"{name}.")}
+        found |= {key for key in mine if key[: len(name)] == name}
     return found
 
 
-def _named() -> list[str]:
+def _named() -> list[Key]:
     """Names in the overrides of the running Hydra job, if there is one."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -132,15 +137,13 @@ def _named() -> list[str]:
     if not HydraConfig.initialized():
         return []
     parsed = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
-    return [override.key_or_group for override in parsed]
+    return [tuple(override.key_or_group.split(".")) for override in parsed]
 
 
 def _defaults() -> Any:
     """configs/train.yaml, composed without any override."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-
-    from zoo.run.messages import config_folder
 
     if GlobalHydra.instance().is_initialized():
         composed = compose("train")
@@ -150,43 +153,42 @@ def _defaults() -> Any:
     return OmegaConf.to_container(composed, resolve=False)
 
 
-_ABSENT = object()
+def _leaves(node: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
+    if isinstance(node, Mapping) and node:
+        for name, value in node.items():
+            yield from _leaves(value, (*key, str(name)))
+    else:
+        yield key, node
 
 
-def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, Mapping) or not node:
-        return {prefix.rstrip("."): node} if prefix else {}
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        found |= _leaves(value, f"{prefix}{key}.")
-    return found
-
-
-def _equal(cfg: DictConfig, other: DictConfig, key: str) -> bool:
-    return bool(_raw(cfg, key) == _raw(other, key) or _resolved(cfg, key) == _resolved(other, key))
-
-
-def _raw(cfg: DictConfig, key: str) -> Any:
-    node: Any = OmegaConf.to_container(cfg, resolve=False)
-    for part in key.split("."):
+def _at(node: Any, key: Key) -> Any:
+    for part in key:
         node = node.get(part) if isinstance(node, Mapping) else None
     return node
 
 
-def _resolved(cfg: DictConfig, key: str) -> Any:
+def _put(node: dict[str, Any], key: Key, value: Any) -> None:
+    for part in key[:-1]:
+        inner = node.get(part)
+        node[part] = dict(inner) if isinstance(inner, Mapping) else {}
+        node = node[part]
+    node[key[-1]] = value
+
+
+def _resolved(cfg: DictConfig, key: Key) -> Any:
+    node: Any = cfg
     try:
-        node = OmegaConf.select(cfg, key)
+        for part in key:
+            node = node[part] if OmegaConf.is_dict(node) and part in node else None
         return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     except OmegaConfBaseException:
-        return _raw(cfg, key)
+        return _ABSENT  # such as a folder that only Hydra knows
 
 
-def _value(cfg: DictConfig, key: str) -> str:
+def _and(words: list[str]) -> str:
+    return " and ".join([*([", ".join(words[:-1])] if words[1:] else []), *words[-1:]])
+
+
+def _value(cfg: DictConfig, key: Key) -> str:
     value = _resolved(cfg, key)
-    return "null" if value is None else short(value, 60).strip("'")
-
-
-def epochs_done(stored: Mapping[str, Any]) -> Iterator[int]:
-    """The number of epochs that a checkpoint is after, if it says so."""
-    if isinstance(stored.get("epoch"), int):
-        yield stored["epoch"] + 1
+    return "null" if value in (None, _ABSENT) else short(value, 60).strip("'")
