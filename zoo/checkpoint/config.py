@@ -224,7 +224,9 @@ def check_config(config: Any, where: Path | str) -> dict[str, Any]:
             raise BadCheckpoint(f"{where}: weights.{key} must be {name!r} or null")
     for key in ("sha256", "reducer_sha256"):
         if weights.get(key) is not None and not _word(weights[key]):
-            raise BadCheckpoint(f"{where}: weights.{key} must be a SHA-256, got {weights[key]!a}")
+            raise BadCheckpoint(
+                f"{where}: weights.{key} must be a SHA-256, got {short(weights[key])}"
+            )
     return {
         "format": fmt,
         "zoo": writer,

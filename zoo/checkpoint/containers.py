@@ -115,18 +115,24 @@ def without_pretraining(
     return {name: value for name, value in body.items() if kept(name)}
 
 
-def _tensor_sets(
-    loaded: Any, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Every mapping that holds tensors itself, with its place in the file."""
-    if not isinstance(loaded, Mapping) or len(path) > _DEPTH:
-        return
-    tensors = {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if tensors:
-        yield path, tensors
-    for key, value in loaded.items():
-        if isinstance(key, str) and isinstance(value, Mapping) and not _OTHERS.search(key):
-            yield from _tensor_sets(value, (*path, key))
+def _tensor_sets(loaded: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Every mapping that holds tensors itself, each once, with its place in the file."""
+    seen: set[int] = set()
+
+    def walk(
+        node: Any, path: tuple[str, ...]
+    ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+        if not isinstance(node, Mapping) or len(path) > _DEPTH or id(node) in seen:
+            return
+        seen.add(id(node))
+        tensors = {k: v for k, v in node.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        if tensors:
+            yield path, tensors
+        for key, value in node.items():
+            if isinstance(key, str) and isinstance(value, Mapping) and not _OTHERS.search(key):
+                yield from walk(value, (*path, key))
+
+    yield from walk(loaded, ())
 
 
 def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from zoo.checkpoint.containers import Tower
 from zoo.checkpoint.files import file_sha256, first_line, read_any, read_shapes
 from zoo.checkpoint.positions import own_grid
 from zoo.checkpoint.rebuild import tuples, twin
-from zoo.checkpoint.untrusted import short
+from zoo.checkpoint.untrusted import cut, short
 from zoo.checkpoint.weights import (
     check_fits,
     classifiers_of,
@@ -341,7 +341,7 @@ def _refusal(
 ) -> BadCheckpoint:
     return BadCheckpoint(
         f"{origin}: timm cannot build {saved['name']} with {short(dict(args), 200)}: "
-        f"{first_line(error)} ({_writer(config)})"
+        f"{cut(first_line(error))} ({_writer(config)})"
     )
 
 
@@ -373,11 +373,11 @@ def _of_the_file(
     except ZooError as error:
         if not only:
             raise
-        raise BadCheckpoint(f"{origin}: {error} ({_writer(config)})") from error
+        raise BadCheckpoint(f"{origin}: {cut(error)} ({_writer(config)})") from error
     except Exception as error:  # a recipe may hold anything, and libraries check little
         if not only:
             raise
-        reason = first_line(error) if str(error).strip() else type(error).__name__
+        reason = cut(first_line(error)) if str(error).strip() else type(error).__name__
         what = short(doing, 200)[1:-1] if doing else "a recipe that nothing can be built from"
         raise BadCheckpoint(f"{origin}: {what}: {reason} ({_writer(config)})") from error
 
@@ -391,7 +391,7 @@ def _saved(create: Callable[[Any], Any], config: Mapping[str, Any], part: str, o
         if not isinstance(error.__cause__, UnknownName):
             raise
         raise BadCheckpoint(
-            f"{origin}: {error.__cause__}; import the module that registers it before loading "
+            f"{origin}: {cut(error.__cause__)}; import the module that registers it before loading "
             f"({_writer(config)})"
         ) from error
 

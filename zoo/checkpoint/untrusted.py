@@ -24,6 +24,13 @@ def short(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def cut(text: object, limit: int = 400) -> str:
+    """A message that may repeat what a file holds: one printable line, cut where it is long."""
+    line = " ".join(str(text).split())[:limit]
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line if len(line) < limit else line[: limit - 3] + "..."
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf, open_dict
 
 from reduction.functional import kernels
+from zoo.checkpoint.untrusted import check_plain
 from zoo.cost.sampling import is_adaptive, sample
 from zoo.data import build_data
 from zoo.data.module import spread_images
@@ -181,8 +182,10 @@ def _read_checkpoint(path: Path) -> Mapping[str, Any]:
     from zoo.checkpoint.files import read_any
 
     stored = read_any(path)
-    needed = ("state_dict", "loops", "optimizer_states")
-    if not isinstance(stored, Mapping) or any(k not in stored for k in needed):
+    needed = {"state_dict": dict, "loops": dict, "optimizer_states": list, "epoch": int}
+    if not isinstance(stored, Mapping) or any(
+        not isinstance(stored.get(key), kind) for key, kind in needed.items()
+    ):
         raise BadCheckpoint(
             f"{path}: not a training checkpoint; to start from its weights type weights={path}"
         )
@@ -247,7 +250,8 @@ def _check_resume(path: Path, model: ReducedViT, volatile: frozenset[str]) -> in
         BadCheckpoint: It is of another model, e.g. because its weights have changed on disk.
     """
     stored = _read_checkpoint(path)
-    was = (stored.get("hyper_parameters") or {}).get("recipe") or {}
+    was = stored["hyper_parameters"].get("recipe") or {}
+    check_plain(was, f"{path} (recipe)")
     was, now = (_untagged(_json(recipe)) for recipe in (was, model.recipe))
     differ = sorted(k for k in {*was, *now} - volatile if was and was.get(k) != now.get(k))
     if differ:
@@ -255,7 +259,7 @@ def _check_resume(path: Path, model: ReducedViT, volatile: frozenset[str]) -> in
             f"{path}: trained with another {' and '.join(differ)} than this command asks for; "
             f"repeat the options of that run (was {[was.get(k) for k in differ]})"
         )
-    return int(stored.get("epoch", -1)) + 1
+    return int(stored["epoch"]) + 1
 
 
 def _untagged(recipe: dict[str, Any]) -> dict[str, Any]:
