@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from reduction.base import Reducer
@@ -18,6 +19,34 @@ from zoo.model.anatomy import Anatomy
 from zoo.model.reduced import ReducedViT
 from zoo.plugins.base import Plugin, create_plugins
 from zoo.published import published
+
+#: Arguments of `timm.create_model` that say where weights are from or where the model is put, and
+#: not what the model is. They are used up when it is built: no recipe holds them.
+CONSUMED_ARGS = frozenset(
+    {
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_model_args",
+        "pretrained_strict",
+        "pretrained_filter_fn",
+        "checkpoint_path",
+        "cache_dir",
+        "device",
+        "dtype",
+    }
+)
+
+#: Where a description of weights keeps the tag of those that a model from scratch could have had.
+OFFERED = "offered_tag"
+# Parts of a description that say where weights are from.
+_SOURCES = frozenset({"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"})
+# What timm takes from a description of weights, by the argument that says it too.
+_DESCRIBED: dict[str, Callable[[Any], Any]] = {
+    "img_size": lambda m: m.patch_embed.img_size,
+    "in_chans": lambda m: m.patch_embed.proj.in_channels,
+    "global_pool": lambda m: m.global_pool,
+}
 
 ReducerLike = str | Mapping[str, Any] | Reducer | None
 ScheduleLike = str | Mapping[str, Any] | Schedule | None
@@ -58,6 +87,8 @@ def wrap(
     built = create_reducer(reducer)
     sched = create_schedule(published(schedule))
     parts = create_plugins(plugins)
+    if _as_initialised(timm_model):
+        set_tag(timm_model, None)
     return assemble(timm_model, built, sched, parts, last_block, fast_linear)
 
 
@@ -100,11 +131,61 @@ def create_model(
         raise UnknownName("backbone", backbone, timm.list_models())
     try:
         model = timm.create_model(backbone, pretrained=pretrained, **backbone_kwargs)
-    except (TypeError, AssertionError, RuntimeError) as error:
-        raise ZooError(f"timm cannot build {backbone!r} with {backbone_kwargs}: {error}") from error
+    except ZooError:
+        raise
+    except Exception as error:  # timm's models check little of what they are given
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        what = f"{backbone!r} with {backbone_kwargs}" if backbone_kwargs else repr(backbone)
+        if pretrained and isinstance(error, OSError | RuntimeError):
+            raise ZooError(f"timm cannot load the weights of {what}: {reason}") from error
+        raise ZooError(f"timm cannot build {what}: {reason}") from error
+    overlay = backbone_kwargs.get("pretrained_cfg_overlay") or {}
+    # The tag belongs to timm's own weights, not to what another file holds.
+    if not pretrained or _SOURCES & set(overlay) or backbone_kwargs.get("checkpoint_path"):
+        set_tag(model, None)
     wrapped = assemble(model, built, sched, parts, last_block, fast_linear)
-    wrapped.backbone_args = {k: v for k, v in backbone_kwargs.items() if k != "num_classes"}
+    wrapped.backbone_args = _lasting(backbone, model, backbone_kwargs)
     return wrapped
+
+
+def set_tag(backbone: Any, tag: str | None) -> None:
+    """Say which of timm's pretrained weights a model started from; None for none of them.
+
+    timm writes a tag into every model, also into those that never had the weights.
+    """
+    described = dict(getattr(backbone, "pretrained_cfg", None) or {})
+    if (described.get("tag") or None) == tag:
+        return
+    described.setdefault(OFFERED, described.get("tag"))
+    described["tag"] = tag
+    backbone.pretrained_cfg = described
+    backbone.default_cfg = described  # timm keeps both names for one dictionary
+
+
+def _as_initialised(backbone: Any) -> bool:
+    """Whether nobody has trained a model: its norms are still all ones and zeros."""
+    for block in getattr(backbone, "blocks", ()):
+        norm = getattr(block, "norm1", None)
+        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        if weight is None or weight.is_meta or not bool((weight == 1).all()):
+            return False
+        if bias is not None and bool(bias.any()):
+            return False
+    return len(getattr(backbone, "blocks", ())) > 0
+
+
+def _lasting(name: str, model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that build the same model again, without what was used up."""
+    args = {k: v for k, v in given.items() if k not in CONSUMED_ARGS and k != "num_classes"}
+    if not (given.get("pretrained_cfg") or given.get("pretrained_cfg_overlay")):
+        return args
+    # timm takes defaults from a description of weights; without it they have to be said.
+    with torch.device("meta"):
+        plain = timm.create_model(name, num_classes=model.num_classes, **args)
+    for key, read in _DESCRIBED.items():
+        if key not in args and read(plain) != read(model):
+            args[key] = read(model)
+    return args
 
 
 def assemble(

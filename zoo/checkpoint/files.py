@@ -11,18 +11,22 @@ import argparse
 import hashlib
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zoo.errors import BadCheckpoint
 
 _LFS_POINTER = b"version https://git-lfs"
+# An archive may unpack to so many times its size, and always to so much. torch does not compress
+# at all; weights hardly get smaller, except for heads that are zero.
+_STORED, _COMPRESSED, _ALWAYS = 2, 50, 1 << 28
 
 
 def file_sha256(path: str | Path) -> str:
@@ -60,11 +64,57 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     _require_content(path)
     try:
         return load_file(str(path), device="cpu")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
         raise BadCheckpoint(
             f"{path}: not a complete safetensors file ({first_line(error)}); "
             "it was cut short or damaged, copy or download it again"
         ) from error
+
+
+def read_shapes(path: Path) -> dict[str, Tensor]:
+    """Names and shapes of a ``.safetensors`` file, as tensors without content.
+
+    Raises:
+        BadCheckpoint: as :func:`read_tensors`.
+    """
+    _require_content(path)
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            shapes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
+        raise BadCheckpoint(
+            f"{path}: not a complete safetensors file ({first_line(error)}); "
+            "it was cut short or damaged, copy or download it again"
+        ) from error
+
+
+def check_archive(path: Path, compressed: bool = False) -> None:
+    """Refuse a zip archive that unpacks to far more than it is.
+
+    Args:
+        path: A file; what is no archive passes.
+        compressed: Whether files of this kind are compressed.
+
+    Raises:
+        BadCheckpoint: it is missing, empty or damaged, or unpacks to too much.
+    """
+    _require_content(path)
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise BadCheckpoint(
+            f"{path}: not a complete weights file ({first_line(error)}); it was cut short or "
+            "damaged, copy or download it again"
+        ) from error
+    size = path.stat().st_size
+    if unpacked > _ALWAYS and unpacked > size * (_COMPRESSED if compressed else _STORED):
+        raise BadCheckpoint(
+            f"{path}: refused, its {size / 1e6:.3g} MB unpack to {unpacked / 1e9:.3g} GB"
+        )
 
 
 def read_any(path: Path) -> Any:
@@ -79,7 +129,7 @@ def read_any(path: Path) -> Any:
     """
     if path.suffix.lower() == ".safetensors":
         return read_tensors(path)
-    _require_content(path)
+    check_archive(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.build import OFFERED
 from zoo.checkpoint import config as cfg
 from zoo.checkpoint.card import MARKER, model_card
 from zoo.checkpoint.files import file_sha256, write_tensors
@@ -53,6 +54,8 @@ def save_pretrained(
     """
     folder = Path(folder)
     config, schedule = _recipe(model, data)
+    if not weights and not config["backbone"]["tag"]:
+        config["backbone"]["tag"] = _offered_tag(model.unwrap())
     if not weights and not config["backbone"]["tag"]:
         raise ZooError(
             "weights=False needs a backbone with a pretrained tag, e.g. "
@@ -108,6 +111,12 @@ def _recipe(
     return config, schedule if searched else None
 
 
+def _offered_tag(backbone: Any) -> str | None:
+    """Tag of timm's weights for a model that was built without them."""
+    tag = (getattr(backbone, "pretrained_cfg", None) or {}).get(OFFERED)
+    return str(tag) if tag else None
+
+
 def describe_data(backbone: Any) -> dict[str, Any]:
     """Preprocessing of a timm model as ``config.json`` stores it, plus what a loaded one said."""
     known = getattr(backbone, "pretrained_cfg", None) or {}
@@ -140,7 +149,7 @@ def _write(
         cfg.dump(schedule, stage / cfg.SCHEDULE)
     rows = [metrics] if isinstance(metrics, Mapping) else list(metrics or ())
     if rows:
-        cfg.dump(cfg.plain(rows, "metrics"), stage / cfg.METRICS)
+        cfg.dump(cfg.plain(rows, "metrics", rows=True), stage / cfg.METRICS)
     (stage / cfg.CARD).write_text(model_card(config, rows, schedule), encoding="utf-8")
     cfg.dump(config, stage / cfg.CONFIG)
 

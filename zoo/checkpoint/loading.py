@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import nn
 
-from zoo.build import wrap
+from reduction.registry import create_reducer, create_schedule
+from zoo.build import CONSUMED_ARGS, set_tag, wrap
 from zoo.checkpoint import config as cfg
-from zoo.checkpoint.files import file_sha256, first_line, read_any
-from zoo.checkpoint.weights import fit, flat_state, read_folder_state
+from zoo.checkpoint.containers import Tower
+from zoo.checkpoint.files import file_sha256, first_line, read_any, read_shapes
+from zoo.checkpoint.positions import own_grid
+from zoo.checkpoint.rebuild import tuples, twin
+from zoo.checkpoint.untrusted import cut, short
+from zoo.checkpoint.weights import (
+    check_fits,
+    classifiers_of,
+    difference,
+    fit,
+    parts_of,
+    read_folder,
+    tower_of,
+)
 from zoo.errors import BadCheckpoint, UnknownName, ZooError
 
 if TYPE_CHECKING:
@@ -32,6 +47,8 @@ KEEP: Any = _Keep()
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 _HUB = "hf-hub:"
+# Numbers by which weights may differ from a recipe when an image size or classes are changed.
+_SLACK = 1 << 24
 
 
 def load(
@@ -63,14 +80,8 @@ def load(
         UnknownName: no file, folder or shipped model of that name.
     """
     source = find(path_or_hub_name)
-    if source.is_dir():
-        config = cfg.read_config(source)
-        state = _folder_state(source, config)
-        origin = source / cfg.MODEL
-    else:
-        config, state = _read_lightning(source)
-        origin = source
-    return _build(config, state, origin, reducer, schedule, plugins, backbone_overrides)
+    stored = _folder(source) if source.is_dir() else _run(source)
+    return _build(stored, reducer, schedule, plugins, backbone_overrides)
 
 
 def list_assets() -> list[str]:
@@ -114,53 +125,80 @@ def weights_sha256(path_or_hub_name: str | Path) -> str | None:
     return file_sha256(path) if path.is_file() else None
 
 
-def _folder_state(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor] | None:
+class _Stored(NamedTuple):
+    """A model on disk, before anything large is read or built.
+
+    Attributes:
+        config: The checked recipe.
+        origin: The file of its weights, for messages.
+        shapes: Of the weights, by the backbone's names and by those of the rest; None where they
+            are timm's, to be fetched by tag.
+        read: Reads the weights.
+    """
+
+    config: dict[str, Any]
+    origin: Path
+    shapes: Callable[[nn.Module], Tower] | None
+    read: Callable[[nn.Module], Tower]
+
+
+def _folder(folder: Path) -> _Stored:
+    config = cfg.read_config(folder)
     weights = config["weights"]
-    for key, sha, name in (
-        ("model", "sha256", cfg.MODEL),
-        ("reducer", "reducer_sha256", cfg.REDUCER),
-    ):
-        path = folder / name
-        if weights[key] is None:
-            continue
-        if not path.is_file():
-            raise BadCheckpoint(f"{path}: no such file, but {cfg.CONFIG} names it; copy it too")
-        if weights[sha] is not None:
-            actual = file_sha256(path)
-            if actual != weights[sha]:
-                # Reading gives the more telling message where the file is cut short or a pointer.
-                read_any(path)
-                raise BadCheckpoint(
-                    f"{path}: not the file that {cfg.CONFIG} describes (sha256 {actual[:12]}..., "
-                    f"expected {str(weights[sha])[:12]}...); copy or download the folder again"
-                )
-    if weights["model"] is None:
-        return None
-    return read_folder_state(folder)
+    named = {cfg.MODEL: weights["model"], cfg.REDUCER: weights["reducer"]}
+    for name in (name for name, given in named.items() if given):
+        if not (folder / name).is_file():
+            raise BadCheckpoint(
+                f"{folder / name}: no such file, but {cfg.CONFIG} names it; copy it too"
+            )
+
+    def shapes(_: nn.Module) -> Tower:
+        found = [read_shapes(folder / name) if given else {} for name, given in named.items()]
+        return Tower("", *found)
+
+    def read(_: nn.Module) -> Tower:
+        _check_hash(folder / cfg.MODEL, weights["sha256"])
+        if weights["reducer"]:
+            _check_hash(folder / cfg.REDUCER, weights["reducer_sha256"])
+        return read_folder(folder)
+
+    return _Stored(config, folder / cfg.MODEL, shapes if weights["model"] else None, read)
 
 
-def _read_lightning(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _check_hash(path: Path, expected: str | None) -> None:
+    if expected is None:
+        return
+    actual = file_sha256(path)
+    if actual != expected:
+        raise BadCheckpoint(
+            f"{path}: not the file that {cfg.CONFIG} describes (sha256 {actual[:12]}..., "
+            f"expected {expected[:12]}...); copy or download the folder again"
+        )
+
+
+def _run(path: Path) -> _Stored:
     loaded = read_any(path)
-    hyper = loaded.get("hyper_parameters") if isinstance(loaded, Mapping) else None
-    recipe = hyper.get("recipe") if isinstance(hyper, Mapping) else None
-    if not isinstance(recipe, Mapping):
+    try:
+        recipe = cfg.recipe_of_run(loaded)
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{path}: {error}") from error
+    if recipe is None:
         raise BadCheckpoint(
             f"{path}: weights without a recipe; create the model first and use "
             "zoo.checkpoint.load_weights(model, path)"
         )
-    assert isinstance(hyper, Mapping)
-    if isinstance(hyper.get("data"), Mapping) and "data" not in recipe:
-        recipe = {**recipe, "data": hyper["data"]}
     config = cfg.check_config(recipe, f"{path} (recipe)")
     if (config["schedule"] or {}).get("file"):
         raise BadCheckpoint(f"{path}: the recipe's schedule points at a file; expected its counts")
-    return config, flat_state(loaded, path)
+
+    def tower(backbone: nn.Module) -> Tower:
+        return tower_of(loaded, backbone, path)
+
+    return _Stored(config, path, tower, tower)
 
 
 def _build(
-    config: Mapping[str, Any],
-    state: dict[str, Tensor] | None,
-    origin: Path,
+    stored: _Stored,
     reducer: Any,
     schedule: Any,
     plugins: Any,
@@ -168,87 +206,194 @@ def _build(
 ) -> ReducedViT:
     import timm
 
-    import reduction
     import zoo.models  # noqa: F401  (registers our own architectures with timm)
 
+    config, origin = stored.config, stored.origin
     saved = config["backbone"]
     if not timm.is_model(saved["name"]):
         raise BadCheckpoint(
-            f"{origin}: {UnknownName('backbone', saved['name'], timm.list_models())} "
+            f"{origin}: {UnknownName('backbone', saved['name'][:80], timm.list_models())} "
             f"({_writer(config)}); a newer timm may have it"
         )
-    if state is None and not saved["tag"]:
+    if stored.shapes is None and not saved["tag"]:
         raise BadCheckpoint(
             f"{origin}: no such file, and the recipe names no pretrained tag of {saved['name']} to "
             "fetch weights by; copy the weights too"
         )
-    args = {k: _tuples(v) for k, v in saved["args"].items()}
+    _refuse_consumed(overrides)
+    args = {k: tuples(v) for k, v in saved["args"].items()}
     args.update(overrides)
     classes = args.pop("num_classes", saved["num_classes"])
     if saved["num_classes"] is not None:
         args["num_classes"] = saved["num_classes"]
-    other_parts = plugins is not KEEP or not _same_method(reducer, config["reducer"])
+    kept = plugins is KEEP and _same_method(reducer, config["reducer"])
+    with _of_the_file(origin, config, f"timm cannot build {saved['name']} with {saved['args']}"):
+        before = twin(saved)
     # Built here, one by one, so that a message tells the file's mistakes from the caller's.
-    reducer = (
-        _saved(reduction.create_reducer, config, "reducer", origin) if reducer is KEEP else reducer
-    )
-    saved_schedule = _saved(reduction.create_schedule, config, "schedule", origin)
+    own_reducer = reducer is KEEP
+    if own_reducer:
+        reducer = _saved(create_reducer, config, "reducer", origin)
+    saved_schedule = _saved(create_schedule, config, "schedule", origin)
     if reducer is None:
         saved_schedule = None
-    schedule = saved_schedule if schedule is KEEP else schedule
-    backbone = _backbone(saved, args, pretrained=state is None, origin=origin, config=config)
-    try:
-        model = wrap(backbone, reducer, schedule, config["plugins"] if plugins is KEEP else plugins)
-    except ZooError as error:
-        if other_parts or schedule is not saved_schedule or overrides:
-            raise  # the caller's own words, not the file's
-        raise BadCheckpoint(f"{origin}: {error} ({_writer(config)})") from error
+    own_schedule = schedule is KEEP
+    schedule = saved_schedule if own_schedule else schedule
+    parts = config["plugins"] if plugins is KEEP else plugins
+    own = own_reducer and own_schedule and plugins is KEEP and not overrides
+    _check_size(stored, before, exact=not overrides, whole=own)
+    backbone = _backbone(stored, args, overrides)
+    with _of_the_file(origin, config, only=own):
+        model = wrap(backbone, reducer, schedule, parts)
     model.backbone_args = {k: v for k, v in args.items() if k != "num_classes"}
-    if state is not None:
-        fit(model, state, origin, adapt=bool(overrides), ignore_extras=other_parts)
+    if stored.shapes is not None:
+        fit(
+            model,
+            stored.read(model.unwrap()),
+            origin,
+            adapt=bool(overrides),
+            ignore_extras=not kept,
+            told=own_grid(before),
+        )
+        # The tag of a recipe with weights says where those started from.
+        set_tag(model.unwrap(), saved["tag"])
     if classes != saved["num_classes"] and classes is not None:
         model.reset_classifier(classes)
     _set_data(model.unwrap(), config["data"], overrides)
     return model.eval()
 
 
-def _backbone(
-    saved: Mapping[str, Any],
-    args: Mapping[str, Any],
-    *,
-    pretrained: bool,
-    origin: Path,
-    config: Mapping[str, Any],
-) -> Any:
+def _check_size(stored: _Stored, before: nn.Module, exact: bool, whole: bool) -> None:
+    """Compare a recipe with its weights by names and shapes, before memory is taken for either.
+
+    Args:
+        stored: Recipe and weights.
+        before: The recipe's backbone without content.
+        exact: Nothing of the backbone is changed on loading.
+        whole: Nor anything else.
+
+    Raises:
+        BadCheckpoint: They do not belong together, or the recipe's model is out of proportion.
+    """
+    config, origin = stored.config, stored.origin
+    name, want, extras = config["backbone"]["name"], before.state_dict(), None
+    if whole:
+        with _of_the_file(origin, config), torch.device("meta"):
+            model = wrap(before, config["reducer"], config["schedule"], config["plugins"])
+            extras = parts_of(model)[1]
+    if stored.shapes is None:
+        _check_proportion(before, name, origin)
+        return
+    with _of_the_file(origin, config):
+        found = stored.shapes(before)
+    if exact:
+        check_fits(want, found.body, classifiers_of(before), origin, name)
+    have, need = (sum(t.numel() for t in s.values()) for s in (found.body, want))
+    if not need / 8 - _SLACK <= have <= 8 * need + _SLACK:
+        raise BadCheckpoint(
+            f"{origin}: the weights are not those of {name}: the file holds {have / 1e6:.3g} M "
+            f"numbers, the recipe asks for {need / 1e6:.3g} M"
+        )
+    problem = difference(extras, found.extras) if extras and found.extras else ""
+    if problem:
+        raise BadCheckpoint(
+            f"{origin.parent / cfg.REDUCER}: the parameters of the reducer or plugins do not fit "
+            f"{name}: {problem}"
+        )
+
+
+def _check_proportion(before: nn.Module, name: str, origin: Path) -> None:
+    """timm's weights by tag are for the architecture of that name, give or take an image size."""
+    usual = sum(
+        t.numel() for t in twin({"name": name, "args": {}, "num_classes": None}).parameters()
+    )
+    asked = sum(t.numel() for t in before.parameters())
+    if asked > 4 * usual + _SLACK:
+        raise BadCheckpoint(
+            f"{origin.parent}: a recipe without weights asks for {asked / 1e6:.3g} M parameters; "
+            f"{name} has {usual / 1e6:.3g} M"
+        )
+
+
+def _backbone(stored: _Stored, args: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
     import timm
 
+    config, origin, pretrained = stored.config, stored.origin, stored.shapes is None
+    saved = config["backbone"]
     try:
         return timm.create_model(_tagged(saved, origin), pretrained=pretrained, **args)
-    except (TypeError, AssertionError, ValueError) as error:
-        raise BadCheckpoint(
-            f"{origin}: timm cannot build {saved['name']} with {dict(args)}: {first_line(error)} "
-            f"({_writer(config)})"
-        ) from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
-            raise
+            raise _refusal(error, saved, args, origin, config) from error
         raise BadCheckpoint(
             f"{origin.parent}: a recipe without weights, and the pretrained weights of "
             f"{saved['name']}.{saved['tag']} could not be fetched ({first_line(error)})"
         ) from error
+    except Exception as error:  # timm's models check little of what they are given
+        raise _refusal(error, saved, args, origin, config) from error
+
+
+def _refusal(
+    error: Exception,
+    saved: Mapping[str, Any],
+    args: Mapping[str, Any],
+    origin: Path,
+    config: Mapping[str, Any],
+) -> BadCheckpoint:
+    return BadCheckpoint(
+        f"{origin}: timm cannot build {saved['name']} with {short(dict(args), 200)}: "
+        f"{cut(first_line(error))} ({_writer(config)})"
+    )
+
+
+def _refuse_consumed(overrides: Mapping[str, Any]) -> None:
+    wrong = sorted(CONSUMED_ARGS & set(overrides))
+    if wrong:
+        raise ZooError(
+            f"zoo.load takes the saved weights; it has no {wrong[0]}, which belongs to "
+            "zoo.create_model"
+        )
+
+
+@contextlib.contextmanager
+def _of_the_file(
+    origin: Path, config: Mapping[str, Any], doing: str = "", only: bool = True
+) -> Iterator[None]:
+    """Whatever goes wrong within is the file's fault, and ends as one line.
+
+    Args:
+        origin: The file.
+        config: Its recipe.
+        doing: What cannot be done, for errors that do not say it.
+        only: False where the caller gave parts of his own, whose mistakes keep their words.
+    """
+    try:
+        yield
+    except BadCheckpoint:
+        raise
+    except ZooError as error:
+        if not only:
+            raise
+        raise BadCheckpoint(f"{origin}: {cut(error)} ({_writer(config)})") from error
+    except Exception as error:  # a recipe may hold anything, and libraries check little
+        if not only:
+            raise
+        reason = cut(first_line(error)) if str(error).strip() else type(error).__name__
+        what = short(doing, 200)[1:-1] if doing else "a recipe that nothing can be built from"
+        raise BadCheckpoint(f"{origin}: {what}: {reason} ({_writer(config)})") from error
 
 
 def _saved(create: Callable[[Any], Any], config: Mapping[str, Any], part: str, origin: Path) -> Any:
     try:
-        return create(config[part])
-    except UnknownName as error:
+        # Dropping an argument would quietly run another method, so this is no mere warning.
+        with _of_the_file(origin, config, f"{part} {config[part]}"):
+            return create(config[part])
+    except BadCheckpoint as error:
+        if not isinstance(error.__cause__, UnknownName):
+            raise
         raise BadCheckpoint(
-            f"{origin}: {error}; import the module that registers it before loading "
+            f"{origin}: {cut(error.__cause__)}; import the module that registers it before loading "
             f"({_writer(config)})"
         ) from error
-    except ZooError as error:
-        # Dropping an argument would quietly run another method, so this is no mere warning.
-        raise BadCheckpoint(f"{origin}: {error} ({_writer(config)})") from error
 
 
 def _writer(config: Mapping[str, Any]) -> str:
@@ -276,14 +421,9 @@ def _tagged(saved: Mapping[str, Any], origin: Path) -> str:
     return full
 
 
-def _tuples(value: Any) -> Any:
-    """JSON has no tuples, and timm tells (384, 384) from [384, 384] in places."""
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
 def _set_data(backbone: Any, data: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
     """Tell the backbone its preprocessing, where timm's resolve_data_config looks for it."""
-    known = {k: _tuples(v) for k, v in data.items() if k in cfg.DATA_KEYS}
+    known = {k: tuples(v) for k, v in data.items() if k in cfg.DATA_KEYS}
     if "img_size" in overrides:
         known.pop("input_size", None)
     described = {**(getattr(backbone, "pretrained_cfg", None) or {}), **known}

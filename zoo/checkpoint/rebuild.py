@@ -1,4 +1,4 @@
-"""Would the recipe build the backbone that is being saved?"""
+"""Building a recipe's backbone without content: would it be the one that is saved or loaded?"""
 
 from __future__ import annotations
 
@@ -7,9 +7,52 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from zoo.checkpoint.positions import Grid, own_grid
 
 # Switches of how to run, not of what is computed.
 _RUNTIME = frozenset({"training", "grad_checkpointing", "fused_attn", "inplace", "export"})
+
+
+def tuples(value: Any) -> Any:
+    """JSON has no tuples, and timm tells (384, 384) from [384, 384] in places."""
+    return tuple(tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def twin(recipe: Mapping[str, Any], **changes: Any) -> nn.Module:
+    """Build the backbone of a recipe on the meta device: names and shapes, no memory.
+
+    Args:
+        recipe: ``config["backbone"]``.
+        **changes: Arguments that differ from the recipe's.
+    """
+    import timm
+
+    import zoo.models  # noqa: F401  (registers our own architectures with timm)
+
+    args = {k: tuples(v) for k, v in recipe["args"].items()}
+    if recipe["num_classes"] is not None:
+        args["num_classes"] = recipe["num_classes"]
+    with torch.device("meta"), _NothingToFill():
+        return timm.create_model(recipe["name"], **{**args, **changes})
+
+
+class _NothingToFill(TorchFunctionMode):
+    """Skips the slow part of timm's initialisation, which on the meta device fills nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func is torch.Tensor.erfinv_ else func(*args, **(kwargs or {}))
+
+
+def grid_of_recipe(recipe: Mapping[str, Any]) -> Grid | None:
+    """Grid of the position table of a recipe's backbone; None where it cannot be built."""
+    try:
+        return own_grid(twin(recipe))
+    except Exception:  # only a hint: whoever needs the model says what is wrong with it
+        return None
 
 
 def cannot_rebuild(backbone: nn.Module, recipe: Mapping[str, Any]) -> str:
@@ -20,17 +63,17 @@ def cannot_rebuild(backbone: nn.Module, recipe: Mapping[str, Any]) -> str:
     """
     import timm
 
-    name = recipe["name"]
-    args: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in recipe["args"].items()
-    }
+    name, args = recipe["name"], {k: tuples(v) for k, v in recipe["args"].items()}
     if not timm.is_model(name):
         return f"{name} is no timm model name"
     try:
-        with torch.device("meta"):
-            twin = timm.create_model(name, num_classes=recipe["num_classes"], **args)
+        other = twin(recipe)
     except Exception as error:
         return f"timm cannot build {name} with {args} ({error})"
+    return _odd(backbone, other, f"{name} with {args}")
+
+
+def _odd(backbone: nn.Module, twin: nn.Module, what: str) -> str:
     mine, other = backbone.state_dict(), twin.state_dict()
     odd = [
         f"{k} is {tuple(mine[k].shape) if k in mine else 'absent'}, "
@@ -48,7 +91,7 @@ def cannot_rebuild(backbone: nn.Module, recipe: Mapping[str, Any]) -> str:
     if not odd:
         return ""
     more = f" and {len(odd) - 2} more" if len(odd) > 2 else ""
-    return f"{name} with {args} is another model ({'; '.join(odd[:2])}{more})"
+    return f"{what} is another model ({'; '.join(odd[:2])}{more})"
 
 
 def _flags(model: nn.Module) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from reduction.mixins.training import Trains
 from zoo.data.loader import NO_IMAGE
 from zoo.errors import ZooError
 from zoo.lit import optim, schedules
+from zoo.lit.divergence import check_answers, check_step
 
 
 class Classifier(pl.LightningModule):
@@ -132,7 +133,8 @@ class Classifier(pl.LightningModule):
         return images, labels
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the reducer put its parameters right."""
+        """Stop where training diverges; let the reducer put its parameters right."""
+        check_step(self, outputs, batch, batch_idx)
         if isinstance(reducer := getattr(self.net, "reducer", None), Learned):
             reducer.after_step()
 
@@ -219,6 +221,7 @@ class Classifier(pl.LightningModule):
         images, labels = batch[0], batch[1]
         logits = self.net(images).float()  # also of blanks: others may wait for this process in it
         real = labels != NO_IMAGE
+        check_answers(self, part, logits[real], (images[real], labels[real]))
         logits, labels = logits[real], labels[real]
         metrics = getattr(self, f"{part}_metrics")
         for name, metric in metrics.items():

@@ -190,6 +190,7 @@ class PowerBertSearch(Classifier):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the factors between zero and one."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
         with torch.no_grad():
             self.retention.clamp_(0.0, 1.0)
 

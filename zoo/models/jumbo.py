@@ -125,7 +125,8 @@ def jumbo_digits(pretrained: bool = False, **kwargs: Any) -> Jumbo:
         "drop_path_rate": 0.0,
     }
     model = _create("jumbo_digits", pretrained, args, kwargs)
-    _start_from_waves(model)
+    if not pretrained:
+        _start_from_waves(model)
     return model
 
 

@@ -76,7 +76,7 @@ def vit_digits_small(pretrained: bool = False, **kwargs: Any) -> VisionTransform
     Width 64 instead of 96, everything else as in `vit_digits`. It has no shipped weights.
 
     Args:
-        pretrained: Must be False.
+        pretrained: Needs a file of yours in `pretrained_cfg_overlay`.
         **kwargs: Passed on to timm's VisionTransformer.
 
     Returns:
@@ -86,7 +86,8 @@ def vit_digits_small(pretrained: bool = False, **kwargs: Any) -> VisionTransform
     model = _create_vision_transformer(
         "vit_digits_small", pretrained=pretrained, **{**args, **kwargs}
     )
-    init_pos_embed(model)
+    if not pretrained:
+        init_pos_embed(model)
     return model
 
 

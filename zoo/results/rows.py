@@ -85,6 +85,8 @@ FIELDS: dict[str, str] = {
     "device": "device that ran it: 'cpu' or the accelerator's name",
     "dtype": "computation type, e.g. 'float32', 'bfloat16'",
     "compile": "whether torch.compile was on",
+    "deterministic": "whether kernels were chosen without a clock, so that the run can be repeated",
+    "kernels": "mapping: kind of call to the kernel that ran, where there was a choice",
     "runtime": "mapping of run-time options other than the defaults, which the dense model shared",
     "bench": "mapping, of rows of benchmarks.speed: mode, rounds, spread, efficiency, ratios, ...",
     "peak_mem_mb": "peak device memory, MiB",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from zoo.errors import BadCheckpoint, ZooError
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 _ABSENT: Any = object()
 
 
-def build_model(cfg: DictConfig, **backbone_args: Any) -> ReducedViT:
+def build_model(
+    cfg: DictConfig, *, new_head: bool | Literal["auto"] = False, **backbone_args: Any
+) -> ReducedViT:
     """Builds the model that `backbone`, `reducer`, `schedule`, `plugin` and `weights` describe.
 
     With `weights` and no `backbone` the model is what was saved, and only what the command line
@@ -24,6 +26,8 @@ def build_model(cfg: DictConfig, **backbone_args: Any) -> ReducedViT:
 
     Args:
         cfg: A composed configuration; keys that are absent count as null.
+        new_head: For weights that go into a `backbone`; see `zoo.checkpoint.load_weights`. Training
+            takes "auto".
         **backbone_args: Arguments for timm that win over those of the configuration, e.g.
             `num_classes`.
 
@@ -40,7 +44,7 @@ def build_model(cfg: DictConfig, **backbone_args: Any) -> ReducedViT:
         )
         if part is not _ABSENT
     }
-    args = {**(_plain((backbone or {}).get("args")) or {}), **backbone_args}
+    args = {**_arguments(backbone), **backbone_args}
     if backbone is None or "name" not in backbone.keys():  # `in` is false for a missing value
         if weights is None:
             raise ZooError(
@@ -54,10 +58,59 @@ def build_model(cfg: DictConfig, **backbone_args: Any) -> ReducedViT:
     pretrained = bool(backbone.get("pretrained")) and weights is None
     model = create_model(str(backbone.name), pretrained=pretrained, **parts, **args)
     if weights is not None:
-        from zoo.checkpoint import find, load_weights
-
-        load_weights(model, find(str(weights)))
+        _load_into(model, str(weights), new_head)
     return _set_runtime(cfg, _checked(model))
+
+
+# What the options of a command line say already, by the arguments that would say it once more.
+_TAKEN = {
+    "backbone": "backbone.name=",
+    "model_name": "backbone.name=",
+    "pretrained": "backbone.pretrained=",
+    "reducer": "reducer=",
+    "schedule": "schedule=",
+    "plugins": "plugin=",
+    "last_block": "runtime.last_block=",
+    "fast_linear": "runtime.fast_linear=",
+}
+
+
+def _arguments(backbone: Any) -> dict[str, Any]:
+    """Arguments for timm.
+
+    Raises:
+        ZooError: They are no mapping, or hold what another option says.
+    """
+    args = _plain((backbone or {}).get("args")) or {}
+    if not isinstance(args, dict):
+        raise ZooError(
+            "backbone.args holds arguments for timm, e.g. +backbone.args.img_size=384; "
+            f"got {args!r}"
+        )
+    if taken := next((key for key in args if key in _TAKEN), None):
+        raise ZooError(f"backbone.args.{taken}: type {_TAKEN[taken]}{args[taken]} instead")
+    return args
+
+
+def _load_into(model: ReducedViT, weights: str, new_head: bool | Literal["auto"]) -> None:
+    from zoo.checkpoint import find, load_weights
+    from zoo.checkpoint.weights import OtherClassifier
+
+    try:
+        load_weights(model, find(weights), new_head=new_head)
+    except OtherClassifier as error:
+        if error.classes:
+            advice = f"type +backbone.args.num_classes={error.classes}"
+        else:
+            advice = (
+                "train one with train.py, or compare answers without labels: "
+                "task=fidelity +backbone.args.num_classes=0"
+            )
+        has = f"{error.classes} classes" if error.classes else "no classifier"
+        raise BadCheckpoint(
+            f"weights={weights}: the file has {has}, the model {model.num_classes} classes; "
+            f"{advice}"
+        ) from error
 
 
 def instantiate(node: Any) -> Any:

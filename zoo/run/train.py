@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf, open_dict
 
+from reduction.functional import kernels
+from zoo.checkpoint.untrusted import check_plain
 from zoo.cost.sampling import is_adaptive, sample
 from zoo.data import build_data
 from zoo.data.module import spread_images
@@ -25,6 +28,7 @@ from zoo.measure.costs import count_costs, sampled_costs
 from zoo.measure.describe import describe
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model, instantiate
+from zoo.run.resume import options_to_store, resumed
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -51,10 +55,16 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         ZooError: Something in the configuration does not fit; the message says what to type.
+        Diverged: The loss is no longer a number; the message names the step and the saved batch.
         KeyboardInterrupt: Training was stopped by Ctrl-C; the last epoch's checkpoint is kept.
     """
     cfg = _complete(cfg)
     _quiet()
+    with _repeatable(cfg):
+        return _train(cfg)
+
+
+def _train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.threads:
         torch.set_num_threads(int(cfg.threads))
     seed = int(cfg.seed)
@@ -71,10 +81,15 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         loss=instantiate(cfg.loss),
         mixup=_plain(OmegaConf.select(cfg, "augment.mixup")),
         aux_weight=float(cfg.aux_weight),
-        hyper_parameters={"data": _preprocessing(data), "config": _plain(_without_hydra(cfg))},
+        hyper_parameters={
+            "data": _preprocessing(data),
+            "config": _plain(_without_hydra(cfg)),
+            "options": options_to_store(cfg),
+        },
     )
+    done = None
     if cfg.ckpt is not None:
-        _check_resume(Path(cfg.ckpt), model, module.volatile)
+        done = _check_resume(Path(cfg.ckpt), model, module.volatile)
     trainer: pl.Trainer = instantiate_trainer(cfg)
     start = None
     if cfg.test_start and cfg.ckpt is None:
@@ -83,11 +98,42 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     seconds = _fit(trainer, module, data, cfg.ckpt)
     _pick_weights(trainer, module, str(cfg.test))
     [scores] = trainer.test(module, datamodule=data, verbose=False)
-    notes = _notes(cfg, trainer, seconds)
+    notes = _notes(cfg, trainer, seconds, done)
     if unread := _unread(cfg, data, int(scores["test/images"])):
         notes += f", {unread}"
     run = {"top1_start": start, "notes": notes}
     return _finish(cfg, trainer, module, data, scores, run)
+
+
+@contextlib.contextmanager
+def _repeatable(cfg: DictConfig) -> Iterator[None]:
+    """Within, `trainer.deterministic` also holds for what is built and measured by itself.
+
+    Raises:
+        ZooError: The run cannot be repeated, because it depends on a clock.
+    """
+    kernels.forget_used()
+    if not cfg.trainer.get("deterministic"):
+        yield
+        return
+    clocks = {
+        "schedule": str(OmegaConf.select(cfg, "schedule._target_")).startswith("zoo.budget.time."),
+        "module.seconds": OmegaConf.select(cfg, "module.seconds") is not None,
+        "trainer.max_time": cfg.trainer.get("max_time") is not None,
+    }
+    if asked := [name for name, given in clocks.items() if given]:
+        raise ZooError(
+            f"trainer.deterministic={cfg.trainer.deterministic} goes without a clock, and "
+            f"{asked[0]} asks one; leave one of them out"
+        )
+    was = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    kernels.set_deterministic(True)
+    try:
+        yield
+    finally:
+        kernels.set_deterministic(False)
+        torch.use_deterministic_algorithms(was, warn_only=warned)
 
 
 # -- before ---------------------------------------------------------------------------------------
@@ -103,22 +149,51 @@ def _complete(cfg: DictConfig) -> DictConfig:
     if cfg.test not in ("best", "last"):
         raise ZooError(f"test must be best or last, got {cfg.test!r}")
     with open_dict(cfg):
+        if cfg.ckpt is not None:
+            cfg = _resumed(cfg)
         if cfg.get("backbone") is None and cfg.get("weights") is None:
             cfg.weights = _DEMO_WEIGHTS
             if cfg.get("reducer") is None:
                 cfg.reducer = _DEMO_REDUCER
-        if cfg.ckpt is not None:
-            ckpt = Path(str(cfg.ckpt)).expanduser()
-            if not ckpt.is_file():
-                raise BadCheckpoint(
-                    f"ckpt={cfg.ckpt}: no such file; expected a checkpoint to resume from, such as "
-                    "outputs/train/DATE/TIME/checkpoints/last.ckpt"
-                )
-            cfg.ckpt = str(ckpt.resolve())
-            # A resumed run goes on in its own folder: its best epoch so far is there.
-            if ckpt.resolve().parent.name == "checkpoints":
-                cfg.output_dir = str(ckpt.resolve().parent.parent)
     return cfg
+
+
+def _resumed(cfg: DictConfig) -> DictConfig:
+    """The configuration of the run that `ckpt` is of."""
+    path = Path(str(cfg.ckpt)).expanduser()
+    if not path.is_file():
+        raise BadCheckpoint(
+            f"ckpt={cfg.ckpt}: no such file; expected a checkpoint to resume from, such as "
+            "outputs/train/DATE/TIME/checkpoints/last.ckpt"
+        )
+    path = path.resolve()
+    result = resumed(cfg, _read_checkpoint(path), path)
+    with open_dict(result):
+        result.ckpt = str(path)
+        # A resumed run goes on in its own folder: its best epoch so far is there.
+        if path.parent.name == "checkpoints":
+            result.output_dir = str(path.parent.parent)
+            _say(f"goes on in {os.path.relpath(result.output_dir)}")
+    return result
+
+
+def _read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """What Lightning wrote.
+
+    Raises:
+        BadCheckpoint: It is damaged, or not of a training run.
+    """
+    from zoo.checkpoint.files import read_any
+
+    stored = read_any(path)
+    needed = {"state_dict": dict, "loops": dict, "optimizer_states": list, "epoch": int}
+    if not isinstance(stored, Mapping) or any(
+        not isinstance(stored.get(key), kind) for key, kind in needed.items()
+    ):
+        raise BadCheckpoint(
+            f"{path}: not a training checkpoint; to start from its weights type weights={path}"
+        )
+    return stored
 
 
 def _build(cfg: DictConfig, data: ImageData) -> ReducedViT:
@@ -130,9 +205,14 @@ def _build(cfg: DictConfig, data: ImageData) -> ReducedViT:
         size = OmegaConf.select(cfg, "data.img_size")
         if size is not None and "img_size" not in args:
             given["img_size"] = _plain(size)
-        if classes is not None and "num_classes" not in args and cfg.weights is None:
+        if classes is not None and "num_classes" not in args:
             given["num_classes"] = classes
-    model = build_model(cfg, **given)
+    if "num_classes" in args and classes not in (None, args["num_classes"]):
+        raise ZooError(
+            f"backbone.args.num_classes={args['num_classes']}: {data.label} has {classes} classes; "
+            "leave it out, training makes a classifier of that size"
+        )
+    model = build_model(cfg, new_head="auto", **given)
     if classes is not None and classes != model.num_classes and "num_classes" not in args:
         _say(f"new classifier: {classes} classes, {cfg.weights} has {model.num_classes}")
         model.reset_classifier(classes)
@@ -164,29 +244,31 @@ def instantiate_trainer(cfg: DictConfig) -> pl.Trainer:
         raise ZooError(f"the trainer cannot be built: {reason}") from error
 
 
-def _check_resume(path: Path, model: ReducedViT, volatile: frozenset[str]) -> None:
+def _check_resume(path: Path, model: ReducedViT, volatile: frozenset[str]) -> int:
     """Refuses a checkpoint of another model before Lightning fails on it key by key.
 
-    Raises:
-        BadCheckpoint: It is damaged, or of another model.
-    """
-    from zoo.checkpoint.files import read_any
+    Returns:
+        The number of epochs that it is after.
 
-    stored = read_any(path)
-    needed = ("state_dict", "loops", "optimizer_states")
-    if not isinstance(stored, Mapping) or any(k not in stored for k in needed):
-        raise BadCheckpoint(
-            f"{path}: not a training checkpoint; to start from its weights type weights={path}"
-        )
-    was = (stored.get("hyper_parameters") or {}).get("recipe")
-    now = _json(model.recipe)
-    keys = {*was, *now} - volatile if was is not None else set()
-    differ = sorted(k for k in keys if _json(was.get(k)) != now.get(k))
+    Raises:
+        BadCheckpoint: It is of another model, e.g. because its weights have changed on disk.
+    """
+    stored = _read_checkpoint(path)
+    was = stored["hyper_parameters"].get("recipe") or {}
+    check_plain(was, f"{path} (recipe)")
+    was, now = (_untagged(_json(recipe)) for recipe in (was, model.recipe))
+    differ = sorted(k for k in {*was, *now} - volatile if was and was.get(k) != now.get(k))
     if differ:
         raise BadCheckpoint(
             f"{path}: trained with another {' and '.join(differ)} than this command asks for; "
             f"repeat the options of that run (was {[was.get(k) for k in differ]})"
         )
+    return int(stored["epoch"]) + 1
+
+
+def _untagged(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the tag, which older versions wrote into models from scratch, too."""
+    return {**recipe, "backbone": {**recipe["backbone"], "tag": None}} if recipe else recipe
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -270,6 +352,8 @@ def _finish(
         device=_device_name(trainer),
         dtype=str(trainer.precision),
         compile=False,
+        deterministic=bool(cfg.trainer.get("deterministic")),
+        kernels=kernels.chosen_kernels() or None,
         seed=int(cfg.seed),
         weights=os.path.relpath(folder),
         trained=True,
@@ -290,13 +374,15 @@ def _finish(
     return row
 
 
-def _notes(cfg: DictConfig, trainer: pl.Trainer, seconds: float) -> str:
+def _notes(cfg: DictConfig, trainer: pl.Trainer, seconds: float, done: int | None) -> str:
     start = cfg.weights or ("pretrained" if cfg.backbone and cfg.backbone.pretrained else "scratch")
     val = trainer.callback_metrics
     parts = [
         f"{trainer.current_epoch} epochs from {start} in {seconds:.0f} s",
         f"weights of the {cfg.test} epoch",
     ]
+    if done is not None:
+        parts[0] += f", resumed after epoch {done}"
     if any(cfg.trainer.get(name) for name in _LIMITS):
         parts.append("on part of the data")
     if "train/loss_epoch" in val:

@@ -45,7 +45,8 @@ def warm_start(model: nn.Module, vit: nn.Module) -> nn.Module:
         UnsupportedModel: The ViT has parts or sizes that the LookupViT cannot take over.
     """
     target = getattr(model, "backbone", model)
-    state = from_vit(getattr(vit, "backbone", vit).state_dict(), target)
+    source: Any = getattr(vit, "backbone", vit)
+    state = from_vit(source.state_dict(), target, tuple(source.patch_embed.grid_size))
     for name, value in target.state_dict().items():
         if value.shape != state[name].shape:
             raise UnsupportedModel(
@@ -82,12 +83,16 @@ def resampled(table: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def from_vit(vit: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def from_vit(
+    vit: Mapping[str, Tensor], model: nn.Module, grid: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
     """State dict of a LookupViT that starts as a plain ViT; see `warm_start`.
 
     Args:
         vit: State dict of the ViT.
         model: The LookupViT, which gives what the ViT cannot.
+        grid: Patch grid of the ViT; None is the LookupViT's where it has as many patches, else a
+            square.
 
     Raises:
         UnsupportedModel: The ViT has parts that a LookupViT cannot take over.
@@ -106,7 +111,7 @@ def from_vit(vit: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         if target is None:
             continue
         if name == "pos_embed":
-            value = _positions(value, vit, tuple(state[name].shape[2:]))
+            value = _positions(value, vit, tuple(state[name].shape[2:]), grid)
         state[target] = (value * _layer_scale(name, vit, value.dim())).to(state[target].dtype)
         seen.add(target)
     needed = re.compile(r"(patch_embed|pos_embed|norm|fc_norm)\b|blocks\.\d+\.refine\.")
@@ -152,7 +157,12 @@ def _layer_scale(name: str, vit: Mapping[str, Tensor], dims: int) -> Tensor | fl
     return gamma[:, None] if dims == 2 else gamma
 
 
-def _positions(table: Tensor, vit: Mapping[str, Tensor], grid: tuple[int, ...]) -> Tensor:
+def _positions(
+    table: Tensor,
+    vit: Mapping[str, Tensor],
+    grid: tuple[int, ...],
+    told: tuple[int, int] | None = None,
+) -> Tensor:
     """A ViT's positions `(1, P+N, D)`, or `(1, N, D)`, as a table `(1, D, h, w)`."""
     prefix = sum(vit[name].shape[1] for name in _PREFIX_TOKENS if name in vit)
     length, own = table.shape[1], grid[0] * grid[1]
@@ -160,11 +170,12 @@ def _positions(table: Tensor, vit: Mapping[str, Tensor], grid: tuple[int, ...]) 
     def square(n: int) -> bool:
         return isqrt(n) ** 2 == n
 
-    first = next((p for p in (prefix, 0) if length - p == own), None)
+    patches = own if told is None else told[0] * told[1]
+    first = next((p for p in (prefix, 0) if length - p == patches), None)
     if first is None:
         first = prefix if square(length - prefix) else 0
-    patches = length - first
-    old = grid if patches == own else (isqrt(patches), isqrt(patches))
+        told, patches = None, length - first
+    old = told or (grid if patches == own else (isqrt(patches), isqrt(patches)))
     found = resample_abs_pos_embed(
         table[:, first:], new_size=list(grid), old_size=list(old), num_prefix_tokens=0
     )
