@@ -354,3 +354,62 @@ def test_a_changed_reducer_is_planned_again() -> None:
         assert m(images(), return_info=True)[1].tokens != fused
         m.schedule.rate = 0.5
         assert m(images(), return_info=True)[1].tokens == tuple(m.token_counts())
+
+
+# ------------------------------------------------------------------ without a clock
+
+
+@pytest.fixture
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Whoever measures fails."""
+
+    def clock() -> float:
+        raise AssertionError("a clock was asked")
+
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(kernels.time, "perf_counter", clock)
+    kernels.forget()
+    fast_linear.forget()
+    yield
+    kernels.set_deterministic(False)
+    torch.use_deterministic_algorithms(False)
+    kernels.forget()
+    fast_linear.forget()
+
+
+@pytest.mark.parametrize("asked", ["auto", "explicit"])
+@pytest.mark.parametrize("switch", [kernels.set_deterministic, torch.use_deterministic_algorithms])
+def test_no_clock_is_asked_where_runs_must_repeat(
+    no_clock: None, switch: Any, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZOO_ATTN", asked)
+    m = zoo.wrap(backbone("plain"), "tome").set_runtime(fast_linear="auto", own_kernels=True)
+    switch(True)
+    with torch.no_grad():
+        m.eval()(images())
+    m.train()(images()).square().mean().backward()
+    used = kernels.chosen_kernels()
+    attention = {v for k, v in used.items() if k.startswith("attention")}
+    assert attention == ({"fused"} if asked == "auto" else {"by_image", "plain"})
+    if fast_linear.available():
+        assert {v for k, v in used.items() if k.startswith("linear")} == {"default"}
+
+
+def test_what_was_measured_before_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(kernels, "_fastest", lambda rivals, *_: rivals[-1])
+    kernels.forget()
+    q = torch.rand(2, 1, 80, 8)
+    try:
+        with torch.no_grad():
+            assert kernels.choose(q, q, q, 1.0, None) is kernels.by_image
+            kernels.set_deterministic(True)
+            assert kernels.choose(q, q, q, 1.0, None) is kernels.fused
+        threads = torch.get_num_threads()
+        words = f"attention 1x8, up to 96 tokens, batch, {threads} thread" + "s" * (threads > 1)
+        assert kernels.chosen_kernels() == {words: "fused"}
+        kernels.forget_used()
+        assert kernels.chosen_kernels() == {}
+    finally:
+        kernels.set_deterministic(False)
+        kernels.forget()

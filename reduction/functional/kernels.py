@@ -3,10 +3,11 @@
 On a CPU the fused kernel of torch is not always the fastest one: with few tokens, in float32, the
 two products and a softmax in a small reused buffer take up to a fifth less time. Which wins
 depends on the machine, so it is measured: once per process, kind of call and number of tokens
-(in steps of 32). All kernels agree to rounding. The environment is read once: `ZOO_ATTN=sdpa`
-switches the choice off, for runs that must repeat bit by bit in another process;
-`ZOO_ATTN=explicit` never asks the fused one; `ZOO_ATTN=fold` gives the fused one the bias as one
-more feature instead of a mask, which on some GPUs admits a faster kernel.
+(in steps of 32). All kernels agree to rounding. Runs that must repeat bit by bit call
+`set_deterministic(True)`, or torch's own `use_deterministic_algorithms`: no clock is asked then.
+The environment is read once: `ZOO_ATTN=sdpa` switches the choice off; `ZOO_ATTN=explicit` never
+asks the fused one; `ZOO_ATTN=fold` gives the fused one the bias as one more feature instead of a
+mask, which on some GPUs admits a faster kernel.
 
 Shapes: B batch, H heads, N queries, M keys, d head width.
 """
@@ -36,6 +37,9 @@ MARGIN = 1.03
 SAMPLE = 16
 
 _CHOSEN: dict[tuple[object, ...], Kernel] = {}
+#: What ran since `forget_used`, by the same keys; layers of other kinds add themselves by name.
+_USED: dict[tuple[object, ...], Kernel | str] = {}
+_switch = [False]
 _forced: list[str] = []
 _wished: list[str] = []
 
@@ -90,21 +94,79 @@ def forced(name: str | None) -> Iterator[None]:
         _forced.pop()
 
 
+def set_deterministic(on: bool) -> None:
+    """From now on choose kernels without a clock, or by measuring again.
+
+    The choice then depends on the tensors alone, so that the same command gives the same bits on
+    the same machine with the same number of threads. torch's `use_deterministic_algorithms` has
+    this effect too, without this switch.
+    """
+    _switch[0] = bool(on)
+
+
+def deterministic() -> bool:
+    """Whether kernels are chosen without a clock."""
+    return _switch[0] or torch.are_deterministic_algorithms_enabled()
+
+
+def note_used(layer: str, kernel: str) -> None:
+    """Have another layer whose product is chosen listed by `chosen_kernels`."""
+    _USED[(layer,)] = kernel
+
+
+def forget_used() -> None:
+    """Start the list of `chosen_kernels` anew; what was measured stays known."""
+    _USED.clear()
+
+
+def chosen_kernels() -> dict[str, str]:
+    """The kernels that ran since `forget_used`, where there was a choice: kind of call to name.
+
+    Such as `{"attention 3x64, up to 224 tokens, batch, 2 threads": "by_image"}`: three heads of
+    width 64. Calls that have one kernel only are not listed.
+    """
+    return {
+        _words(key): kernel if isinstance(kernel, str) else _name(kernel)
+        for key, kernel in sorted(_USED.items(), key=lambda item: str(item[0]))
+    }
+
+
+def _words(key: tuple[object, ...]) -> str:
+    if len(key) == 1:
+        return str(key[0])
+    train, batch, heads, width, steps, threads, bias = key
+    parts = [
+        f"attention {heads}x{width}",
+        f"up to {32 * int(str(steps))} tokens",
+        "batch" if batch else "one image",
+        *(["training"] if train else []),
+        *(["bias"] if bias else []),
+        f"{threads} thread" + ("s" if threads != 1 else ""),
+    ]
+    return ", ".join(parts)
+
+
+def _name(kernel: Kernel) -> str:
+    return kernel.__name__.strip("_")
+
+
 def forget() -> None:
     """Forget all choices, so that they are measured again, and what `ZOO_ATTN` said."""
     _CHOSEN.clear()
+    _USED.clear()
     _wished.clear()
 
 
 def choices() -> dict[tuple[object, ...], str]:
     """What was chosen so far: `(training, many images, H, d, N / 32, threads, bias)` to a name."""
-    return {key: kernel.__name__.strip("_") for key, kernel in _CHOSEN.items()}
+    return {key: _name(kernel) for key, kernel in _CHOSEN.items()}
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Kernel:
     """The fastest kernel for these tensors in plain eager code on a CPU, measured if need be.
 
-    The caller knows that the code is that plain, see `undisturbed`, and autocast off.
+    Under `deterministic` it is the first candidate, which is torch's own by default. The caller
+    knows that the code is that plain, see `undisturbed`, and autocast off.
     """
     batch, heads, n, width = q.shape
     asked, small = mode(), batch * heads * n**2 * width < SMALL
@@ -120,14 +182,19 @@ def choose(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -
         return fused
     threads = torch.get_num_threads()
     key = (train, batch > 1, heads, width, -(-n // 32), threads, bias is not None)
-    if key not in _CHOSEN:
+    kernel = None if deterministic() else _CHOSEN.get(key)
+    if kernel is None:
         rivals: tuple[Kernel, ...] = (plain,) if train else (by_image, at_once)
         if not train and (batch == 1 or n > 64):
             rivals = (at_once,) if batch == 1 else (by_image,)
         if asked == "auto":
             rivals = (fused, *rivals)
-        _CHOSEN[key] = rivals[0] if len(rivals) == 1 else _fastest(rivals, q, k, v, scale, bias)
-    return _CHOSEN[key]
+        if len(rivals) == 1 or deterministic():
+            kernel = rivals[0]
+        else:
+            kernel = _CHOSEN[key] = _fastest(rivals, q, k, v, scale, bias)
+    _USED[key] = kernel
+    return kernel
 
 
 def _saved_tensors_hooks() -> bool:

@@ -6,6 +6,9 @@ oneDNN computes the same product in up to half the time. Two spellings reach it:
 * without gradients, the operator `mkldnn._linear_pointwise` on the weights as they are;
 * with gradients, a 1x1 convolution, which is differentiable and public.
 
+"auto" measures which is faster, except where kernels are chosen without a clock
+(`reduction.functional.kernels.set_deterministic`): it is then torch's default.
+
 Nothing is stored: no packed copies that a changed weight could outlive, no new parameters, the
 same `state_dict`. The layers of a backbone become `FastLinear`, which does exactly what `nn.Linear`
 does unless a `ReducedViT` with the option is running in this thread; and even then wherever a
@@ -26,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.eager import autocasting, recording, traced, undisturbed
+from reduction.functional.kernels import deterministic, note_used
 
 Mode = Literal["off", "auto", "on"]
 MODES = ("off", "auto", "on")
@@ -34,6 +38,8 @@ MODES = ("off", "auto", "on")
 MARGIN = 1.15
 #: And only if it agrees so closely on numbers of size one.
 TOLERANCE = 1e-4
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 _here = threading.local()
 
@@ -65,8 +71,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     train = recording(x, weight, bias)
     product: Product = _by_convolution if train else _by_operator
     if mode == "auto":
-        key = (*weight.shape, bias is not None, train, weight.requires_grad)
-        product = _chosen(*key, torch.get_num_threads())
+        threads, trained = torch.get_num_threads(), weight.requires_grad
+        outputs, inputs = weight.shape
+        product = (
+            _plain
+            if deterministic()
+            else _chosen(outputs, inputs, bias is not None, train, trained, threads)
+        )
+        note_used("linear " + _layer(outputs, inputs, train, trained, threads), _NAMES[product])
     return product(x, weight, bias)
 
 
@@ -125,7 +137,6 @@ def _by_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _FOUND: dict[str, Product] = {}
 
 
@@ -159,19 +170,26 @@ def _chosen(
                     best[product] = float("inf")
     winner = min(products, key=best.__getitem__)
     winner = winner if best[winner] * MARGIN <= best[_plain] else _plain
-    use = ("training" if trains_weight else "frozen") if train else "inference"
-    _FOUND[f"{inputs}->{outputs} {use}, {threads} threads"] = winner
+    _FOUND[_layer(outputs, inputs, train, trains_weight, threads)] = winner
     return winner
+
+
+@functools.lru_cache(maxsize=256)
+def _layer(outputs: int, inputs: int, train: bool, trains_weight: bool, threads: int) -> str:
+    use = ("training" if trains_weight else "frozen") if train else "inference"
+    return f"{inputs}->{outputs} {use}, {threads} threads"
+
+
+_NAMES: dict[Product, str] = {
+    _plain: "default",
+    _by_convolution: "convolution",
+    _by_operator: "oneDNN",
+}
 
 
 def chosen() -> dict[str, str]:
     """What "auto" found in this process: shape of the layer and use to name of the product."""
-    names: dict[Product, str] = {
-        _plain: "default",
-        _by_convolution: "convolution",
-        _by_operator: "oneDNN",
-    }
-    return {key: names[product] for key, product in _FOUND.items()}
+    return {key: _NAMES[product] for key, product in _FOUND.items()}
 
 
 def forget() -> None:
