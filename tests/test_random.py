@@ -106,3 +106,11 @@ def test_the_seed_of_the_command_reaches_the_draw(tmp_path, monkeypatch, capsys)
     assert [row["reducer"]["seed"] for row in (first, second, again)] == [0, 1, 1]
     first, second, again = (row["fidelity"]["kl"] for row in (first, second, again))
     assert first != second == again
+
+
+def test_a_compiler_draws_the_same():
+    def both(x):
+        return draw(lots(x), 196, 60, seed=67280421310721, round_=5)
+
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.compile(both, fullgraph=True)(x), both(x))

@@ -17,6 +17,7 @@ from reduction.errors import ZooError
 #: Numbers are drawn below this prime, so that products of two of them fit into int64.
 PRIME = 2**31 - 1
 _WEIGHTS = 1_048_573  # a prime; the sum of 2**21 values of 15 bits times weights below it fits too
+_ROW = 65_521  # likewise; what is multiplied with places stays below 2**31, to which compilers cut indices
 _SCALE, _MOST = 64.0, 2.0**15
 
 
@@ -42,7 +43,8 @@ def lots(x: Tensor) -> Tensor:
     values = (x.flatten(1).float() * _SCALE).nan_to_num(0.0, _MOST, -_MOST)
     whole = values.clamp(-_MOST, _MOST).round().to(torch.int64)
     place = torch.arange(whole.shape[1], device=x.device)
-    return (whole * (place * 7_368_787 % _WEIGHTS)).sum(1) % PRIME
+    weight = (place % _ROW * 32_749 + place // _ROW * 101) % _WEIGHTS
+    return (whole * weight).sum(1) % PRIME
 
 
 def draw(lot: Tensor, n: int, k: int, seed: int, round_: int) -> Tensor:
@@ -60,7 +62,7 @@ def draw(lot: Tensor, n: int, k: int, seed: int, round_: int) -> Tensor:
     """
     place = torch.arange(n, device=lot.device)
     start = (seed * 1_000_003 + round_ * 40_503 + n * 2_654_435) % PRIME
-    x = (lot.unsqueeze(1) + start + place * 1_640_531_513) % PRIME
+    x = (lot.unsqueeze(1) + start + place * 7_919) % PRIME
     for factor in (48_271, 69_621, 1_226_874_159):
         x = (x * factor + start) % PRIME
         x = x * x % PRIME

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from zoo.model.answers import check_finite
+
 if TYPE_CHECKING:
     from zoo.model.stream import Info
 
@@ -20,6 +22,7 @@ def top_k(
     dtype: torch.dtype = torch.float32,
     limit: int | None = None,
     watch: Callable[[Info], None] | None = None,
+    name: Callable[[int], str | None] | None = None,
 ) -> tuple[int, int, int]:
     """Counts correct answers.
 
@@ -30,9 +33,13 @@ def top_k(
         dtype: Precision of autocast.
         limit: Stop after so many images.
         watch: Is told of every batch what happened to its tokens, by a model that can say.
+        name: What an image is called, by its place, for messages.
 
     Returns:
         Images whose class came first, those whose class was among the first five, and all images.
+
+    Raises:
+        NotFinite: The model answers an image with NaN or infinity.
     """
     top1 = top5 = total = 0
     model.eval()
@@ -42,10 +49,12 @@ def top_k(
         images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             if watch is None:
-                logits = model(images)
+                logits, info = model(images), None
             else:
                 logits, info = model(images, return_info="trace")
-                watch(info)
+        check_finite(logits, total, name=name)
+        if watch is not None and info is not None:
+            watch(info)
         best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
         top1 += int(hits[:, 0].sum())

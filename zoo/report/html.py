@@ -15,7 +15,6 @@ from importlib import resources
 from typing import Any
 
 from zoo.report.colors import method_colors
-from zoo.report.compare import succeeded_later
 from zoo.report.entry import Comparison, Entry
 from zoo.report.notes import CONVENTION, environment
 from zoo.report.payload import counted, method_of, payload, time_of
@@ -230,7 +229,7 @@ def _old_cells(row: Row) -> list[str]:
         "",
         "",
         "",
-        *fidelity_cells(fidelity([row])),
+        *fidelity_cells(fidelity(row)),
     ]
 
 
@@ -241,7 +240,7 @@ def _failed(comparison: Comparison) -> str:
     for row in comparison.failed:
         method = str(row.get("method") or DENSE)
         what = f"{row.get('backbone') or '?'} + {method} {describe_budget(row.get('schedule'))}"
-        later = succeeded_later(row, comparison.rows)
+        later = not any(row is gap for gap in comparison.gaps)
         meta = [time_of(row.get("created")), "a later run succeeded" if later else ""]
         command = f"<p><code>{escape(str(row['command']))}</code></p>" if row.get("command") else ""
         items.append(
