@@ -149,7 +149,7 @@ def test_fidelity_can_be_plotted_instead_of_accuracy(opened):
 def test_a_click_on_a_heading_sorts_and_a_name_opens_the_row(opened):
     head = "[...document.querySelectorAll('th button')].find((b) => b.textContent === 'Top-1 %')"
     opened.click(head)
-    values = opened.evaluate(f"{SHOWN}.map((r) => r.cells[8]?.dataset.v).filter(Boolean)")
+    values = opened.evaluate(f"{SHOWN}.map((r) => r.cells[10]?.dataset.v).filter(Boolean)")
     assert len(values) > 4 and values == sorted(values, key=float, reverse=True)
     opened.click("document.querySelector('#results tbody tr button')")
     assert "run_id" in opened.evaluate("document.querySelector('tr.detail').innerText")

@@ -17,7 +17,8 @@ from reduction.errors import ZooError
 #: Numbers are drawn below this prime, so that products of two of them fit into int64.
 PRIME = 2**31 - 1
 _WEIGHTS = 1_048_573  # a prime; the sum of 2**21 values of 15 bits times weights below it fits too
-_ROW = 65_521  # likewise; what is multiplied with places stays below 2**31, to which compilers cut indices
+# What is multiplied with places stays below 2**31: compilers compute indices in 32 bits.
+_ROW = 65_521
 _SCALE, _MOST = 64.0, 2.0**15
 
 

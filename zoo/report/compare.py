@@ -16,7 +16,7 @@ from typing import Any
 from zoo.report import readings
 from zoo.report.controls import guests, main_dense, name_controls, was_trained_here
 from zoo.report.entry import Comparison, Entry, View
-from zoo.report.identity import Identity, backbone, has_quality, options, trained
+from zoo.report.identity import Identity, backbone, cost_options, has_quality, trained
 from zoo.report.names import name_entries
 from zoo.report.notes import notes_on
 from zoo.report.pareto import pareto_front
@@ -55,7 +55,7 @@ def compare(rows: Iterable[Row]) -> Comparison:
             judged[identity.key(row)].append(row)
         else:
             # Cost and speed do not depend on data or weights: these complete what has answers.
-            costs[(identity.setting(row), *options(row))].append(row)
+            costs[(identity.setting(row), *cost_options(row))].append(row)
 
     numbers = {id(row): index for index, row in enumerate(ordered)}
     entries, others = [], []
@@ -68,7 +68,7 @@ def compare(rows: Iterable[Row]) -> Comparison:
         others += [(row, entry) for row in own if row is not entry.row]
     for (configuration, *_), own in costs.items():
         found = owners[configuration]
-        owner = next((e for e in found if options(e.row) == options(own[-1])), None)
+        owner = next((e for e in found if cost_options(e.row) == cost_options(own[-1])), None)
         owner = owner or next((e for e in found if _completes(own[-1], e.row)), None)
         if owner is None:
             owner = _entry(own, [], numbers, identity)
@@ -158,7 +158,7 @@ def _entry(
     runs = {k: r for k, r in latest.items() if number(r.get("top1")) is not None} or latest
     row = next(reversed(sorted(runs.values(), key=lambda r: numbers[id(r)])))
     candidates = sorted([*extra, *own], key=lambda r: numbers[id(r)])
-    alike = [r for r in candidates if options(r) == options(row)]
+    alike = [r for r in candidates if cost_options(r) == cost_options(row)]
     counted = [r for r in alike if total_gmacs(r) is not None]
     # A mean over images belongs to its weights and data; what the accuracy's row says comes first.
     cost = row if total_gmacs(row) is not None or not counted else _most_images(counted)
@@ -187,6 +187,7 @@ def _entry(
         # Of several runs only the same interval is theirs.
         interval=ends.pop() if len(ends) == 1 else None,
         runs=runs if scores else {},
+        partial=has_quality(row) and not identity.whole(row),
         spread=statistics.stdev(scores) if len(scores) > 1 else None,
         reference_gmacs=number(row.get("gmacs_dense")),
         fidelity=_fidelity(own, identity),
@@ -231,8 +232,8 @@ def _views(
         view.failures = [row for row in gaps if _belongs(row, members[0])]
         views.append(view)
         by_data[data].append(view)
-    # Most accuracies first: what opens is what there is most to see in.
-    views.sort(key=lambda v: (-sum(e.top1 is not None for e in v.entries), v.label))
+    # Most accuracies first: what opens is what there is most to see in. Short runs come last.
+    views.sort(key=lambda v: (v.partial, -sum(e.top1 is not None for e in v.entries), v.label))
     for data, parts in sorted(by_data.items()):
         if data and len(parts) > 1:
             everything = [entry for part in parts for entry in part.entries if not entry.guest]

@@ -31,6 +31,7 @@ class Entry:
     top1: float | None
     interval: tuple[float, float] | None
     runs: Mapping[str, Row] = field(default_factory=dict)  # by their seeds
+    partial: bool = False  # on fewer images than other runs of the same data
     spread: float | None = None  # standard deviation of top-1 over several runs
     reference_id: int | None = None
     reference_differs: list[str] = field(default_factory=list)
@@ -101,6 +102,11 @@ class View:
     front_untrained: list[Entry]
     failures: list[Row] = field(default_factory=list)
     combined: bool = False  # over several backbones
+
+    @property
+    def partial(self) -> bool:
+        """Whether it is on fewer images than other views of the same data."""
+        return any(entry.partial for entry in self.entries)
 
     @property
     def reference(self) -> Entry | None:

@@ -75,9 +75,17 @@ def options(row: Mapping[str, Any]) -> list[str]:
     return [*switched_on(row), *(["compiled"] if row.get("compile") else [])]
 
 
+def cost_options(row: Mapping[str, Any]) -> list[str]:
+    """Run-time options that change the cost."""
+    return [option for option in switched_on(row) if option.startswith("last_block=")]
+
+
 def has_quality(row: Mapping[str, Any]) -> bool:
     """Whether a row knows how good the answers are: by labels, or against the dense model."""
-    return number(row.get("top1")) is not None or bool(fidelity(row))
+    if number(row.get("top1")) is not None or fidelity(row):
+        return True
+    # Fidelity is measured against the dense model, whose own row holds none.
+    return is_dense(row) and bool(row.get("dataset")) and "fidelity" in (row.get("task") or ())
 
 
 def images(row: Mapping[str, Any]) -> int | None:

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from zoo.report.identity import arguments, options, precision
-from zoo.report.words import plugins
+from zoo.report.identity import arguments, cost_options, options, precision
+from zoo.report.words import DENSE, plugins
 
 if TYPE_CHECKING:
     from zoo.report.entry import Entry
@@ -60,7 +60,7 @@ def name_entries(entries: Sequence[Entry], identity: Identity) -> None:
         keys = _differing([_mapping(entry.row.get("schedule")) for entry in same])
         _add(same, [schedule(entry, keys) for entry in same])
     for same in _grouped(entries, alike):
-        _add(same, [", ".join(options(entry.row)) for entry in same])
+        _add(same, [", ".join(_options(entry)) for entry in same])
     for same in _grouped(entries, alike):
         _add(same, [precision(entry.row) for entry in same])
     for same in _grouped(entries, alike):
@@ -68,6 +68,25 @@ def name_entries(entries: Sequence[Entry], identity: Identity) -> None:
         _add(same, [training(entry, keys) for entry in same])
     for same in _grouped(entries, alike):
         _add(same, [weights(entry) for entry in same])
+
+
+def methods_of(entries: Iterable[Entry]) -> set[str]:
+    """Registry names of the methods among some entries: the one count of methods of a report.
+
+    Arguments, budgets, seeds and added plugins make no other method; a plugin without a reducer
+    is one.
+    """
+    found = set()
+    for entry in entries:
+        if not entry.dense:
+            own = str(entry.row.get("method") or DENSE)
+            found.add(own if own != DENSE else "+".join(plugins(entry.row)))
+    return found
+
+
+def _options(entry: Entry) -> list[str]:
+    # Where only costs are known, other options are settings of the speed.
+    return options(entry.row) if entry.data else cost_options(entry.row)
 
 
 def _grouped(entries: Iterable[Entry], key: Callable[[Entry], Any]) -> list[list[Entry]]:
