@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from zoo.errors import ZooError
 from zoo.model.answers import check_finite
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def top_k(
 
     Raises:
         NotFinite: The model answers an image with NaN or infinity.
+        ZooError: An image has no label, or one that is no output of the model.
     """
     top1 = top5 = total = 0
     model.eval()
@@ -53,6 +55,7 @@ def top_k(
             else:
                 logits, info = model(images, return_info="trace")
         check_finite(logits, total, name=name)
+        _check_labels(labels, logits.shape[1], total)
         if watch is not None and info is not None:
             watch(info)
         best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
@@ -63,3 +66,16 @@ def top_k(
         if limit is not None and total >= limit:
             break
     return top1, top5, total
+
+
+def _check_labels(labels: Tensor, classes: int, first: int) -> None:
+    """Refuse labels for which there is no right answer: they would all count as wrong."""
+    wrong = ((labels < 0) | (labels >= classes)).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        label = int(labels[place])
+        what = "no label" if label < 0 else f"label {label}, the model {classes} outputs"
+        raise ZooError(
+            f"image {first + place}, counted from 0, has {what}; accuracy needs a label from 0 to "
+            f"{classes - 1} for every image, task=fidelity needs none"
+        )

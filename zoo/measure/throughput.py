@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -201,7 +202,8 @@ def seconds(step: Callable[[], object], number: int, device: torch.device) -> fl
     """Seconds that so many calls take: events on CUDA, else the clock on the wall."""
     _synchronize(device)
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event: Any = torch.cuda.Event  # which has no types
+        begin, end = (event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(number):
             step()

@@ -48,8 +48,7 @@ def check_finite(
     called = None if name is None else name(place)
     where = f"image {place}" + (f" ({called})" if called else "")
     raise NotFinite(
-        f"{who} answers {where} with {kind} ({count} of {len(values)} numbers; images count from "
-        "0): its weights, the precision or that image are at fault, and nothing is measured",
+        f"{who} answers {where}, counted from 0, with {kind} ({count} of {len(values)} numbers): "
+        "nothing is measured; its weights, the precision or that image are at fault",
         place,
     )
-

@@ -16,7 +16,15 @@ from typing import Any
 from zoo.report import readings
 from zoo.report.controls import guests, main_dense, name_controls, was_trained_here
 from zoo.report.entry import Comparison, Entry, View
-from zoo.report.identity import Identity, backbone, cost_options, has_quality, trained
+from zoo.report.identity import (
+    Identity,
+    backbone,
+    cost_options,
+    has_quality,
+    same_weights,
+    trained,
+    weights,
+)
 from zoo.report.names import name_entries
 from zoo.report.notes import notes_on
 from zoo.report.pareto import pareto_front
@@ -55,7 +63,8 @@ def compare(rows: Iterable[Row]) -> Comparison:
             judged[identity.key(row)].append(row)
         else:
             # Cost and speed do not depend on data or weights: these complete what has answers.
-            costs[(identity.setting(row), *cost_options(row))].append(row)
+            key = (identity.setting(row), *cost_options(row))
+            costs[key].append(row)
 
     numbers = {id(row): index for index, row in enumerate(ordered)}
     entries, others = [], []
@@ -124,10 +133,16 @@ def succeeded_later(failed: Row, rows: Iterable[Row], identity: Identity) -> boo
     return any(
         row.get("status") != "failed"
         and what(row) == (*what(failed)[:-1], True)
+        and _same_weights(failed, row)
         and identity.whole(row)  # a short run does not show that the whole one works
         and str(row.get("created")) > str(failed.get("created"))
         for row in rows
     )
+
+
+def _same_weights(failed: Row, row: Row) -> bool:
+    # A training that failed names the weights that it began with, one that succeeded its own.
+    return was_trained_here(failed) or not weights(failed) or same_weights(failed, row)
 
 
 # ---------------------------------------------------------------------------------- entries

@@ -143,7 +143,11 @@ class Identity:
         if not trained(row):
             return None
         maker: Mapping[str, Any] = self._training.get(str(row.get("weights_sha")), {})
-        return row.get("training") or maker.get("training")
+        found = row.get("training") or maker.get("training")
+        if isinstance(found, Mapping) and found.get("start_sha"):
+            # The same weights by another name are the same start.
+            return {key: value for key, value in found.items() if key != "start"}
+        return found
 
     def whole(self, row: Mapping[str, Any]) -> bool:
         """Whether a row was measured on as many images as any; a row that does not say was."""

@@ -85,10 +85,8 @@ def _on_references(reduced: Sequence[Entry]) -> list[str]:
     for entry in reduced:
         if entry.reference_differs:
             others[", ".join(entry.reference_differs)].append(entry.label)
-    for words, labels in others.items():
-        notes.append(
-            f"{_some(labels)}: compared with the dense model {words}, for want of its own."
-        )
+    for words, whose in others.items():
+        notes.append(f"{_some(whose)}: compared with the dense model {words}, for want of its own.")
     return notes
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _MARKERS = {RESOLUTION: "s", SMALLER: "^", LONGER: "D"}
 # matplotlib's names of the shapes of methods, and the area that makes them look equally large.
-_SHAPES = {
+_SHAPES: dict[str, tuple[Any, float]] = {
     "square": ("s", 40),
     "circle": ("o", 46),
     "triangle-up": ("^", 50),

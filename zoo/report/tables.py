@@ -51,8 +51,10 @@ _SPREAD: dict[str, tuple[tuple[str, Any], ...]] = {
     ),
 }
 _WORDS = ("Method", "Budget", "Weights")  # columns of words, aligned left
-_DERIVED = ("budget", "control", "gmacs_saved_percent", "top1_delta", "speedup", "efficiency")
-_DERIVED += ("current", "pareto", "pareto_untrained", "runs", "top1_mean", "top1_spread")
+_DERIVED = (
+    *("budget", "control", "gmacs_saved_percent", "top1_delta", "speedup", "efficiency"),
+    *("current", "pareto", "pareto_untrained", "runs", "top1_mean", "top1_spread"),
+)
 COLUMNS = (
     *("Method", "Budget", "Input", "Params", "Tokens", "GMACs", "Reducer", "−GMACs", "Top-1 %"),
     *("Runs", "95 % interval", "Δ top-1", "img/s", "Speed-up", "Efficiency", "Memory"),
@@ -269,8 +271,8 @@ def entry_cells(entry: Entry, setting: str | None) -> list[str]:
         "" if entry.interval is None else "{:.2f} – {:.2f}".format(*entry.interval),
         signed(entry.delta),
         format_rate(speed.rate) if speed else "",
-        format_times(faster and faster.speedup),
-        format_share(faster and faster.efficiency),
+        format_times(faster.speedup if faster else None),
+        format_share(faster.efficiency if faster else None),
         format_memory(memory),
         *fidelity_cells(entry.fidelity),
         ("trained" if entry.trained else "off the shelf") if entry.top1 is not None else "",

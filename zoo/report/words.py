@@ -91,8 +91,10 @@ def format_millions(params: Any) -> str:
 def _as_published(row: Mapping[str, Any]) -> str:
     """The cost as the method's paper counts it, where that differs."""
     paper = row.get("gmacs_paper")
-    total = number(paper.get("total")) if isinstance(paper, Mapping) else None
-    return "" if total is None else f", {format_gmacs(total)} GMACs as {paper['convention']} counts"
+    paper = paper if isinstance(paper, Mapping) else {}
+    total = number(paper.get("total"))
+    convention = paper.get("convention") or "its paper"
+    return "" if total is None else f", {format_gmacs(total)} GMACs as {convention} counts"
 
 
 def plugins(row: Mapping[str, Any]) -> list[str]:

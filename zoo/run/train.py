@@ -25,6 +25,7 @@ from zoo.measure.costs import count_costs, sampled_costs
 from zoo.measure.describe import describe
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model, instantiate
+from zoo.run.training import training_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -273,6 +274,7 @@ def _finish(
         seed=int(cfg.seed),
         weights=os.path.relpath(folder),
         trained=True,
+        training=training_of(cfg),
         **run,
     )
     if "notes" in known:
