@@ -85,8 +85,8 @@ def full_table() -> str:
             catalogue.counts(reducer),
             _code(card),
             str(passed.get(name, "-")),
-            evidence.percent(top1.untrained),
-            evidence.percent(top1.trained),
+            evidence.percent(top1.untrained, top1.untrained_spread),
+            evidence.percent(top1.trained, top1.trained_spread),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -132,8 +132,9 @@ def index_page() -> str:
         "image keeps as many tokens. Fixtures: files of tensors recorded from the official code",
         "or a port that are reproduced (`python -m tests.parity tests/golden`). The last two",
         "columns: top-1 in percent of `vit_digits` on 360 test images at half the dense GMACs,",
-        "with its weights as they come and after training with the method, the best row of",
-        "[results/digits](../../results/digits); - where nobody ran it.",
+        "with its weights as they come and after training with the method, the best setting in",
+        "[results/digits](../../results/digits), mean ± standard deviation where it was run with",
+        "several seeds; - where nobody ran it.",
         "",
         full_table(),
         "",

@@ -207,7 +207,9 @@ def counted(
     dense: int | None = None
     if anatomy.alone is None:
         linear, attention, own, blocks = count(anatomy, plans, patches, schedule=schedule)
-        dense = sum(count(anatomy, dense_plan(anatomy, grid), patches, None, False)[:2])
+        # Run with the same options: they are no merit of the reduction.
+        whole = dense_plan(anatomy, grid, last_block)
+        dense = sum(count(anatomy, whole, patches, None, False)[:2])
     else:
         linear, attention, own, blocks = count_alone(anatomy.alone, grid)
     if convention == "diffrate":

@@ -26,6 +26,10 @@ _PRECISIONS = {
 }
 
 
+# What may be typed for a training without making it another one.
+_FREE = {"seed", "results", "threads", "output_dir", "trainer.enable_progress_bar"}
+
+
 def canonical(value: Any) -> str:
     """A value as text that is equal for equal values; what a mapping leaves open is left out."""
     if isinstance(value, Mapping):
@@ -147,7 +151,7 @@ class Identity:
         if isinstance(found, Mapping) and found.get("start_sha"):
             # The same weights by another name are the same start.
             return {key: value for key, value in found.items() if key != "start"}
-        return found
+        return found or _typed(row if was_trained_here(row) else maker)
 
     def whole(self, row: Mapping[str, Any]) -> bool:
         """Whether a row was measured on as many images as any; a row that does not say was."""
@@ -178,6 +182,14 @@ class Identity:
             maker = row
         own = [f"weights {weights(row)[:12]}"] if maker is None and weights(row) else []
         return ", ".join([*own, f"seed {(maker or row).get('seed')}", *drawn])
+
+
+def _typed(row: Mapping[str, Any]) -> dict[str, str] | None:
+    """What was typed for a training whose row says nothing else of it; older ones do not."""
+    words = [word.partition("=") for word in str(row.get("command") or "").split()]
+    typed = {name.lstrip("+"): value for name, equals, value in words if equals}
+    found = {k: v for k, v in typed.items() if k not in _FREE and not k.startswith("hydra.")}
+    return found or None
 
 
 def _split(row: Mapping[str, Any]) -> str:
