@@ -11,6 +11,7 @@ from typing import Any
 
 from zoo.report.compare import compare
 from zoo.report.entry import Comparison, Entry, View
+from zoo.report.links import links_of
 from zoo.report.notes import CONVENTION, environment
 from zoo.report.words import (
     describe_budget,
@@ -143,6 +144,7 @@ def markdown_table(comparison: Comparison, title: str) -> str:
         parts += ["## Failed runs", ""]
         parts += [f"- {_md(summary_line(row))}" for row in comparison.failed]
         parts.append("")
+    parts += _markdown_methods(comparison)
     count = len(comparison.rows)
     parts += [
         CONVENTION,
@@ -153,6 +155,20 @@ def markdown_table(comparison: Comparison, title: str) -> str:
         f"{count} row{'s' * (count != 1)} · {_md(environment(comparison.rows))}",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _markdown_methods(comparison: Comparison) -> list[str]:
+    """Where to read on about each method."""
+    found = {}
+    for entry in comparison.entries:
+        links = links_of(entry.row)
+        if not entry.dense and (links.paper or links.code):
+            title = _md(links.title or "paper")
+            parts = [f"[{title}]({links.paper})" if links.paper else title]
+            parts += [f"[code]({links.code})"] if links.code else []
+            found[str(entry.row.get("method"))] = ", ".join(parts)
+    lines = [f"- {_md(name)}: {text}" for name, text in sorted(found.items())]
+    return ["## Methods", "", *lines, ""] if lines else []
 
 
 def _markdown_view(view: View) -> list[str]:
