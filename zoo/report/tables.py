@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from zoo.report.compare import compare
@@ -216,13 +216,11 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def _console_view(view: View) -> str:
-    columns, body = _grid(
-        view,
-        (
-            *("Input", "Params", "Tokens", "Reducer", "Efficiency", "KL", "Cosine", "Memory"),
-            "Weights",
-        ),
-    )
+    # What is left out would not fit; features say what answers say where there are answers.
+    without = {"Input", "Params", "Tokens", "Reducer", "Efficiency", "KL", "Memory", "Weights"}
+    if any("agreement" in entry.fidelity for entry in view.entries):
+        without.add("Cosine")
+    columns, body = _grid(view, without)
     for entry, cells in zip(view.entries, body, strict=True):
         cells[0] = entry.title
     marks = ["*" if entry in view.front else " " for entry in view.entries]
@@ -253,7 +251,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 # ------------------------------------------------------------------------------------ cells
 
 
-def _grid(view: View, without: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+def _grid(view: View, without: Collection[str] = ()) -> tuple[list[str], list[list[str]]]:
     """Column names and cells of a view; columns that nothing fills are left out."""
     rate = view.settings[0] if view.settings else None
     columns = list(COLUMNS)
