@@ -149,3 +149,19 @@ def test_json_of_a_failed_row_is_plain(run, broken, tmp_path):
     run(f"eval weights={broken} task=accuracy")
     text = (tmp_path / "results" / "local" / "rows.jsonl").read_text()
     assert "NaN" not in text.replace("with NaN", "") and json.loads(text)["status"] == "failed"
+
+
+def test_the_file_is_named_also_behind_a_damaged_one(run, broken, tmp_path):
+    from PIL import Image
+
+    for name in range(10):
+        folder = tmp_path / "data" / "val" / str(name)
+        folder.mkdir(parents=True)
+        for i in range(2):
+            Image.new("L", (16, 16), 10 * name).save(folder / f"{i}.png")
+    (tmp_path / "data" / "val" / "0" / "0.png").write_bytes(b"\x89PNG and no more")
+    for task in ("accuracy", "fidelity"):
+        line = f"eval weights={broken} reducer=tome schedule.r=4 task={task} data=folder"
+        code, _, err = run(f"{line} data.root={tmp_path}/data data.num_workers=0")
+        assert code == 2, err
+        assert f"image 0 ({tmp_path}/data/val/0/1.png), counted from 0" in err.replace("\n", " ")
