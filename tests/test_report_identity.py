@@ -2,6 +2,7 @@
 
 import csv
 import io
+import random
 import statistics
 
 import pytest
@@ -11,7 +12,7 @@ from zoo.report import table, write_report
 from zoo.report.compare import compare
 from zoo.report.tables import csv_table, markdown_table
 from zoo.results import evidence
-from zoo.results.rows import append_row, new_row
+from zoo.results.rows import FIELDS, append_row, new_row
 
 FULL, SMOKE = {"n_images": 360}, {"n_images": 20, "top1": 100.0, "ci95": [83.9, 100.0]}
 SHA = {"weights_sha": "a" * 64}
@@ -267,3 +268,14 @@ def test_parameters_and_input_size_stand_in_front(tmp_path):
 def test_intervals_are_printed_as_they_are():
     text = table([dense(hits=359)])
     assert "98.44 – 99.95" in text and "±" not in text
+
+
+def test_rows_may_hold_anything():
+    junk = [None, -1, 1e400, "", "NaN", [], [[1, 2]], {}, {"name": None}, {"a": [1]}, True, 10**30]
+    draw = random.Random(0)
+    for _ in range(300):
+        rows = [dense(), row(), row("evit", trained=True, task=["train"])]
+        for one in rows:
+            one.update({draw.choice(list(FIELDS)): draw.choice(junk) for _ in range(3)})
+        comparison = compare(rows)
+        csv_table(comparison), markdown_table(comparison, "t"), table(rows)

@@ -37,6 +37,7 @@ from zoo.report.words import (
     is_dense,
     most_gmacs,
     number,
+    tasks,
     total_gmacs,
 )
 
@@ -104,16 +105,15 @@ def compare(rows: Iterable[Row]) -> Comparison:
 def _without_copies(rows: Iterable[Row]) -> Iterable[Row]:
     seen = set()
     for row in rows:
-        run_id = row.get("run_id")
-        if run_id is None or run_id not in seen:
+        run_id = str(row.get("run_id") or "")
+        if not run_id or run_id not in seen:
             yield row
         seen.add(run_id)
 
 
 def _or_failed(row: Row) -> Row:
     """The row; a failure if it says that it measured an accuracy and holds none (NaN is none)."""
-    task = row.get("task")
-    measured = isinstance(task, Sequence) and not isinstance(task, str) and "accuracy" in task
+    measured = "accuracy" in tasks(row)
     if row.get("status") == "failed" or not measured or number(row.get("top1")) is not None:
         return row
     return {**row, "status": "failed", "error": row.get("error") or "its accuracy is no number"}
@@ -126,8 +126,7 @@ def succeeded_later(failed: Row, rows: Iterable[Row], identity: Identity) -> boo
         data = row.get("dataset") if failed.get("dataset") else None
         seed = row.get("seed") if failed.get("seed") is not None else None
         budget = describe_budget(row.get("schedule"))
-        tasks = {"train", "accuracy"} & set(failed.get("task") or ())
-        done = not tasks or tasks <= set(row.get("task") or ())
+        done = ({"train", "accuracy"} & tasks(failed)) <= tasks(row)
         return row.get("backbone"), row.get("method") or DENSE, budget, data, seed, done
 
     return any(
@@ -262,7 +261,7 @@ def _views(
 def _belongs(failed: Row, entry: Entry) -> bool:
     """Whether a run that failed would have stood beside this entry."""
     data = failed.get("dataset")
-    judged = {"accuracy", "fidelity"} & set(failed.get("task") or ())
+    judged = {"accuracy", "fidelity"} & tasks(failed)
     if data and (judged or was_trained_here(failed)):
         return failed.get("backbone") == entry.row.get("backbone") and bool(
             entry.data and data == entry.row.get("dataset")

@@ -126,6 +126,7 @@ def html_page(comparison: Comparison, title: str, folder: Path | None = None) ->
         js=_asset("page.js"),
         plotly=get_plotlyjs(),
         lede=escape(_lede(comparison)),
+        alarm=_alarm(comparison),
         view_options=options,
         row_count=f"{count} row{'s' * (count != 1)}",
         table_class="single" if len(views) == 1 else "",
@@ -150,15 +151,18 @@ def _fill(template: str, **values: str) -> str:
 
 def _lede(comparison: Comparison) -> str:
     backbones = {e.backbone for e in comparison.entries}
-    data = {e.row.get("dataset") for e in comparison.entries if e.data}
+    data = {str(e.row.get("dataset")) for e in comparison.entries if e.data}
     parts = [counted(len(methods_of(comparison.entries)), "token-reduction method")]
     parts.append(f"on {counted(len(backbones), 'backbone')}")
     if data:
         parts.append(f"and {counted(len(data), 'data set')}")
-    text = " ".join(parts) + ": what each one saves, and what it costs in accuracy."
-    if comparison.failed:
-        text += f" {counted(len(comparison.failed), 'run')} failed, listed at the end."
-    return text
+    return " ".join(parts) + ": what each one saves, and what it costs in accuracy."
+
+
+def _alarm(comparison: Comparison) -> str:
+    if not comparison.failed:
+        return ""
+    return f' <a class="alarm" href="#failed">{counted(len(comparison.failed), "run")} failed.</a>'
 
 
 # ------------------------------------------------------------------------------------ table
@@ -288,6 +292,6 @@ def _failed(comparison: Comparison) -> str:
             f"<p>{escape(str(row.get('error') or 'no reason recorded'))}</p>{command}</li>"
         )
     return (
-        f'<section class="card failed"><h2>{counted(len(items), "failed run")}</h2>'
+        f'<section class="card failed" id="failed"><h2>{counted(len(items), "failed run")}</h2>'
         f"<ol>{''.join(items)}</ol></section>"
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from zoo.report.controls import was_trained_here
 from zoo.report.readings import Row, fidelity, switched_on
-from zoo.report.words import DENSE, is_dense, number, plugins
+from zoo.report.words import DENSE, is_dense, number, plugins, tasks
 
 # Lightning's names of precisions, and torch's.
 _PRECISIONS = {
@@ -89,7 +89,7 @@ def has_quality(row: Mapping[str, Any]) -> bool:
     if number(row.get("top1")) is not None or fidelity(row):
         return True
     # Fidelity is measured against the dense model, whose own row holds none.
-    return is_dense(row) and bool(row.get("dataset")) and "fidelity" in (row.get("task") or ())
+    return is_dense(row) and bool(row.get("dataset")) and "fidelity" in tasks(row)
 
 
 def images(row: Mapping[str, Any]) -> int | None:

@@ -105,6 +105,18 @@ def plugins(row: Mapping[str, Any]) -> list[str]:
     return [str(p.get("name", p) if isinstance(p, Mapping) else p) for p in found]
 
 
+def tasks(row: Mapping[str, Any]) -> set[str]:
+    """What was done in a run.
+
+    >>> sorted(tasks({"task": ["train", "accuracy"]})), tasks({"task": "flops"}), tasks({})
+    (['accuracy', 'train'], {'flops'}, set())
+    """
+    found = row.get("task")
+    if isinstance(found, str):
+        return {found}
+    return set(map(str, found)) if isinstance(found, Sequence) else set()
+
+
 def is_dense(row: Mapping[str, Any]) -> bool:
     """Whether the row is of a model with nothing reduced, and nothing added by a plugin."""
     return row.get("method") in (None, "", DENSE, "dense") and not plugins(row)
