@@ -180,6 +180,13 @@ def test_trained_weights_are_compared_with_those_that_training_began_with():
     # The dense model of the trained weights, and of others, measured later.
     rows = [dense(**SHA), trained, dense(hits=300, **made), dense(hits=200, **OTHER)]
     assert entry(rows).delta == pytest.approx(-4 / 3.6)
+    # Where there is no other, it is said.
+    [view] = compare([trained, dense(hits=300, **made)]).views
+    assert view.entries[0].label == "dense weights trained with tome"
+    assert "the dense model of weights that were trained with tome" in " ".join(view.notes)
+    # So it is where only the row itself knows.
+    [view] = compare([dense(hits=300, training={"method": "tome"}, **OTHER)]).views
+    assert view.entries[0].label == "dense weights trained with tome"
     rest = [trained, dense(hits=200, **OTHER)]
     assert "tome (trained) r=8: compared with the dense model of other weights" in " ".join(
         compare(rest).views[0].notes

@@ -162,9 +162,18 @@ class Identity:
         """Data set, split, and the number of images where it is not that of the others."""
         return _split(row) if self.whole(row) else f"{_split(row)}, {images(row):,} images"
 
-    def made_here(self, row: Mapping[str, Any]) -> bool:
-        """Whether a training run of this report has made the weights of a row."""
-        return str(row.get("weights_sha")) in self._training
+    def of_a_training(self, row: Mapping[str, Any]) -> str:
+        """With what the weights of a row were trained that claims no training; empty if given.
+
+        Such as those of a fine-tuned reduced model that is run dense.
+        """
+        if trained(row):
+            return ""
+        found = row.get("training")
+        if isinstance(found, Mapping):
+            return str(found.get("method") or "something else")
+        maker = self._training.get(str(row.get("weights_sha")))
+        return "" if maker is None else str(maker.get("method") or "something else")
 
     def run(self, row: Mapping[str, Any]) -> str:
         """The run in words: its seeds. A later run of the same name replaces an earlier one.

@@ -54,6 +54,10 @@ def name_entries(entries: Sequence[Entry], identity: Identity) -> None:
     def alike(entry: Entry) -> tuple[str, ...]:
         return entry.backbone, entry.data, entry.title, entry.budget
 
+    for entry in entries:
+        if entry.dense and (method := identity.of_a_training(entry.row)):
+            training_with = "trained dense" if method == DENSE else f"weights trained with {method}"
+            entry.budget = f"{entry.budget} {training_with}".lstrip()
     for same in _grouped(entries, alike):
         _add(same, [size(entry) for entry in same])
     for same in _grouped(entries, alike):

@@ -29,7 +29,7 @@ def set_references(members: Sequence[Entry], identity: Identity) -> None:
 
         def rank(base: Entry, own: Entry = entry, start: str | None = start) -> tuple[Any, ...]:
             began = start is not None and start in _names(base.row)
-            given = not base.trained and not identity.made_here(base.row)
+            given = not base.trained and not identity.of_a_training(base.row)
             return (*_alike(base, own), began, given, not base.trained, base.id)
 
         base = max(fitting, key=rank, default=None)
@@ -37,7 +37,7 @@ def set_references(members: Sequence[Entry], identity: Identity) -> None:
             continue
         entry.reference_id, entry.reference_top1 = base.id, base.top1
         entry.reference_gmacs = entry.reference_gmacs or base.gmacs
-        entry.reference_differs = _differences(base, entry, start)
+        entry.reference_differs = _differences(base, entry, start, identity.of_a_training(base.row))
         for name, speed in entry.speeds.items():
             if speed.dense is None and name in base.speeds:
                 entry.speeds[name] = replace(speed, dense=base.speeds[name].rate)
@@ -64,7 +64,7 @@ def _names(row: Mapping[str, Any]) -> set[str]:
     return {str(row[key]) for key in ("weights_sha", "weights") if row.get(key)}
 
 
-def _differences(base: Entry, own: Entry, start: str | None) -> list[str]:
+def _differences(base: Entry, own: Entry, start: str | None, training: str) -> list[str]:
     """In what the dense model is another one than it should be, in words."""
     if own.dense:
         return []
@@ -76,6 +76,8 @@ def _differences(base: Entry, own: Entry, start: str | None) -> list[str]:
         found.append(f"with {', '.join(options(base.row)) or 'no run-time options'}")
     if not computed:
         found.append(f"in {precision(base.row)}")
-    if own.trained and start is not None and start not in _names(base.row):
+    if own.trained and training:
+        found.append(f"of weights that were trained with {training}")
+    elif own.trained and start is not None and start not in _names(base.row):
         found.append(f"of other weights ({weights(base.row)[:12] or 'unknown'})")
     return found

@@ -94,8 +94,8 @@ FIELDS: dict[str, str] = {
     "by_batch": "where several batch sizes were measured: list of batch and what depends on it",
     # provenance
     "seed": "random seed: of the training, of draws, of untrained weights",
-    "training": "mapping, of trained weights: epochs, start and start_sha (the weights it began "
-    "with), partial (on part of the data), options (a digest of all options but the seed)",
+    "training": "mapping, of trained weights: method, epochs, start and start_sha (the weights it "
+    "began with), partial (on part of the data), options (a digest of all options but the seed)",
     "recipe": "mapping that rebuilds the model: backbone, reducer, schedule, plugins",
     "weights": "weights that were evaluated: a path or a name",
     "weights_sha": "SHA-256 of the weights file (of a folder: of the backbone's)",

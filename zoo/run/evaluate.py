@@ -317,8 +317,13 @@ def _provenance(cfg: DictConfig, model: ReducedViT) -> dict[str, Any]:
             rows = _rows(json.loads(metrics.read_text(encoding="utf-8")))
         except ValueError:
             rows = []
-        own = [row for row in rows if row.get("trained") and row.get("method") == method]
-        trained, training = bool(own), own[-1].get("training") if own else None
+        made = [row for row in rows if row.get("trained")]
+        own = [row for row in made if row.get("method") == method]
+        trained = bool(own)
+        if own:
+            training = own[-1].get("training")
+        elif made:  # with another method, or to be run dense: these are not weights as given
+            training = made[-1].get("training") or {"method": made[-1].get("method")}
     return {"weights_sha": weights_sha256(weights), "trained": trained, "training": training}
 
 

@@ -274,7 +274,7 @@ def _finish(
         seed=int(cfg.seed),
         weights=os.path.relpath(folder),
         trained=True,
-        training=training_of(cfg),
+        training={**training_of(cfg), "method": row["method"]},
         **run,
     )
     if "notes" in known:
