@@ -7,7 +7,9 @@ import timm
 import torch
 
 import zoo
+from reduction.tokens import Tokens
 from tests.cases import ALL, METHODS, Row, backbone, images, model
+from zoo.adapters.heads import head
 from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 from zoo.errors import ZooError
 
@@ -85,3 +87,36 @@ def test_the_printed_profile_names_its_parts() -> None:
     text = str(zoo.profile(zoo.wrap(deit(), "tome", {"name": "constant_r", "r": 13})))
     assert "2.7061 GMACs (-41.2% of 4.5989 dense)" in text and "reducer 0.0034" in text
     assert len(text.splitlines()) == 3 + 12
+
+
+POOLED = [
+    ("test_vit", {"global_pool": kind, **more})
+    for kind in ("", "avg", "avgmax", "max", "map", "prr")
+    for more in ({}, {"reg_tokens": 3}, {"class_token": False}, {"pool_include_prefix": True})
+] + [
+    ("eva02_tiny_patch14_224", {"global_pool": kind, "depth": 2, "img_size": 56, **more})
+    for kind in ("", "avg", "avgmax", "max", "map")
+    for more in ({}, {"num_reg_tokens": 2}, {"attn_pool_mlp_ratio": 2.0})
+]
+
+
+@pytest.mark.parametrize("classes", [10, 0])
+@pytest.mark.parametrize(("name", "options"), POOLED, ids=str)
+def test_every_kind_of_pooling_costs_what_torch_counts(name, options, classes) -> None:
+    with torch.device("meta"):
+        m = timm.create_model(name, num_classes=classes, **options)
+    x = torch.empty(1, 3, *m.patch_embed.img_size, device="meta")
+    assert round(zoo.profile(m).gmacs * 1e9) == round(torch_gmacs(m, x) * 1e9)
+    if options["global_pool"] != "prr":
+        merged = zoo.wrap(m, {"name": "tome"}, {"name": "constant_r", "r": 3})
+        assert zoo.profile(merged).gmacs == pytest.approx(torch_gmacs(merged, x), rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "options"), POOLED, ids=str)
+def test_pooling_with_sizes_reads_the_tokens_that_pooling_without_them_reads(name, options) -> None:
+    if options["global_pool"] == "prr":
+        pytest.skip("attends among all tokens and takes no sizes")
+    m = timm.create_model(name, num_classes=10, **options).eval()
+    t = Tokens.start(torch.randn(2, 9 + m.num_prefix_tokens, m.embed_dim), m.num_prefix_tokens)
+    with torch.no_grad():
+        assert torch.allclose(head(m, t._replace(unit=False)), m.forward_head(t.x), atol=1e-5)

@@ -1,5 +1,7 @@
 """The report in a real browser: filters, hovers, fronts, both themes, narrow and wide."""
 
+import time
+
 import pytest
 
 from tests import browser
@@ -149,10 +151,59 @@ def test_fidelity_can_be_plotted_instead_of_accuracy(opened):
 def test_a_click_on_a_heading_sorts_and_a_name_opens_the_row(opened):
     head = "[...document.querySelectorAll('th button')].find((b) => b.textContent === 'Top-1 %')"
     opened.click(head)
-    values = opened.evaluate(f"{SHOWN}.map((r) => r.cells[8]?.dataset.v).filter(Boolean)")
+    values = opened.evaluate(f"{SHOWN}.map((r) => r.cells[10]?.dataset.v).filter(Boolean)")
     assert len(values) > 4 and values == sorted(values, key=float, reverse=True)
     opened.click("document.querySelector('#results tbody tr button')")
     assert "run_id" in opened.evaluate("document.querySelector('tr.detail').innerText")
+
+
+def search(page, text):
+    page.evaluate(
+        f"(() => {{ const s = document.getElementById('search'); s.value = '{text}'; "
+        "s.dispatchEvent(new Event('input')); })()"
+    )
+
+
+def test_a_search_filters_table_and_plot(opened):
+    before = methods(opened)
+    search(opened, "TOME r=16")
+    assert methods(opened) == ["tome"]
+    assert drawn(opened) == {"none", "lower resolution", "smaller model", "tome"}
+    search(opened, "vision transformers")  # a word of a paper's title
+    assert 0 < len(methods(opened)) < len(before)
+    search(opened, "no such thing")
+    assert methods(opened) == []
+    search(opened, "")
+    assert methods(opened) == before
+
+
+def test_the_rows_are_one_click_away_as_csv(opened, report, tmp_path):
+    folder = tmp_path / "downloads"
+    opened.send("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+    opened.click("document.getElementById('csv')")
+    path = folder / "report.csv"
+    for _ in range(200):
+        if path.is_file() and path.stat().st_size:
+            break
+        time.sleep(0.05)
+    assert path.read_text(encoding="utf-8") == report.with_name("report.csv").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_names_are_links_and_marks_have_shapes(opened):
+    links = opened.evaluate(
+        f"Object.fromEntries({SHOWN}.map((r) => [r.cells[0].innerText.trim(), "
+        "[...r.cells[0].querySelectorAll('a')].map((a) => a.href)]))"
+    )
+    assert links["dense"] == []
+    assert links["tome"][:2] == [
+        "https://arxiv.org/abs/2210.09461",
+        "https://github.com/facebookresearch/ToMe",
+    ]
+    assert links["tome"][2].endswith("docs/methods/tome.md")
+    shapes = opened.evaluate("[...document.querySelectorAll('.chip i')].map((i) => i.className)")
+    assert shapes[:3] == ["square", "square hollow", "square hollow"] and "circle" in shapes
 
 
 @pytest.mark.parametrize("width", [400, 1400])

@@ -242,7 +242,7 @@ def test_summary_line():
     }
     assert summary_line(row) == (
         "deit_small + tome r=13 | 2.706 GMACs (-41.2 %) | tokens 197->41 "
-        "| top-1 97.50 % [96.0, 98.6] | 123 img/s"
+        "| top-1 97.50 % [96.00, 98.61] | 123 img/s"
     )
     dense = {"backbone": "deit_small", "method": "none", "gmacs": {"total": 4.5989}}
     assert summary_line({**dense, "gmacs_dense": 4.5989}) == "deit_small | 4.599 GMACs"

@@ -26,6 +26,18 @@ def register_pool(cls: type[Any], pool: Pool) -> None:
     _POOLS[cls.pool] = pool
 
 
+def first_pooled(m: Any, prefix: int) -> int:
+    """The first token that pooling reads: prefix tokens take part where timm has them do so.
+
+    Args:
+        m: A backbone that does not read the class token alone.
+        prefix: Number of prefix tokens.
+    """
+    # Eva's attention pooling reads all tokens; everything else leaves the prefix away by default.
+    whole = getattr(m, "attn_pool", None) is not None and type(m).pool is Eva.pool
+    return 0 if whole or getattr(m, "pool_include_prefix", False) else prefix
+
+
 def _mean_weight(size: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Share of each token in an average, `(B, N)`."""
     weight = size if mask is None else size * mask
@@ -50,7 +62,7 @@ def head(m: Any, t: Tokens, pre_logits: bool = False) -> Tensor:
         Eva.forward_head,
     ):
         return m.forward_head(t.x, pre_logits=pre_logits)
-    first = 0 if getattr(m, "pool_include_prefix", False) else t.prefix
+    first = first_pooled(m, t.prefix)
     x = t.x[:, first:]
     size = t.size[:, first:]
     mask = None if t.mask is None else t.mask[:, first:]

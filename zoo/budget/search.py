@@ -21,6 +21,7 @@ from reduction.schedules.per_block import PerBlock
 from zoo.adapters.heads import head
 from zoo.cost.analytic import gmacs, patch_and_head_gmacs
 from zoo.errors import ZooError
+from zoo.model.answers import check_finite
 from zoo.model.reduced import ReducedViT
 
 OBJECTIVES = ("kl", "features")
@@ -131,13 +132,17 @@ class ScheduleSearch:
     @torch.no_grad()
     def _answers(self, model: ReducedViT) -> list[Tensor]:
         model.eval()
-        if self.objective == "kl":
-            return [model(x).float().log_softmax(-1) for x in self.images]
-        found = []
+        found: list[Tensor] = []
         for x in self.images:
-            _, info = model(x, return_info=True)
-            final = info.final._replace(x=model.backbone.norm(info.final.x))
-            found.append(head(model.backbone, final, pre_logits=True).float())
+            if self.objective == "kl":
+                answers = model(x).float().log_softmax(-1)
+            else:
+                _, info = model(x, return_info=True)
+                final = info.final._replace(x=model.backbone.norm(info.final.x))
+                answers = head(model.backbone, final, pre_logits=True).float()
+            # No schedule is the best one for a model that answers with NaN.
+            check_finite(answers, sum(map(len, found)))
+            found.append(answers)
         return found
 
     def _distance(self, answers: Sequence[Tensor]) -> float:

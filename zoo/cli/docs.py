@@ -1,7 +1,8 @@
 """The parts of the documentation that follow from the code: `python -m zoo.cli.docs` writes them.
 
 The table of methods in README.md (between two marker lines) and docs/methods/index.md come from the
-cards of the registered methods and from `zoo.results.evidence`. `python -m zoo.cli.docs --check`
+cards of the registered methods and from `zoo.results.evidence`; zoo/report/links.json, the links of
+a report, comes from the cards. `python -m zoo.cli.docs --check`
 writes nothing and fails if they are out of date.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +25,9 @@ BEGIN = "<!-- methods: written by `python -m zoo.cli.docs`, do not edit by hand 
 END = "<!-- end of methods -->"
 _INDEX = Path("docs/methods/index.md")
 _README = Path("README.md")
+_LINKS = Path("zoo/report/links.json")
+# Architectures that reduce tokens by themselves, whose name is the method of their rows.
+_ARCHITECTURES = ("lookupvit",)
 
 
 def methods_table(pages: str) -> str:
@@ -80,8 +85,8 @@ def full_table() -> str:
             catalogue.counts(reducer),
             _code(card),
             str(passed.get(name, "-")),
-            evidence.percent(top1.untrained),
-            evidence.percent(top1.trained),
+            evidence.percent(top1.untrained, top1.untrained_spread),
+            evidence.percent(top1.trained, top1.trained_spread),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -127,8 +132,9 @@ def index_page() -> str:
         "image keeps as many tokens. Fixtures: files of tensors recorded from the official code",
         "or a port that are reproduced (`python -m tests.parity tests/golden`). The last two",
         "columns: top-1 in percent of `vit_digits` on 360 test images at half the dense GMACs,",
-        "with its weights as they come and after training with the method, the best row of",
-        "[results/digits](../../results/digits); - where nobody ran it.",
+        "with its weights as they come and after training with the method, the best setting in",
+        "[results/digits](../../results/digits), mean ± standard deviation where it was run with",
+        "several seeds; - where nobody ran it.",
         "",
         full_table(),
         "",
@@ -179,6 +185,35 @@ def _plugins() -> list[str]:
     return lines
 
 
+def links() -> str:
+    """Return zoo/report/links.json: where methods, plugins and own architectures are explained."""
+    import reduction
+    from zoo.plugins.base import list_plugins, plugin_class
+
+    found: dict[str, dict[str, str]] = {}
+    for name in reduction.list_methods():
+        found[name] = _links(reduction.card(name), f"docs/methods/{name}.md")
+    for name in list_plugins():
+        cls = plugin_class(name)
+        found[name] = _links(cls.card, f"docs/plugins/{cls.page}.md")
+    for name in _ARCHITECTURES:
+        found[name] = {"page": f"docs/models/{name}.md"}
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+
+
+def _links(card: Card, page: str) -> dict[str, str]:
+    from zoo.cli.catalogue import paper
+
+    published = card.venue not in ("ours", "none")
+    found = {
+        "title": f"{card.title} ({paper(card)})" if published else card.title,
+        "paper": f"https://arxiv.org/abs/{card.arxiv}" if card.arxiv else "",
+        "code": card.code or "",
+        "page": page,
+    }
+    return {key: text for key, text in found.items() if text}
+
+
 def _yaml(value: object) -> str:
     """Spell a default as it is typed on the command line."""
     if value is None or isinstance(value, bool):
@@ -214,6 +249,7 @@ def generated(root: Path) -> dict[Path, str]:
     return {
         readme: readme_with_table(readme.read_text(encoding="utf-8")),
         root / _INDEX: index_page(),
+        root / _LINKS: links(),
     }
 
 

@@ -18,6 +18,7 @@ from reduction.mixins.attention import OwnAttention
 from reduction.schedules.base import Schedule
 from zoo.adapters.attention import splits_queries
 from zoo.adapters.blocks import block_adapter
+from zoo.adapters.heads import first_pooled
 from zoo.adapters.split_qkv import part_weights
 from zoo.adapters.standalone import Standalone
 from zoo.cost.types import Gmacs, Profile
@@ -37,19 +38,25 @@ def patch_embed_macs(backbone: Any, patches: int) -> int:
 
 
 def head_macs(backbone: Any, tokens: int) -> tuple[int, int]:
-    """Linear and attention multiply-accumulates of pooling and classifier."""
+    """Linear and attention multiply-accumulates of pooling and classifier.
+
+    Args:
+        backbone: The backbone.
+        tokens: What enters, prefix included.
+    """
     linear = sum(
         _weights(getattr(backbone, name)) for name in ("head", "head_dist") if _has(backbone, name)
     )
     pool = getattr(backbone, "attn_pool", None)
     if pool is None:
-        return linear, 0
+        # Nothing is pooled for the empty word: every token is classified.
+        whole = getattr(backbone, "global_pool", None) == ""
+        return linear * (tokens if whole else 1), 0
     if not hasattr(pool, "kv"):
         width = int(backbone.embed_dim)
         return linear, 2 * tokens * tokens * width
     rows = pool.latent_len
-    keys = tokens if getattr(backbone, "pool_include_prefix", False) else None
-    keys = keys if keys is not None else tokens - int(backbone.num_prefix_tokens)
+    keys = tokens - first_pooled(backbone, int(backbone.num_prefix_tokens))
     linear += pool.kv.weight.numel() * keys
     for part in ("q", "proj", "mlp"):
         if isinstance(getattr(pool, part), nn.Module):
@@ -200,7 +207,9 @@ def counted(
     dense: int | None = None
     if anatomy.alone is None:
         linear, attention, own, blocks = count(anatomy, plans, patches, schedule=schedule)
-        dense = sum(count(anatomy, dense_plan(anatomy, grid), patches, None, False)[:2])
+        # Run with the same options: they are no merit of the reduction.
+        whole = dense_plan(anatomy, grid, last_block)
+        dense = sum(count(anatomy, whole, patches, None, False)[:2])
     else:
         linear, attention, own, blocks = count_alone(anatomy.alone, grid)
     if convention == "diffrate":

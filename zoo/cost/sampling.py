@@ -18,6 +18,7 @@ from reduction.mixins.adaptive import Adaptive
 from zoo.cost.analytic import block_cost, counted, head_macs
 from zoo.cost.types import Profile, Sample
 from zoo.errors import ZooError
+from zoo.model.answers import check_finite
 from zoo.model.plan import Plan
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def sample(model: ReducedViT, images: Tensor | Iterable[Tensor]) -> Profile:
         images: `(N, 3, H, W)`, run in batches of 64, or batches of them.
 
     Raises:
+        NotFinite: If the model answers an image with NaN or infinity: such tokens are not counted.
         ZooError: If there are no images, or of different sizes.
     """
     sampler, was = CostSampler(model), model.training
@@ -197,7 +199,9 @@ def sample(model: ReducedViT, images: Tensor | Iterable[Tensor]) -> Profile:
     try:
         for batch in images.split(64) if isinstance(images, Tensor) else images:
             if len(batch):
-                sampler.add(model(batch.to(device), return_info="trace")[1])
+                logits, info = model(batch.to(device), return_info="trace")
+                check_finite(logits, len(sampler.costs))
+                sampler.add(info)
     finally:
         model.train(was)
     return sampler.profile()

@@ -190,16 +190,21 @@ class Images(Dataset[tuple[Any, int]]):
             image = opened(given)
             image = image if self.prepare is None else self.prepare(image)
         except Exception as error:
-            return Damage(self._name(i), reason(error))
+            return Damage(self.name(i), reason(error))
         return image, renumbered(label, self.numbers)
 
-    def _name(self, i: int) -> str:
+    def name(self, i: int) -> str:
+        """What an image is called: its file, or its number."""
+        return self.file(i) or f"image {i}"
+
+    def file(self, i: int) -> str | None:
+        """The file of an image, None where the source does not tell."""
         try:
             if hasattr(self.source, "filename"):  # timm's readers
                 return str(self.source.filename(i, absolute=True))
             return str(self.source.samples[i][0])  # torchvision's folders
         except Exception:
-            return f"image {i}"
+            return None
 
 
 class ImageStream(IterableDataset[Any]):

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from zoo.errors import ZooError
+from zoo.model.answers import check_finite
+
 if TYPE_CHECKING:
     from zoo.model.stream import Info
 
@@ -20,6 +23,7 @@ def top_k(
     dtype: torch.dtype = torch.float32,
     limit: int | None = None,
     watch: Callable[[Info], None] | None = None,
+    name: Callable[[int], str | None] | None = None,
 ) -> tuple[int, int, int]:
     """Counts correct answers.
 
@@ -30,9 +34,14 @@ def top_k(
         dtype: Precision of autocast.
         limit: Stop after so many images.
         watch: Is told of every batch what happened to its tokens, by a model that can say.
+        name: What an image is called, by its place, for messages.
 
     Returns:
         Images whose class came first, those whose class was among the first five, and all images.
+
+    Raises:
+        NotFinite: The model answers an image with NaN or infinity.
+        ZooError: An image has no label, or one that is no output of the model.
     """
     top1 = top5 = total = 0
     model.eval()
@@ -42,10 +51,13 @@ def top_k(
         images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             if watch is None:
-                logits = model(images)
+                logits, info = model(images), None
             else:
                 logits, info = model(images, return_info="trace")
-                watch(info)
+        check_finite(logits, total, name=name)
+        _check_labels(labels, logits.shape[1], total)
+        if watch is not None and info is not None:
+            watch(info)
         best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
         top1 += int(hits[:, 0].sum())
@@ -54,3 +66,16 @@ def top_k(
         if limit is not None and total >= limit:
             break
     return top1, top5, total
+
+
+def _check_labels(labels: Tensor, classes: int, first: int) -> None:
+    """Refuse labels for which there is no right answer: they would all count as wrong."""
+    wrong = ((labels < 0) | (labels >= classes)).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        label = int(labels[place])
+        what = "no label" if label < 0 else f"label {label}, the model {classes} outputs"
+        raise ZooError(
+            f"image {first + place}, counted from 0, has {what}; accuracy needs a label from 0 to "
+            f"{classes - 1} for every image, task=fidelity needs none"
+        )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from zoo.adapters.standalone import as_standalone
+from zoo.model.runtime import Runtime
 
 if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
@@ -30,6 +33,13 @@ def describe(model: ReducedViT) -> dict[str, Any]:
         # What a budget in time was solved with: the time itself holds on this machine only.
         "notes": str(measured) if (measured := getattr(model.target, "measured", None)) else None,
     }
+
+
+def dense_of(model: ReducedViT) -> nn.Module:
+    """The same weights with nothing reduced, run with the run-time options of the model."""
+    if model.runtime == Runtime():
+        return model.unwrap()
+    return type(model)(model.backbone).set_runtime(**model.runtime._asdict()).eval()
 
 
 def method_name(model: ReducedViT) -> str:

@@ -1,22 +1,21 @@
 """How close a model's answers stay to those of the dense model.
 
 Accuracy on few images tells two good reducers apart only by chance. Every image, labelled or not,
-tells how far the answers have moved.
+tells how far the answers have moved. A model without a classifier answers with features, and these
+are compared.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
-
-if TYPE_CHECKING:
-    pass
+from zoo.model.answers import check_finite
 
 
 @torch.inference_mode()
@@ -27,60 +26,76 @@ def compare_answers(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     limit: int | None = None,
+    name: Callable[[int], str | None] | None = None,
 ) -> dict[str, float | int | None]:
     """Compares two models image by image.
 
     Args:
-        model: Gives logits `(B, classes)`.
+        model: Gives logits `(B, classes)`, or features `(B, C)` where it has no classifier.
         dense: What it should answer like.
         batches: Pairs of the same images, `(B, C, H, W)` each, for the one and the other.
         device: Where to run.
         dtype: Precision of autocast.
         limit: Stop after so many images.
+        name: What an image is called, by its place, for messages.
 
     Returns:
         `agreement`, percent of images with the same first class; `kl`, KL(dense || model) of the
-        answers in nats; `cosine` of the features that enter the classifier (None where they cannot
-        be told or have another width); `n_images`. All are means.
+        answers in nats (both None without a classifier); `cosine` of the features that enter the
+        classifier (None where they cannot be told or have another width); `n_images`. All are
+        means.
 
     Raises:
-        ZooError: There are no images.
+        NotFinite: One of the two answers an image with NaN or infinity.
+        ZooError: There are no images, or a model answers with more than one vector per image.
     """
     device = torch.device(device)
     model, dense = model.to(device).eval(), dense.to(device).eval()
+    headless = getattr(model, "num_classes", None) == 0
     same = total = angles = 0
     divergence = cosine = 0.0
     for ours, theirs in batches:
         if limit is not None:
             ours, theirs = ours[: limit - total], theirs[: limit - total]
-        logits, features = _answer(model, ours.to(device), dtype)
+        answers, features = _answer(model, ours.to(device), dtype)
         expected, wanted = _answer(dense, theirs.to(device), dtype)
-        same += int((logits.argmax(1) == expected.argmax(1)).sum())
-        p, q = expected.log_softmax(1), logits.log_softmax(1)
-        divergence += float((p.exp() * (p - q)).sum())
+        check_finite(answers, total, "the model", name)
+        check_finite(expected, total, "the dense model", name)
+        if headless:
+            features, wanted = answers, expected
+        else:
+            same += int((answers.argmax(1) == expected.argmax(1)).sum())
+            p, q = expected.log_softmax(1), answers.log_softmax(1)
+            divergence += float((p.exp() * (p - q)).sum())
         if features is not None and wanted is not None and features.shape == wanted.shape:
             cosine += float(nn.functional.cosine_similarity(features, wanted, dim=1).sum())
-            angles += len(logits)
-        total += len(logits)
+            angles += len(answers)
+        total += len(answers)
         if limit is not None and total >= limit:
             break
     if not total:
         raise ZooError("fidelity needs at least one image, got none")
+    # Rounding may leave a divergence of zero a little below zero. It is a number: see above.
     return {
-        "agreement": 100 * same / total,
-        "kl": max(0.0, divergence / total),  # rounding may leave a zero a little below zero
+        "agreement": None if headless else 100 * same / total,
+        "kl": None if headless else max(0.0, divergence / total),
         "cosine": cosine / total if angles == total else None,
         "n_images": total,
     }
 
 
 def _answer(model: nn.Module, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Logits and the features that entered the classifier, both in double precision."""
+    """The answers and the features that entered the classifier, both in double precision."""
     device = images.device.type
     with _watched(model) as seen, torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        logits = model(images)
+        answers = model(images)
+    if answers.ndim != 2:
+        raise ZooError(
+            "fidelity compares one vector per image, and this model answers with "
+            f"{tuple(answers.shape[1:])}; pool its tokens, e.g. +backbone.args.global_pool=avg"
+        )
     features = seen[-1] if seen and seen[-1].ndim == 2 else None
-    return logits.double(), None if features is None else features.double()
+    return answers.double(), None if features is None else features.double()
 
 
 @contextlib.contextmanager

@@ -12,11 +12,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.model.answers import check_finite
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def measure(
         dtype: Precision of autocast; float32 switches it off.
 
     Raises:
+        NotFinite: A model answers random images with NaN or infinity.
         ZooError: A number is out of range, or not even one image fits into memory.
     """
     for name, value in (("batch", batch), ("rounds", rounds), ("threads", threads or 1)):
@@ -84,6 +87,7 @@ def measure(
             images = torch.randn(batch, *input_size, device=device)
             steps = [_step(m, images, device, dtype) for m in models]
             try:
+                _check_answers(steps)
                 peaks = [_peak_memory(step, device) for step in steps]
                 times = _rounds(steps, rounds, min_time, device)
                 break
@@ -123,10 +127,14 @@ def interleaved(
 
     Returns:
         Seconds per call, one list per model with one entry per round, and the threads used.
+
+    Raises:
+        NotFinite: A model answers an image with NaN or infinity.
     """
     device = images.device
     with _threads(threads), torch.inference_mode():
         steps = [_step(m, images, device, torch.float32) for m in models]
+        _check_answers(steps)
         return _rounds(steps, rounds, 0.0, device), torch.get_num_threads()
 
 
@@ -138,6 +146,14 @@ def _step(
             return model(images)
 
     return step
+
+
+def _check_answers(steps: Sequence[Callable[[], object]]) -> None:
+    """Refuse models that are fast at nothing: the first is the one measured, the second dense."""
+    for step, who in zip(steps, ("the model", "the dense model"), strict=False):
+        answers = step()
+        if isinstance(answers, Tensor):
+            check_finite(answers, who=who, name=lambda _: "random numbers")
 
 
 def _rounds(
@@ -186,7 +202,8 @@ def seconds(step: Callable[[], object], number: int, device: torch.device) -> fl
     """Seconds that so many calls take: events on CUDA, else the clock on the wall."""
     _synchronize(device)
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event: Any = torch.cuda.Event  # which has no types
+        begin, end = (event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(number):
             step()

@@ -98,11 +98,22 @@ def make_plan(
     return plans
 
 
-def dense_plan(anatomy: Anatomy, grid: tuple[int, int] | None = None) -> list[Plan]:
-    """The plan with nothing reduced and nothing added."""
+def dense_plan(
+    anatomy: Anatomy, grid: tuple[int, int] | None = None, last_block: str = "full"
+) -> list[Plan]:
+    """The plan with nothing reduced and nothing added.
+
+    Args:
+        anatomy: The parts of the model.
+        grid: Patch grid; None is the backbone's own.
+        last_block: See `zoo.model.runtime.Runtime`.
+    """
     rows, columns = grid or anatomy.grid
     n = rows * columns + anatomy.prefix
-    return [Plan(n, n, n, n, None, frozenset()) for _ in range(anatomy.depth)]
+    plans = [Plan(n, n, n, n, None, frozenset()) for _ in range(anatomy.depth)]
+    if last_block == "class_token":
+        plans = only_prefix_at_the_end(plans, anatomy.prefix, "mid")
+    return plans
 
 
 def _walk(

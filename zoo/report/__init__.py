@@ -62,7 +62,7 @@ def write_report(
     out = Path(out_dir)
     paths = ReportPaths(*(out / f"report.{end}" for end in ("html", "csv", "md", "png")))
     texts = {
-        paths.html: html_page(comparison, title),
+        paths.html: html_page(comparison, title, out),
         paths.csv: csv_table(comparison),
         paths.markdown: markdown_table(comparison, title),
     }

@@ -1,8 +1,12 @@
-"""One colour per method, the same in the page and in the picture."""
+"""One colour and one shape per method, the same in the page and in the picture.
+
+A reader tells ten colours apart, not fifty: beyond ten methods the shape changes as well.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from zoo.report.controls import KINDS
 from zoo.report.words import DENSE
@@ -24,16 +28,40 @@ _PAIRS = (
     ("#8b3fd6", "#bd93ff"),
     ("#c81e5b", "#ff7ba6"),
     ("#0b8793", "#3fd3dd"),
-    ("#86600f", "#d9b45f"),
-    ("#5f6f00", "#b9cc3a"),
+    ("#7d5222", "#cfa56a"),
+    ("#6f8700", "#c3d94a"),
     ("#a1237f", "#f08ad6"),
-    ("#3c4fb0", "#9aa9ff"),
-    ("#b3331b", "#ff8a73"),
-    ("#4a7a8c", "#9ccbdc"),
+    ("#a52a14", "#f25c43"),
 )
 
+SHAPES = ("circle", "triangle-up", "star", "cross", "triangle-down", "x", "pentagon", "hexagram")
+"""plotly's names; squares are the dense model's, and hollow ones the controls'."""
+
 _BLACK, _WHITE = "#000000", "#ffffff"
-_ROUNDS = (((_WHITE, _WHITE), 0.0), ((_WHITE, _WHITE), 0.42), ((_BLACK, _BLACK), 0.35))
+# How far the colours of each round are mixed, and with what: the same hue, another shape.
+_ROUNDS = (
+    *((_WHITE, 0.0), (_BLACK, 0.18), (_WHITE, 0.14), (_BLACK, 0.28), (_WHITE, 0.22)),
+    *((_BLACK, 0.1), (_WHITE, 0.07), (_BLACK, 0.23)),
+)
+
+
+class Mark(NamedTuple):
+    """How a method is drawn.
+
+    Attributes:
+        light: Colour on a light ground.
+        dark: Colour on a dark ground.
+        shape: One of `SHAPES`; "square" for dense models and controls.
+    """
+
+    light: str
+    dark: str
+    shape: str
+
+    @property
+    def colors(self) -> tuple[str, str]:
+        """Colours on light and on dark."""
+        return self.light, self.dark
 
 
 def _mix(color: str, other: str, share: float) -> str:
@@ -45,19 +73,30 @@ def _channels(color: str) -> list[int]:
     return [int(color[start : start + 2], 16) for start in (1, 3, 5)]
 
 
+def method_marks(methods: Iterable[str]) -> dict[str, Mark]:
+    """Map every method name to its colours and its shape; no two of 80 are alike.
+
+    Names are coloured in alphabetical order. After ten the colours return, a little paler or
+    darker, with another shape.
+
+    >>> method_marks(["tome", "none"])["none"].shape
+    'square'
+    """
+    names = sorted(set(methods) - {DENSE, *KINDS})
+    marks = {DENSE: Mark(*INK, "square"), **dict.fromkeys(KINDS, Mark(*CONTROL, "square"))}
+    for index, name in enumerate(names):
+        light, dark = _PAIRS[index % len(_PAIRS)]
+        turn = index // len(_PAIRS)
+        other, share = _ROUNDS[turn % len(_ROUNDS)]
+        shape = SHAPES[turn % len(SHAPES)]
+        marks[name] = Mark(_mix(light, other, share), _mix(dark, other, share), shape)
+    return marks
+
+
 def method_colors(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Map every method name to its colour on a light and on a dark ground.
-
-    Names are coloured in alphabetical order. Beyond twelve the colours return, first paler, then
-    darker.
 
     >>> method_colors(["tome", "none"])["none"] == INK
     True
     """
-    names = sorted(set(methods) - {DENSE, *KINDS})
-    colors = {DENSE: INK, **dict.fromkeys(KINDS, CONTROL)}
-    for index, name in enumerate(names):
-        light, dark = _PAIRS[index % len(_PAIRS)]
-        (for_light, for_dark), share = _ROUNDS[min(index // len(_PAIRS), len(_ROUNDS) - 1)]
-        colors[name] = (_mix(light, for_light, share), _mix(dark, for_dark, share))
-    return colors
+    return {name: mark.colors for name, mark in method_marks(methods).items()}

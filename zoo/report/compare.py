@@ -1,25 +1,35 @@
 """From rows to comparisons: what belongs together, what it is measured against, what wins.
 
 One `Entry` is one configuration (method, arguments, backbone, budget, data, trained or not) with
-its latest measurements; one `View` is a set of entries that may be compared with each other.
+its latest measurements, averaged over its runs where they differ in the seed alone; one `View` is a
+set of entries that may be compared with each other.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from zoo.report import readings
 from zoo.report.controls import guests, main_dense, name_controls, was_trained_here
 from zoo.report.entry import Comparison, Entry, View
-from zoo.report.names import name_entries, plugins
+from zoo.report.identity import (
+    Identity,
+    backbone,
+    cost_options,
+    has_quality,
+    same_weights,
+    trained,
+    weights,
+)
+from zoo.report.names import name_entries
 from zoo.report.notes import notes_on
 from zoo.report.pareto import pareto_front
 from zoo.report.readings import Row, Speed
+from zoo.report.references import set_references
 from zoo.report.words import (
     DENSE,
     describe_budget,
@@ -27,6 +37,7 @@ from zoo.report.words import (
     is_dense,
     most_gmacs,
     number,
+    tasks,
     total_gmacs,
 )
 
@@ -34,35 +45,43 @@ from zoo.report.words import (
 def compare(rows: Iterable[Row]) -> Comparison:
     """Group rows into entries and views.
 
-    The same configuration may have been run several times: the latest row with an accuracy
-    counts, and the latest with a throughput for each hardware setting, so that a later run that
-    only measures one thing hides nothing. The rows that do not count are in `Comparison.others`.
-    A row that lies in two files, with one run_id, is one row.
+    The same configuration may have been run several times. Runs with several seeds are averaged; of
+    each run the latest row with an accuracy counts, and the latest with a throughput for each
+    hardware setting, so that a later run that only measures one thing hides nothing. The rows that
+    do not count are in `Comparison.others`. A row that lies in two files, with one run_id, is one
+    row. Rows that were measured on fewer images than others of the same data are entries, and
+    views, of their own.
     """
-    ordered = sorted(_without_copies(rows), key=lambda row: str(row.get("created") or ""))
+    ordered = [_or_failed(row) for row in _without_copies(rows)]
+    ordered.sort(key=lambda row: str(row.get("created") or ""))
     failed = [row for row in ordered if row.get("status") == "failed"]
-    measured: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
-    costs: dict[str, list[Row]] = defaultdict(list)
-    for row in ordered:
-        if row.get("status") == "failed":
-            continue
-        if number(row.get("top1")) is None:
-            # Cost and speed do not depend on data or weights: these complete what has accuracy.
-            costs[_configuration(row)].append(row)
+    good = [row for row in ordered if row.get("status") != "failed"]
+    identity = Identity(good)
+    judged: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    costs: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in good:
+        if has_quality(row):
+            judged[identity.key(row)].append(row)
         else:
-            measured[_configuration(row), _weights(row), _data(row)].append(row)
+            # Cost and speed do not depend on data or weights: these complete what has answers.
+            key = (identity.setting(row), *cost_options(row))
+            costs[key].append(row)
 
     numbers = {id(row): index for index, row in enumerate(ordered)}
     entries, others = [], []
-    for (configuration, *_), own in measured.items():
-        entry = _entry(own, costs.get(configuration, []), numbers)
+    owners: dict[str, list[Entry]] = defaultdict(list)
+    for (configuration, *_), own in judged.items():
+        extra = [r for key, rest in costs.items() if key[0] == configuration for r in rest]
+        entry = _entry(own, extra, numbers, identity)
         entries.append(entry)
+        owners[configuration].append(entry)
         others += [(row, entry) for row in own if row is not entry.row]
-    owners = {_configuration(entry.row): entry for entry in entries}
-    for configuration, own in costs.items():
-        owner = owners.get(configuration)
+    for (configuration, *_), own in costs.items():
+        found = owners[configuration]
+        owner = next((e for e in found if cost_options(e.row) == cost_options(own[-1])), None)
+        owner = owner or next((e for e in found if _completes(own[-1], e.row)), None)
         if owner is None:
-            owner = _entry(own, [], numbers)
+            owner = _entry(own, [], numbers, identity)
             entries.append(owner)
         others += [(row, owner) for row in own if row is not owner.row]
     groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
@@ -70,123 +89,145 @@ def compare(rows: Iterable[Row]) -> Comparison:
         groups[entry.backbone, entry.data].append(entry)
     mains = []
     for (_, data), members in groups.items():
-        _set_references(members)
+        set_references(members, identity)
         main = main_dense(members)
         name_controls(members, main)
         mains.append((main, data))
-    name_entries(entries)
+    name_entries(entries, identity)
     new_id = itertools.count(len(ordered)).__next__
     for (main, _), members in zip(mains, groups.values(), strict=True):
         members += guests(main, mains, new_id) if main else []
-    gaps = [row for row in failed if not succeeded_later(row, ordered)]
+    gaps = [row for row in failed if not succeeded_later(row, good, identity)]
     views = _views(groups, [main for main, _ in mains], gaps)
-    return Comparison(ordered, entries, views, others, failed)
+    return Comparison(ordered, entries, views, others, failed, gaps)
 
 
 def _without_copies(rows: Iterable[Row]) -> Iterable[Row]:
     seen = set()
     for row in rows:
-        run_id = row.get("run_id")
-        if run_id is None or run_id not in seen:
+        run_id = str(row.get("run_id") or "")
+        if not run_id or run_id not in seen:
             yield row
         seen.add(run_id)
 
 
-def succeeded_later(failed: Row, rows: Iterable[Row]) -> bool:
+def _or_failed(row: Row) -> Row:
+    """The row; a failure if it says that it measured an accuracy and holds none (NaN is none)."""
+    measured = "accuracy" in tasks(row)
+    if row.get("status") == "failed" or not measured or number(row.get("top1")) is not None:
+        return row
+    return {**row, "status": "failed", "error": row.get("error") or "its accuracy is no number"}
+
+
+def succeeded_later(failed: Row, rows: Iterable[Row], identity: Identity) -> bool:
     """Whether what failed was run again with success, as far as a failed row tells what it was."""
 
     def what(row: Row) -> tuple[Any, ...]:
         data = row.get("dataset") if failed.get("dataset") else None
+        seed = row.get("seed") if failed.get("seed") is not None else None
         budget = describe_budget(row.get("schedule"))
-        return row.get("backbone"), row.get("method") or DENSE, budget, data
+        done = ({"train", "accuracy"} & tasks(failed)) <= tasks(row)
+        return row.get("backbone"), row.get("method") or DENSE, budget, data, seed, done
 
     return any(
         row.get("status") != "failed"
-        and what(row) == what(failed)
+        and what(row) == (*what(failed)[:-1], True)
+        and _same_weights(failed, row)
+        and identity.whole(row)  # a short run does not show that the whole one works
         and str(row.get("created")) > str(failed.get("created"))
         for row in rows
     )
 
 
+def _same_weights(failed: Row, row: Row) -> bool:
+    # A training that failed names the weights that it began with, one that succeeded its own.
+    return was_trained_here(failed) or not weights(failed) or same_weights(failed, row)
+
+
 # ---------------------------------------------------------------------------------- entries
 
 
-def _canonical(value: Any) -> str:
-    if isinstance(value, Mapping):
-        value = {key: item for key, item in value.items() if item is not None}
-    return json.dumps(value, sort_keys=True, default=str)
+def _completes(extra: Row, row: Row) -> bool:
+    """Whether what was measured beside the answers is of the same model.
+
+    Another cost is another model (say, with another head), or one run with other options.
+    """
+    one, other = most_gmacs(extra), most_gmacs(row)
+    return one is None or other is None or abs(one - other) <= 0.01 * other
 
 
-def _configuration(row: Mapping[str, Any]) -> str:
-    # A dense model has no budget: the runs of a sweep over budgets are the same run.
-    method = [DENSE] if is_dense(row) else [row["method"], row.get("reducer"), row.get("schedule")]
-    return _canonical(
-        [
-            *[_canonical(part) for part in method],
-            _backbone(row),
-            row.get("img_size"),
-            _trained(row),
-            plugins(row),
-        ]
-    )
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
-def _backbone(row: Mapping[str, Any]) -> str:
-    name, tag = str(row.get("backbone") or "?"), row.get("tag")
-    return f"{name}.{tag}" if tag else name
-
-
-def _data(row: Mapping[str, Any]) -> str:
-    dataset, split = row.get("dataset"), row.get("split")
-    if not dataset:
-        return "unnamed data"
-    return f"{dataset} ({split})" if split else str(dataset)
-
-
-def _trained(row: Mapping[str, Any]) -> bool:
-    # All dense weights were trained dense; here those count that a training run has just made.
-    return was_trained_here(row) if is_dense(row) else bool(row.get("trained"))
-
-
-def _weights(row: Mapping[str, Any]) -> str:
-    # Trained weights are new with every run: only of those that were given several can differ.
-    return "" if _trained(row) else str(row.get("weights_sha") or row.get("weights") or "")
-
-
-def _entry(own: list[Row], extra: list[Row], numbers: Mapping[int, int]) -> Entry:
-    row = next((r for r in reversed(own) if number(r.get("top1")) is not None), own[-1])
+def _entry(
+    own: list[Row], extra: list[Row], numbers: Mapping[int, int], identity: Identity
+) -> Entry:
+    latest: dict[str, Row] = {}
+    for one in own:  # oldest first
+        name = identity.run(one)
+        if number(one.get("top1")) is not None or name not in latest:
+            latest[name] = one
+    runs = {k: r for k, r in latest.items() if number(r.get("top1")) is not None} or latest
+    row = next(reversed(sorted(runs.values(), key=lambda r: numbers[id(r)])))
     candidates = sorted([*extra, *own], key=lambda r: numbers[id(r)])
-    counted = [r for r in candidates if total_gmacs(r) is not None]
+    alike = [r for r in candidates if cost_options(r) == cost_options(row)]
+    counted = [r for r in alike if total_gmacs(r) is not None]
     # A mean over images belongs to its weights and data; what the accuracy's row says comes first.
-    cost = row if total_gmacs(row) is not None or not counted else counted[-1]
-    gmacs, limit = total_gmacs(cost), most_gmacs(cost)
-    tokens = next((r["tokens"] for r in [row, *reversed(candidates)] if r.get("tokens")), None)
+    cost = row if total_gmacs(row) is not None or not counted else _most_images(counted)
+    tokens = next((r["tokens"] for r in [row, *reversed(alike)] if r.get("tokens")), None)
     speeds: dict[str, Speed] = {}
     for candidate in candidates:  # oldest first: the latest of each setting stays
-        other = most_gmacs(candidate)
-        # Another cost is another model (say, with another head): not a measurement of this one.
-        if other is None or limit is None or abs(other - limit) <= 0.01 * limit:
+        if _completes(candidate, cost):
             speeds.update(readings.speeds(candidate))
     dense = is_dense(row)
+    scores = [value for r in runs.values() if (value := number(r.get("top1"))) is not None]
+    ends = {interval(r) for r in runs.values()}
     return Entry(
         id=numbers[id(row)],
         row=row,
         dense=dense,
-        trained=_trained(row),
-        backbone=_backbone(row),
-        data="" if number(row.get("top1")) is None else _data(row),
+        trained=trained(row),
+        backbone=backbone(row),
+        data=identity.data(row) if has_quality(row) else "",
         name="dense" if dense else str(row["method"]),
         budget="" if dense else describe_budget(row.get("schedule")),
-        gmacs=gmacs,
+        # Trained weights of an adaptive method cost something else in every run.
+        gmacs=_mean(total_gmacs(r) for r in runs.values()) or total_gmacs(cost),
         cost=cost,
         tokens=tokens,
-        top1=number(row.get("top1")),
-        interval=interval(row),
+        top1=_mean(scores),
+        # Of several runs only the same interval is theirs.
+        interval=ends.pop() if len(ends) == 1 else None,
+        runs=runs if scores else {},
+        partial=has_quality(row) and not identity.whole(row),
+        spread=statistics.stdev(scores) if len(scores) > 1 else None,
         reference_gmacs=number(row.get("gmacs_dense")),
-        fidelity=readings.fidelity(candidates),
+        fidelity=_fidelity(own, identity),
         reducer_share=readings.reducer_share(cost),
         speeds=speeds,
     )
+
+
+def _most_images(rows: Sequence[Row]) -> Row:
+    """The row whose cost is a mean over most images; of equal ones the latest."""
+
+    def count(row: Row) -> float:
+        sample = row.get("gmacs_sample")
+        return number(sample.get("images")) or 0.0 if isinstance(sample, Mapping) else 0.0
+
+    return max(reversed(rows), key=count)
+
+
+def _fidelity(own: Sequence[Row], identity: Identity) -> dict[str, float]:
+    """The mean over the runs of what was measured against the dense model."""
+    latest = {identity.run(row): row for row in own if readings.fidelity(row)}
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in latest.values():
+        for name, value in readings.fidelity(row).items():
+            found[name].append(value)
+    return {name: statistics.fmean(values) for name, values in found.items()}
 
 
 # ------------------------------------------------------------------------------------ views
@@ -199,14 +240,14 @@ def _views(
 ) -> list[View]:
     views = []
     by_data: dict[str, list[View]] = defaultdict(list)
-    for ((backbone, data), members), main in zip(groups.items(), mains, strict=True):
+    for ((name, data), members), main in zip(groups.items(), mains, strict=True):
         dense = [] if main is None else [main]
-        view = _view(f"{backbone} · {data or 'costs only'}", members, dense)
+        view = _view(f"{name} · {data or 'costs only'}", members, dense)
         view.failures = [row for row in gaps if _belongs(row, members[0])]
         views.append(view)
         by_data[data].append(view)
-    # Most accuracies first: what opens is what there is most to see in.
-    views.sort(key=lambda v: (-sum(e.top1 is not None for e in v.entries), v.label))
+    # Most accuracies first: what opens is what there is most to see in. Short runs come last.
+    views.sort(key=lambda v: (v.partial, -sum(e.top1 is not None for e in v.entries), v.label))
     for data, parts in sorted(by_data.items()):
         if data and len(parts) > 1:
             everything = [entry for part in parts for entry in part.entries if not entry.guest]
@@ -220,32 +261,12 @@ def _views(
 def _belongs(failed: Row, entry: Entry) -> bool:
     """Whether a run that failed would have stood beside this entry."""
     data = failed.get("dataset")
-    accuracy = "accuracy" in (failed.get("task") or ()) or was_trained_here(failed)
-    if accuracy and data:
+    judged = {"accuracy", "fidelity"} & tasks(failed)
+    if data and (judged or was_trained_here(failed)):
         return failed.get("backbone") == entry.row.get("backbone") and bool(
             entry.data and data == entry.row.get("dataset")
         )
     return failed.get("backbone") == entry.row.get("backbone")
-
-
-def _set_references(members: Sequence[Entry]) -> None:
-    """Give every entry of one backbone and data its dense model."""
-    dense = [entry for entry in members if entry.dense]
-
-    def fits(base: Entry, row: Row) -> tuple[Any, ...]:
-        # Same input size, not retrained, same weights; then the latest.
-        size = base.row.get("img_size") == row.get("img_size")
-        return size, not base.trained, _weights(base.row) == _weights(row), base.id
-
-    for entry in members:
-        base = max(dense, key=lambda d, row=entry.row: fits(d, row), default=None)  # type: ignore[misc]
-        if base is None:
-            continue
-        entry.reference_id, entry.reference_top1 = base.id, base.top1
-        entry.reference_gmacs = entry.reference_gmacs or base.gmacs
-        for name, speed in entry.speeds.items():
-            if speed.dense is None and name in base.speeds:
-                entry.speeds[name] = replace(speed, dense=base.speeds[name].rate)
 
 
 def _front(entries: Sequence[Entry], cost: Callable[[Entry], float | None]) -> list[Entry]:

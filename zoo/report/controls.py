@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from zoo.report.words import describe_tokens, number
+from zoo.report.words import describe_tokens, number, tasks
 
 if TYPE_CHECKING:
     from zoo.report.entry import Entry
@@ -23,8 +23,7 @@ KINDS = (RESOLUTION, SMALLER, LONGER)
 
 def was_trained_here(row: Mapping[str, Any]) -> bool:
     """Whether the row is the result of a training run, rather than of given weights."""
-    task = row.get("task")
-    return isinstance(task, Sequence) and not isinstance(task, str) and "train" in task
+    return "train" in tasks(row)
 
 
 def pixels(entry: Entry) -> float:

@@ -1,4 +1,4 @@
-"""What a report compares: one entry is one configuration with its latest measurements."""
+"""What a report compares: one entry is one configuration, with the latest of each of its runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from zoo.report.readings import Row, Speed
 
 @dataclass(eq=False)
 class Entry:
-    """One configuration with its latest measurements."""
+    """One configuration with its latest measurements.
+
+    `top1`, `gmacs` and `fidelity` are means over `runs`, which differ in the seed alone; `row` is
+    the latest of them.
+    """
 
     id: int
     row: Row
@@ -26,7 +30,11 @@ class Entry:
     tokens: Any
     top1: float | None
     interval: tuple[float, float] | None
+    runs: Mapping[str, Row] = field(default_factory=dict)  # by their seeds
+    partial: bool = False  # on fewer images than other runs of the same data
+    spread: float | None = None  # standard deviation of top-1 over several runs
     reference_id: int | None = None
+    reference_differs: list[str] = field(default_factory=list)
     reference_gmacs: float | None = None
     reference_top1: float | None = None
     control: str | None = None  # what kind of control, see `zoo.report.controls`
@@ -49,6 +57,18 @@ class Entry:
     def title(self) -> str:
         """Name, telling trained weights from off-the-shelf ones."""
         return f"{self.name} (trained)" if self.trained and not self.control else self.name
+
+    @property
+    def scores(self) -> list[float]:
+        """Top-1 of every run."""
+        return [float(row["top1"]) for row in self.runs.values()]
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """The 95 % interval of one run; the lowest and the highest of several."""
+        if self.interval is None and len(self.runs) > 1:
+            return min(self.scores), max(self.scores)
+        return self.interval
 
     @property
     def delta(self) -> float | None:
@@ -84,6 +104,11 @@ class View:
     combined: bool = False  # over several backbones
 
     @property
+    def partial(self) -> bool:
+        """Whether it is on fewer images than other views of the same data."""
+        return any(entry.partial for entry in self.entries)
+
+    @property
     def reference(self) -> Entry | None:
         """The dense model, where there is exactly one to compare with."""
         return self.dense[0] if len(self.dense) == 1 else None
@@ -103,3 +128,4 @@ class Comparison:
     views: list[View]
     others: list[tuple[Row, Entry]]
     failed: list[Row]
+    gaps: list[Row]  # those that did not succeed later

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from html import escape
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from zoo.report.colors import method_colors
-from zoo.report.compare import succeeded_later
+from zoo.report.colors import Mark, method_marks
 from zoo.report.entry import Comparison, Entry
+from zoo.report.links import Links, links_of
+from zoo.report.names import methods_of
 from zoo.report.notes import CONVENTION, environment
 from zoo.report.payload import counted, method_of, payload, time_of
 from zoo.report.readings import Speed, fidelity
@@ -28,8 +30,10 @@ from zoo.report.tables import (
 from zoo.report.words import (
     DENSE,
     describe_budget,
+    describe_size,
     describe_tokens,
     format_gmacs,
+    format_millions,
     format_range,
     format_rate,
     number,
@@ -37,6 +41,9 @@ from zoo.report.words import (
 from zoo.results.rows import Row
 
 _MEANINGS = {
+    "Input": "side of the images, in pixels",
+    "Params": "parameters, in millions",
+    "Runs": "with other seeds; top-1 is their mean ± standard deviation",
     "Reducer": "share of the GMACs that are the reducer's own",
     "−GMACs": "saved, against the dense model",
     "Δ top-1": "points against the dense model",
@@ -54,11 +61,14 @@ _COLUMNS: tuple[tuple[str, Any, str], ...] = (
     ("Backbone", None, "word where"),
     ("Data", None, "word where"),
     ("Budget", None, "word"),
+    ("Input", lambda e: number(e.row.get("img_size")), ""),
+    ("Params", lambda e: number(e.cost.get("params_m")), ""),
     ("Tokens", lambda e: number(e.tokens[-1][-1]) if describe_tokens(e.tokens) else None, ""),
     ("GMACs", lambda e: e.gmacs, ""),
     ("Reducer", lambda e: e.reducer_share, ""),
     ("−GMACs", lambda e: e.saved, ""),
     ("Top-1 %", lambda e: e.top1, ""),
+    ("Runs", lambda e: len(e.runs) or None, ""),
     ("95 % interval", lambda e: e.interval and e.interval[0], ""),
     ("Δ top-1", lambda e: e.delta, ""),
     ("img/s", None, "rate"),
@@ -78,29 +88,37 @@ _OF_SPEED: dict[str, Callable[[Speed], float | None]] = {
 }
 
 
-def html_page(comparison: Comparison, title: str) -> str:
-    """The whole page as a string, plotly's script included."""
+def html_page(comparison: Comparison, title: str, folder: Path | None = None) -> str:
+    """The whole page as a string, plotly's script included.
+
+    Args:
+        comparison: What it shows.
+        title: Its heading.
+        folder: Where it will lie: links to pages of the documentation start there.
+    """
     from plotly.offline import get_plotlyjs
 
     views = comparison.views
-    colors = method_colors(entry.name for entry in comparison.entries if not entry.dense)
+    marks = method_marks(entry.name for entry in comparison.entries if not entry.dense)
+    folder = folder or Path.cwd()
     failures = {id(row): row for view in views for row in view.failures}
     ids = {id(row): index for index, row in enumerate(comparison.rows)}
     options = "".join(
         f'<option value="{index}">{escape(view.label)}</option>' for index, view in enumerate(views)
     )
     records = [
-        _record(entry, entry.row, ids[id(entry.row)], colors, old=False)
+        _record(entry, entry.row, ids[id(entry.row)], marks[method_of(entry)], folder)
         for view in views
         if not view.combined
         for entry in view.entries
     ]
     records += [
-        _record(entry, row, ids[id(row)], colors, old=True) for row, entry in comparison.others
+        _record(entry, row, ids[id(row)], marks[method_of(entry)], folder, old=_kind(row, entry))
+        for row, entry in comparison.others
     ]
     now = datetime.now(timezone.utc)
     count = len(records) - sum(entry.guest for view in views for entry in view.entries)
-    records += [_failure(row, ids[id(row)]) for row in failures.values()]
+    records += [_failure(row, ids[id(row)], folder) for row in failures.values()]
     return _fill(
         _asset("page.html"),
         title=escape(title),
@@ -108,6 +126,7 @@ def html_page(comparison: Comparison, title: str) -> str:
         js=_asset("page.js"),
         plotly=get_plotlyjs(),
         lede=escape(_lede(comparison)),
+        alarm=_alarm(comparison),
         view_options=options,
         row_count=f"{count} row{'s' * (count != 1)}",
         table_class="single" if len(views) == 1 else "",
@@ -117,7 +136,7 @@ def html_page(comparison: Comparison, title: str) -> str:
         convention=escape(CONVENTION),
         environment=escape(environment(comparison.rows)),
         generated=f"Generated {now:%Y-%m-%d %H:%M} UTC by TokenZoo; this file loads nothing.",
-        payload=payload(comparison, colors, ids),
+        payload=payload(comparison, marks, ids),
     )
 
 
@@ -131,17 +150,19 @@ def _fill(template: str, **values: str) -> str:
 
 
 def _lede(comparison: Comparison) -> str:
-    methods = {e.row.get("method") for e in comparison.entries if not e.dense}
     backbones = {e.backbone for e in comparison.entries}
-    data = {e.data for e in comparison.entries if e.data}
-    parts = [counted(len(methods), "token-reduction method")]
+    data = {str(e.row.get("dataset")) for e in comparison.entries if e.data}
+    parts = [counted(len(methods_of(comparison.entries)), "token-reduction method")]
     parts.append(f"on {counted(len(backbones), 'backbone')}")
     if data:
         parts.append(f"and {counted(len(data), 'data set')}")
-    text = " ".join(parts) + ": what each one saves, and what it costs in accuracy."
-    if comparison.failed:
-        text += f" {counted(len(comparison.failed), 'run')} failed, listed at the end."
-    return text
+    return " ".join(parts) + ": what each one saves, and what it costs in accuracy."
+
+
+def _alarm(comparison: Comparison) -> str:
+    if not comparison.failed:
+        return ""
+    return f' <a class="alarm" href="#failed">{counted(len(comparison.failed), "run")} failed.</a>'
 
 
 # ------------------------------------------------------------------------------------ table
@@ -155,22 +176,20 @@ def _table_head() -> str:
     )
 
 
-def _record(
-    entry: Entry, row: Row, row_id: int, colors: dict[str, tuple[str, str]], *, old: bool
-) -> str:
+def _kind(row: Row, entry: Entry) -> str:
+    """What a row is that stands for nothing by itself."""
+    name = next((name for name, run in entry.runs.items() if run is row), None)
+    return "earlier or partial run" if name is None else f"one of {len(entry.runs)} runs, {name}"
+
+
+def _record(entry: Entry, row: Row, row_id: int, mark: Mark, folder: Path, *, old: str = "") -> str:
     setting = next(iter(entry.speeds), None)
     # "trained" stands beside the name here, not in a column of its own.
     cells = _old_cells(row) if old else [entry.title, *entry_cells(entry, setting)[1:-1]]
     cells[1:1] = [entry.backbone, entry.data]
-    light, dark = colors[method_of(entry)]
-    shape = "control" if entry.control else "dense" if entry.dense else ""
-    shape = shape or ("trained" if entry.trained else "")
-    dot = f'<i class="{shape}" style="--light:{light};--dark:{dark}"></i>'
-    label = escape(cells[0]) + (" (earlier or partial run)" if old else "")
-    first = (
-        f'<td class="word"><button type="button" aria-expanded="false">{dot}'
-        f"<span>{label}</span></button></td>"
-    )
+    shape = "square hollow" if entry.control else mark.shape + " pierced" * entry.trained
+    dot = f'<i class="{shape}" style="--light:{mark.light};--dark:{mark.dark}"></i>'
+    first = _name_cell(cells[0], f" ({old})" if old else "", dot, links_of(row), folder)
     found = [first]
     for (name, sort_by, kind), text in zip(_COLUMNS[1:], cells[1:], strict=True):
         value = sort_by(entry) if sort_by and not old else None
@@ -186,7 +205,28 @@ def _record(
     return f'<tr data-row="{row_id}" data-entry="{entry.id}"{kind}>{"".join(found)}</tr>'
 
 
-def _failure(row: Row, row_id: int) -> str:
+def _name_cell(name: str, more: str, dot: str, links: Links, folder: Path) -> str:
+    """The first cell: a button that opens the whole row, and the name, which leads to the paper."""
+    links = links.seen_from(folder)
+    label = f'<span title="{escape(name + more)}">{escape(name + more)}</span>'
+    first = links.paper or links.page or links.code
+    if first:
+        about = escape(f"{links.title}" if links.paper else f"{name}: documentation")
+        label = f'<a href="{escape(first)}" aria-label="{about}" rel="noreferrer">{label}</a>'
+    others = [("code", links.code, "official code"), ("page", links.page, "documentation")]
+    extra = "".join(
+        f'<a class="{kind}" href="{escape(url)}" title="{what}" aria-label="{what} of '
+        f'{escape(name)}" rel="noreferrer"></a>'
+        for kind, url, what in others
+        if url and url != first
+    )
+    button = (
+        f'<button type="button" aria-expanded="false" aria-label="the whole row">{dot}</button>'
+    )
+    return f'<td class="word"><div>{button}{label}{extra}</div></td>'
+
+
+def _failure(row: Row, row_id: int, folder: Path) -> str:
     """What failed, in its place in the table; the script widens the error over empty columns."""
     method, budget, error = failure_cells(row)
     data = str(row.get("dataset") or "")
@@ -195,10 +235,9 @@ def _failure(row: Row, row_id: int) -> str:
         f'<td class="{kind}">{escape(text)}</td>'
         for text, kind in zip(words, ("word where", "word where", "word"), strict=True)
     )
+    first = _name_cell(method, "", '<i class="failure"></i>', links_of(row), folder)
     return (
-        f'<tr class="failure" data-row="{row_id}" data-method="{escape(method)}">'
-        '<td class="word"><button type="button" aria-expanded="false"><i class="failure"></i>'
-        f"<span>{escape(method)}</span></button></td>{cells}"
+        f'<tr class="failure" data-row="{row_id}" data-method="{escape(method)}">{first}{cells}'
         f'<td class="error" colspan="{len(_COLUMNS) - 4}">failed: {escape(error)}</td></tr>'
     )
 
@@ -219,6 +258,8 @@ def _old_cells(row: Row) -> list[str]:
     return [
         ("dense" if method == DENSE else str(method)) + " (trained)" * bool(row.get("trained")),
         describe_budget(row.get("schedule")),
+        describe_size(row),
+        format_millions(row.get("params_m")),
         describe_tokens(row.get("tokens")).replace("->", "→"),
         "" if gmacs is None else format_gmacs(gmacs) + format_range(row),
         "",
@@ -226,11 +267,12 @@ def _old_cells(row: Row) -> list[str]:
         "" if top1 is None else f"{top1:.2f}",
         "",
         "",
+        "",
         "" if rate is None else format_rate(rate),
         "",
         "",
         "",
-        *fidelity_cells(fidelity([row])),
+        *fidelity_cells(fidelity(row)),
     ]
 
 
@@ -241,7 +283,7 @@ def _failed(comparison: Comparison) -> str:
     for row in comparison.failed:
         method = str(row.get("method") or DENSE)
         what = f"{row.get('backbone') or '?'} + {method} {describe_budget(row.get('schedule'))}"
-        later = succeeded_later(row, comparison.rows)
+        later = not any(row is gap for gap in comparison.gaps)
         meta = [time_of(row.get("created")), "a later run succeeded" if later else ""]
         command = f"<p><code>{escape(str(row['command']))}</code></p>" if row.get("command") else ""
         items.append(
@@ -250,6 +292,6 @@ def _failed(comparison: Comparison) -> str:
             f"<p>{escape(str(row.get('error') or 'no reason recorded'))}</p>{command}</li>"
         )
     return (
-        f'<section class="card failed"><h2>{counted(len(items), "failed run")}</h2>'
+        f'<section class="card failed" id="failed"><h2>{counted(len(items), "failed run")}</h2>'
         f"<ol>{''.join(items)}</ol></section>"
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zoo.report.readings import hardware
-from zoo.report.words import number
+from zoo.report.words import bracketed, number
 
 if TYPE_CHECKING:
     from zoo.report.entry import Entry
@@ -39,15 +39,21 @@ def notes_on(entries: Sequence[Entry]) -> list[str]:
             notes.append(
                 f"No accuracy of the dense {backbone}: run it with reducer=none to get differences."
             )
+    notes += _on_references(reduced)
     images = _distinct(number(entry.row.get("n_images")) for entry in measured)
-    if len(images) > 1:
+    if any(entry.partial for entry in entries) and images:
         counts = _listed([f"{count:,.0f}" for count in images])
-        notes.append(f"Accuracies were measured on different numbers of images ({counts}).")
-    widths = [(e.interval[1] - e.interval[0]) / 2 for e in measured if e.interval]
-    if len(images) == 1 and widths:
+        notes.append(f"Measured on {counts} images only; other runs saw more of the same data.")
+    widest = max((e.interval for e in measured if e.interval), key=_width, default=None)
+    if len(images) == 1 and widest:
         notes.append(
-            f"Accuracy on {images[0]:,.0f} images carries a 95 % interval of up to "
-            f"±{max(widths):.1f} points; smaller differences may be chance."
+            f"Accuracy on {images[0]:,.0f} images carries a 95 % interval, here of up to "
+            f"{_width(widest):.1f} points: {bracketed(widest)}; smaller differences may be chance."
+        )
+    if any(len(entry.runs) > 1 for entry in entries):
+        notes.append(
+            "Top-1 of several runs is their mean ± standard deviation; they differ in the seed "
+            "alone, of the training or of random draws."
         )
     for name in dict.fromkeys(name for entry in entries for name in entry.speeds):
         rows = [entry.speeds[name].row for entry in entries if name in entry.speeds]
@@ -62,6 +68,35 @@ def notes_on(entries: Sequence[Entry]) -> list[str]:
         rows_word = "row comes" if dirty == 1 else "rows come"
         notes.append(f"{dirty} {rows_word} from a checkout with uncommitted changes.")
     return notes
+
+
+def _on_references(reduced: Sequence[Entry]) -> list[str]:
+    """Who has no dense model of its own weights, and who has one of another kind."""
+    dense = {e.backbone for e in reduced if e.dense and e.top1 is not None}
+    alone = [e for e in reduced if not e.dense and e.reference_id is None and e.backbone in dense]
+    notes = []
+    if alone:
+        labels = _some([e.label for e in alone])
+        notes.append(
+            f"No accuracy of the dense model with the weights of {labels}: run them with "
+            "reducer=none to get differences."
+        )
+    others: dict[str, list[str]] = defaultdict(list)
+    for entry in reduced:
+        if entry.reference_differs:
+            others[", ".join(entry.reference_differs)].append(entry.label)
+    for words, whose in others.items():
+        notes.append(f"{_some(whose)}: compared with the dense model {words}, for want of its own.")
+    return notes
+
+
+def _some(labels: Sequence[str], most: int = 4) -> str:
+    shown = list(labels[:most])
+    return ", ".join(shown) + (f" and {len(labels) - most} more" if len(labels) > most else "")
+
+
+def _width(ends: tuple[float, float]) -> float:
+    return ends[1] - ends[0]
 
 
 def environment(rows: Iterable[Mapping[str, Any]]) -> str:

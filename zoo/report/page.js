@@ -13,6 +13,7 @@
     node.append(...children);
     return node;
   };
+  const shape = (method) => data.shapes[method];
   const color = (method) => data.colors[method][dark.matches ? 1 : 0];
   const rank = (m) => (m === data.dense ? 0 : data.controls.includes(m) ? 1 : 2);
   const methodsOf = (v) => [...new Set(v.entries.map((id) => data.entries[id].method))]
@@ -31,6 +32,9 @@
   }
   const WEIGHTS = { all: () => true, untrained: (e) => !e.trained, trained: (e) => e.trained || e.dense };
   const chosen = (e) => WEIGHTS[$("weights").value](e);
+  // Every word has to be found somewhere in what is known of an entry.
+  const wanted = () => $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const found = (text) => wanted().every((word) => text.includes(word));
 
   // ------------------------------------------------------------------ plots
   // Texts go into plotly as its own small markup: nothing from a row may be read as a tag.
@@ -82,7 +86,7 @@
     const onFront = new Set(front.map((e) => e.id));
     const untrained = known.some((e) => e.trained) && $("weights").value === "all" ? frontOf(known.filter((e) => !e.trained), plot) : [];
     plot.front = onFront;
-    const shown = known.filter((e) => !hidden.has(e.method));
+    const shown = known.filter((e) => !hidden.has(e.method) && (e.dense || found(e.search)));
     const traces = [{
       x: front.map(plot.x), y: front.map(height), mode: "lines", hoverinfo: "skip",
       line: { color: css("--front"), width: 9 }, opacity: 0.5,
@@ -106,7 +110,7 @@
         meta: first.method, text: curve.map(hoverText), hovertemplate: "%{text}<extra></extra>", mode: "lines+markers",
         line: { color: color(first.method), width: first.control ? 1.6 : first.dense ? 1 : 1.2, dash: first.control ? "dot" : first.dense ? "dash" : "solid" },
         marker: {
-          color: color(first.method), opacity: 1, size: curve.map((e) => (e.dense ? 11 : e.trained ? 11.5 : 10.5)),
+          color: color(first.method), opacity: 1, size: curve.map((e) => (e.dense ? 11 : SIZES[shape(e.method)] ?? 11)),
           symbol: curve.map(symbol),
           line: {
             color: curve.map((e) => (onFront.has(e.id) ? ink : e.control ? color(e.method) : card)),
@@ -131,6 +135,10 @@
         };
       }
       traces.push(trace);
+      const trained = curve.filter((e) => e.trained && !e.dense);
+      if (trained.length) traces.push({ // pierced
+        x: trained.map(plot.x), y: trained.map(height), meta: first.method, mode: "markers", hoverinfo: "skip", marker: { color: card, size: 4 },
+      });
     }
 
     const reference = data.entries[view.reference];
@@ -181,12 +189,14 @@
     });
   }
 
+  // So that all shapes look equally large.
+  const SIZES = { circle: 10.5, "triangle-up": 11.5, "triangle-down": 11.5, star: 14, hexagram: 13 };
   function symbol(e) {
     if (e.control) return e.trained ? "diamond" : e.guest ? "triangle-up" : "square";
-    return e.dense ? "square" : e.trained ? "diamond" : "circle";
+    return shape(e.method);
   }
 
-  // Thirty-odd colours look alike: a chip under the pointer shows which curve is its own.
+  // Among many curves a chip under the pointer shows which curve is its own.
   function spotlight(method) {
     for (const { node } of plots) {
       if (node.hidden || !node.data) continue;
@@ -252,6 +262,8 @@
     $("metric-field").hidden = measured.length < 2;
     $("weights-field").hidden = !members.some((e) => e.trained);
     if ($("weights-field").hidden) $("weights").value = "all";
+    $("trained-key").hidden = $("weights-field").hidden;
+    $("runs-key").hidden = !members.some((e) => e.runs);
     $("control-key").hidden = !members.some((e) => e.control);
     const best = Math.max(...members.map((e) => e.top1 ?? -1));
     $("near-field").hidden = !view.entries.some((id) => data.entries[id].top1 !== null && data.entries[id].top1 < best - 10);
@@ -271,8 +283,8 @@
 
   function makeChips() {
     $("chips").replaceChildren(...methodsOf(view).map((m) => {
-      const chip = make("button", { type: "button", value: m, className: ["chip square", "chip control", "chip"][rank(m)], title: "click: hide or show; double click: only this" },
-        make("i"), make("span", { textContent: m === data.dense ? "dense" : m }));
+      const chip = make("button", { type: "button", value: m, className: "chip", title: "click: hide or show; double click: only this" },
+        make("i", { className: rank(m) === 1 ? "square hollow" : shape(m) }), make("span", { textContent: m === data.dense ? "dense" : m }));
       chip.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") spotlight(m); });
       chip.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") spotlight(null); });
       chip.addEventListener("click", (event) => {
@@ -289,10 +301,10 @@
     const on = methods.filter((m) => !hidden.has(m));
     const reducers = methods.filter((m) => rank(m) === 2);
     const lit = reducers.filter((m) => !hidden.has(m));
-    const options = [["*", `all ${reducers.length} methods`], ...reducers.map((m) => [m, m])];
+    const options = [["*", "all methods"], ...reducers.map((m) => [m, m])];
     const one = lit.length === 1 && reducers.length > 1 ? lit[0] : null;
     const some = lit.length < reducers.length && !one;
-    if (some) options.unshift(["?", `${lit.length} of ${reducers.length} methods`]);
+    if (some) options.unshift(["?", "some methods"]);
     fill($("method"), options, one || (some ? "?" : "*"));
     for (const chip of $("chips").children) {
       if (chip === reset) continue;
@@ -341,12 +353,13 @@
     let shown = 0;
     for (const row of records) {
       if (row.classList.contains("failure")) {
-        row.hidden = !failures.has(Number(row.dataset.row)) || !failureShown(row.dataset.method);
+        const listed = failures.has(Number(row.dataset.row)) && failureShown(row.dataset.method);
+        row.hidden = !listed || !found(row.textContent.toLowerCase());
         continue;
       }
       const entry = data.entries[row.dataset.entry], old = row.classList.contains("old");
       const elsewhere = everything ? entry.guest : old || !inView.has(entry.id);
-      row.hidden = hidden.has(entry.method) || !chosen(entry) || elsewhere;
+      row.hidden = hidden.has(entry.method) || !chosen(entry) || elsewhere || !found(entry.search);
       shown += !row.hidden;
       row.classList.toggle("pareto", !old && front.has(entry.id));
       if (old) continue;
@@ -359,7 +372,7 @@
     hideEmptyColumns();
     const runs = records.filter((row) => !row.matches(".failure, .guest")).length;
     const lost = failures.size ? ` and ${failures.size} failed` : "";
-    $("count").textContent = `${shown} of ${Math.max(runs, shown)}${lost}; click a name for the whole row`;
+    $("count").textContent = `${shown} of ${Math.max(runs, shown)}${lost}; click ▸ for the whole row`;
     $("everything-field").hidden = runs === view.entries.length;
   }
 
@@ -414,6 +427,8 @@
     button.setAttribute("aria-expanded", String(!open));
     if (open) { row.nextElementSibling.remove(); return; }
     const list = make("dl");
+    const { runs } = row.classList.contains("old") ? {} : data.entries[row.dataset.entry] ?? {};
+    if (runs) list.append(make("div", { className: "wide" }, make("dt", { textContent: "runs" }), make("dd", { textContent: `${runs}; what follows is the latest of them` })));
     for (const [name, value, meaning] of data.rows[row.dataset.row]) {
       const pair = make("div", { className: value.length > 60 ? "wide" : "", title: meaning }, make("dt", { textContent: name }), make("dd", { textContent: value }));
       list.append(pair);
@@ -435,6 +450,8 @@
     if (button) toggleDetail(button.closest("tr"));
   });
   for (const head of $("results").tHead.rows[0].cells) head.firstElementChild.addEventListener("click", () => sortBy(head));
+  $("csv").href = URL.createObjectURL(new Blob([data.csv], { type: "text/csv" }));
+  $("search").addEventListener("input", () => { redraw(); filterTable(); });
   $("view").addEventListener("change", showView);
   $("method").addEventListener("change", () => { if ($("method").value !== "?") only($("method").value); });
   $("setting").addEventListener("change", () => { redraw(); filterTable(); });

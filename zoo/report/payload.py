@@ -6,13 +6,26 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from zoo.report.colors import Mark
 from zoo.report.controls import KINDS
 from zoo.report.entry import Comparison, Entry, View
+from zoo.report.identity import options, precision
+from zoo.report.links import title_of
 from zoo.report.readings import Row, Speed
-from zoo.report.tables import fidelity_cells, format_memory, format_share, format_times, signed
+from zoo.report.tables import (
+    csv_table,
+    fidelity_cells,
+    format_memory,
+    format_score,
+    format_share,
+    format_times,
+    signed,
+)
 from zoo.report.words import (
     DENSE,
+    bracketed,
     cost_range,
+    describe_size,
     describe_tokens,
     format_gmacs,
     format_range,
@@ -41,17 +54,19 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def payload(comparison: Comparison, colors: dict[str, tuple[str, str]], ids: dict[int, int]) -> str:
+def payload(comparison: Comparison, marks: dict[str, Mark], ids: dict[int, int]) -> str:
     """Returns the JSON text, safe inside a script element.
 
     Args:
         comparison: What the page shows.
-        colors: Of every method, on light and on dark.
+        marks: Of every method: colours and shape.
         ids: Numbers of the rows, by identity.
     """
     found = {
         "dense": DENSE,
-        "colors": colors,
+        "colors": {name: mark.colors for name, mark in marks.items()},
+        "shapes": {name: mark.shape for name, mark in marks.items()},
+        "csv": csv_table(comparison),
         "controls": list(KINDS),
         "entries": {e.id: _entry(e) for view in comparison.views for e in view.entries},
         "views": [_view(view, ids) for view in comparison.views],
@@ -63,9 +78,11 @@ def payload(comparison: Comparison, colors: dict[str, tuple[str, str]], ids: dic
 
 
 def _entry(entry: Entry) -> dict[str, Any]:
-    low, high = entry.interval or (None, None)
+    low, high = entry.ends or (None, None)
     return {
         "id": entry.id,
+        "runs": ", ".join(runs_in_words(entry)) if len(entry.runs) > 1 else None,
+        "search": _search(entry),
         "method": method_of(entry),
         "short": _clip(f"{entry.name} {entry.budget}" if entry.control else entry.title, 24),
         "control": entry.control,
@@ -97,6 +114,15 @@ def _entry(entry: Entry) -> dict[str, Any]:
     }
 
 
+def _search(entry: Entry) -> str:
+    """What a search looks into: all names, numbers of the budget, and the title of the paper."""
+    row = entry.row
+    words = [entry.label, entry.backbone, entry.data or "costs only", entry.control or ""]
+    words += [describe_size(row), *options(row), precision(row), str(row.get("weights") or "")]
+    words += ["trained" if entry.trained else "off the shelf", *title_of(row)]
+    return " ".join(words).lower()
+
+
 def _times(entry: Entry, speed: Speed) -> str:
     return "" if entry.is_reference else format_times(speed.speedup)
 
@@ -111,8 +137,10 @@ def _hover(entry: Entry) -> list[str]:
     lines = [_clip(entry.label, 44), entry.backbone]
     if entry.top1 is not None:
         delta = f" (Δ {signed(entry.delta)})" if entry.delta is not None else ""
-        ends = " [{:.1f}, {:.1f}]".format(*entry.interval) if entry.interval else ""
-        lines.append(f"top-1 {entry.top1:.2f} %{ends}{delta}")
+        ends = f" {bracketed(entry.interval)}" if entry.interval else ""
+        lines.append(f"top-1 {format_score(entry)} %{ends}{delta}")
+    if len(entry.runs) > 1:
+        lines.append(_clip(", ".join(runs_in_words(entry)), 90))
     if entry.gmacs is not None:
         saved = f" (saves {entry.saved:.1f} %)" if entry.saved is not None else ""
         mean = f"{format_gmacs(entry.gmacs)}{format_range(entry.cost)}"
@@ -133,13 +161,21 @@ def _hover(entry: Entry) -> list[str]:
     facts = ["trained" if entry.trained else "off the shelf"]
     if entry.control:
         facts[0] = f"control: {entry.control}"
-    for key, text in (("n_images", "{:,.0f} images"), ("seed", "seed {:.0f}")):
-        if (value := number(row.get(key))) is not None:
-            facts.append(text.format(value))
+    if (count := number(row.get("n_images"))) is not None:
+        facts.append(f"{count:,.0f} images")
+    if len(entry.runs) > 1:
+        facts.append(f"{len(entry.runs)} runs")
+    elif (seed := number(row.get("seed"))) is not None:
+        facts.append(f"seed {seed:.0f}")
     lines.append(", ".join(facts))
     commit = f"commit {str(row['git'])[:9]}{'+' * bool(row.get('dirty'))}" if row.get("git") else ""
     lines.append(" · ".join(part for part in (time_of(row.get("created")), commit) if part))
     return [line for line in lines if line]
+
+
+def runs_in_words(entry: Entry) -> list[str]:
+    """Every run of an entry by its seeds, with its top-1."""
+    return [f"{name}: {score:.2f} %" for name, score in zip(entry.runs, entry.scores, strict=True)]
 
 
 def _details(row: Row) -> list[tuple[str, str, str]]:
@@ -173,7 +209,7 @@ def _view(view: View, ids: Mapping[int, int]) -> dict[str, Any]:
 
 def _empty(view: View) -> dict[str, str | None]:
     """What to say in place of a plot without points."""
-    measured = [entry for entry in view.entries if entry.top1 is not None]
+    measured = [entry for entry in view.entries if entry.top1 is not None or entry.fidelity]
     costs = any(entry.gmacs is not None for entry in measured)
     speeds = any(entry.speeds for entry in measured)
     if not measured:
@@ -201,7 +237,6 @@ def tiles(view: View, setting: str, points: float = 1.0) -> list[tuple[str, str,
     """
     found = []
     reduced = [entry for entry in view.entries if not entry.dense]
-    methods = {entry.row.get("method") for entry in view.entries if not entry.dense}
     base = view.reference
     if base:
         parts = [f"{format_gmacs(base.gmacs)} GMACs" if base.gmacs is not None else ""]
@@ -232,8 +267,7 @@ def tiles(view: View, setting: str, points: float = 1.0) -> list[tuple[str, str,
     speedup, entry = max(fast, key=lambda pair: pair[0], default=(0, None))
     if entry and speedup:
         found.append((f"Fastest {within}", f"×{speedup:.2f}", about(entry)))
-    reduced = sum(not entry.dense for entry in view.entries)
-    text = f"{counted(reduced, 'reduced model')}, {len(view.entries) - reduced} dense"
-    found.append(("Compared here", counted(len(methods), "method"), text))
+    text = f"{counted(len(reduced), 'reduced model')}, {len(view.entries) - len(reduced)} dense"
+    found.append(("Compared here", counted(len(view.entries), "result"), text))
     # A line must not end between a number and its percent sign.
     return [(name, value, text.replace(" %", "\u00a0%")) for name, value, text in found]

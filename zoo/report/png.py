@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.report.colors import CONTROL, FRONT, INK, method_colors
+from zoo.report.colors import CONTROL, FRONT, INK, Mark, method_marks
 from zoo.report.controls import LONGER, RESOLUTION, SMALLER
 from zoo.report.entry import Comparison, Entry, View
 
@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = {RESOLUTION: "s", SMALLER: "^", LONGER: "D"}
+# matplotlib's names of the shapes of methods, and the area that makes them look equally large.
+_SHAPES: dict[str, tuple[Any, float]] = {
+    "square": ("s", 40),
+    "circle": ("o", 46),
+    "triangle-up": ("^", 50),
+    "triangle-down": ("v", 50),
+    "star": ("*", 110),
+    "cross": ("P", 66),
+    "x": ("X", 66),
+    "pentagon": ("p", 56),
+    "hexagram": ((6, 1, 0), 78),
+}
 _SHELF = "#b7791f"
 _NEAR = 10.0  # points of top-1 below the best that the picture shows
 _MUTED, _GRID = "#6b7480", "#e6e9ee"
@@ -61,9 +73,9 @@ def draw(comparison: Comparison, title: str) -> Figure:
     style["color"] = _MUTED
     figure.text(0.026, top - 0.26 / height, _clip(view.label, 110), fontsize=10.5, **style)
     every = {entry.name for entry in comparison.entries if not entry.dense}
-    colors = {name: pair[0] for name, pair in method_colors(every).items()}
-    _draw(axes, view, points, colors)
-    _legend(axes, points, view.reference, {name: colors[name] for name in names}, controls)
+    marks = method_marks(every)
+    _draw(axes, view, points, marks)
+    _legend(axes, points, view.reference, {name: marks[name] for name in names}, controls)
     figure.canvas.draw()  # label places need the final scale
     _label_front(axes, view, points)
     return figure
@@ -73,7 +85,7 @@ def _clip(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _draw(axes: Axes, view: View, points: list[Entry], colors: dict[str, str]) -> None:
+def _draw(axes: Axes, view: View, points: list[Entry], marks: dict[str, Mark]) -> None:
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -115,7 +127,7 @@ def _draw(axes: Axes, view: View, points: list[Entry], colors: dict[str, str]) -
     for (name, dense_model, trained), curve in curves.items():
         x, y = [e.gmacs or 0 for e in curve], [e.top1 or 0 for e in curve]
         control = curve[0].control
-        color = INK[0] if dense_model else colors[name]
+        color = INK[0] if dense_model else marks[name].light
         axes.plot(
             x,
             y,
@@ -125,11 +137,12 @@ def _draw(axes: Axes, view: View, points: list[Entry], colors: dict[str, str]) -
             alpha=0.9 if control else faint,
             zorder=2,
         )
-        marker = _MARKERS.get(control or "") or ("s" if dense_model else "D" if trained else "o")
+        marker, size = _SHAPES["square" if dense_model else marks[name].shape]
+        marker = _MARKERS.get(control or "", marker)
         axes.scatter(
             x,
             y,
-            s=46 if marker == "o" else 40,
+            s=size,
             marker=marker,
             color="white" if control else color,
             edgecolors=color if control else "white",
@@ -141,13 +154,15 @@ def _draw(axes: Axes, view: View, points: list[Entry], colors: dict[str, str]) -
         axes.scatter(
             [e.gmacs or 0 for e in best],
             [e.top1 or 0 for e in best],
-            s=46,
+            s=size,
             marker=marker,
             color="white" if control else color,
             edgecolors=INK[0],
             linewidths=1.3,
             zorder=3.5,
         )
+        if trained and not control:
+            axes.scatter(x, y, s=7, marker="o", color="white", linewidths=0, zorder=3.6)
     axes.margins(x=0.06, y=0.09)
     _leave_out_the_worst(axes, [entry.top1 or 0 for entry in points])
 
@@ -169,16 +184,19 @@ def _legend(
     axes: Axes,
     points: list[Entry],
     reference: Entry | None,
-    colors: dict[str, str],
+    marks: dict[str, Mark],
     controls: list[str],
 ) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    def dot(color: str, label: str, marker: str) -> Line2D:
-        return Line2D([], [], color=color, marker=marker, linestyle="", markersize=6.5, label=label)
+    def dot(color: str, label: str, marker: Any, size: float = 42) -> Line2D:
+        look = {"linestyle": "", "markersize": size**0.5, "label": label}
+        return Line2D([], [], color=color, marker=marker, **look)
 
-    handles: list[Artist] = [dot(color, _clip(name, 28), "o") for name, color in colors.items()]
+    handles: list[Artist] = [
+        dot(mark.light, _clip(name, 28), *_SHAPES[mark.shape]) for name, mark in marks.items()
+    ]
     if any(e.dense for e in points):
         handles.insert(0, dot(INK[0], "dense model", "s"))
     for name in reversed(controls):
@@ -195,7 +213,10 @@ def _legend(
         at = next(i for i, h in enumerate(handles) if h.get_label() == "dense model") + 1
         handles.insert(at, Patch(color=INK[0], alpha=0.08, lw=0, label="its 95 % interval"))
     if any(e.trained for e in points):
-        handles += [dot(_MUTED, "off the shelf", "o"), dot(_MUTED, "trained", "D")]
+        ring = dot(_MUTED, "with a white dot: trained", "o")
+        ring.set_markerfacecolor("white")
+        ring.set_markeredgewidth(2.2)
+        handles.append(ring)
     legend = axes.legend(
         handles=handles,
         loc="upper left",

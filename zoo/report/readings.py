@@ -50,14 +50,13 @@ def speeds(row: Row) -> dict[str, Speed]:
     return found
 
 
-def fidelity(rows: Sequence[Row]) -> dict[str, float]:
-    """Agreement, divergence and cosine of the last row that measured them."""
-    for row in reversed(rows):
-        given = row.get("fidelity")
-        if isinstance(given, Mapping):
-            found = {name: number(given.get(name)) for name in ("agreement", "kl", "cosine")}
-            return {name: value for name, value in found.items() if value is not None}
-    return {}
+def fidelity(row: Mapping[str, Any]) -> dict[str, float]:
+    """Agreement, divergence and cosine, as far as a row has measured them."""
+    given = row.get("fidelity")
+    if not isinstance(given, Mapping):
+        return {}
+    found = {name: number(given.get(name)) for name in ("agreement", "kl", "cosine")}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def reducer_share(row: Row) -> float | None:
@@ -69,7 +68,7 @@ def reducer_share(row: Row) -> float | None:
 
 def setting(row: Mapping[str, Any]) -> str:
     """The setting of a throughput, batch size included: only rates of one setting are compared."""
-    parts = [hardware(row), *_switched_on(row.get("runtime")), *_benchmark(row.get("bench"))]
+    parts = [hardware(row), *switched_on(row), *_benchmark(row.get("bench"))]
     if (batch := number(row.get("batch"))) is not None:
         parts.append(f"batch {batch:.0f}")
     return ", ".join(parts)
@@ -90,8 +89,9 @@ def _benchmark(settings: Any) -> list[str]:
     return parts + ["CUDA graphs"] * bool(given.get("cuda_graphs"))
 
 
-def _switched_on(runtime: Any) -> list[str]:
-    """Runtime options of a row that are not at their defaults."""
-    given = runtime if isinstance(runtime, Mapping) else {}
+def switched_on(row: Mapping[str, Any]) -> list[str]:
+    """Run-time options of a row that are not at their defaults."""
+    given = row.get("runtime")
+    given = given if isinstance(given, Mapping) else {}
     usual = (None, False, "off", "full")
-    return [f"{key}={value}" for key, value in given.items() if value not in usual]
+    return [f"{key}={value}" for key, value in sorted(given.items()) if value not in usual]

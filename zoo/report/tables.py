@@ -6,16 +6,19 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from zoo.report.compare import compare
 from zoo.report.entry import Comparison, Entry, View
+from zoo.report.links import links_of
 from zoo.report.notes import CONVENTION, environment
 from zoo.report.words import (
     describe_budget,
+    describe_size,
     describe_tokens,
     format_gmacs,
+    format_millions,
     format_range,
     format_rate,
     is_dense,
@@ -49,12 +52,14 @@ _SPREAD: dict[str, tuple[tuple[str, Any], ...]] = {
     ),
 }
 _WORDS = ("Method", "Budget", "Weights")  # columns of words, aligned left
-_DERIVED = ("budget", "control", "gmacs_saved_percent", "top1_delta", "speedup", "efficiency")
-_DERIVED += ("current", "pareto", "pareto_untrained")
+_DERIVED = (
+    *("budget", "control", "gmacs_saved_percent", "top1_delta", "speedup", "efficiency"),
+    *("current", "pareto", "pareto_untrained", "runs", "top1_mean", "top1_spread"),
+)
 COLUMNS = (
-    *("Method", "Budget", "Tokens", "GMACs", "Reducer", "−GMACs", "Top-1 %", "95 % interval"),
-    *("Δ top-1", "img/s", "Speed-up", "Efficiency", "Memory", "Agreement", "KL", "Cosine"),
-    "Weights",
+    *("Method", "Budget", "Input", "Params", "Tokens", "GMACs", "Reducer", "−GMACs", "Top-1 %"),
+    *("Runs", "95 % interval", "Δ top-1", "img/s", "Speed-up", "Efficiency", "Memory"),
+    *("Agreement", "KL", "Cosine", "Weights"),
 )
 
 
@@ -66,12 +71,13 @@ def csv_table(comparison: Comparison) -> str:
 
     Mappings become columns (``gmacs_linear``, ``version_torch``), lists stay JSON. The last columns
     are derived: the budget in words, savings and differences against the dense model, whether
-    the row is the one that counts (``current``) and whether it is on the Pareto front of
-    accuracy against GMACs, over everything and over what nobody trained for the purpose.
+    the row counts (``current``: the latest of each run), whether it is on the Pareto front of
+    accuracy against GMACs, over everything and over what nobody trained for the purpose, and how
+    many runs with other seeds there are, with mean and standard deviation of their top-1.
     """
     extra = sorted({key for row in comparison.rows for key in row} - set(FIELDS))
     columns = [name for key in FIELDS for name, _ in _SPREAD.get(key, ((key, None),))]
-    entries = {id(entry.row): entry for entry in comparison.entries}
+    entries = {id(r): e for e in comparison.entries for r in (e.row, *e.runs.values())}
     # The wide views over several backbones come last: a row's own front is its backbone's.
     views = [view for view in comparison.views if not view.combined]
     fronts = [{id(e) for v in views for e in v.front}]
@@ -87,8 +93,9 @@ def csv_table(comparison: Comparison) -> str:
             derived += [entry.control, entry.saved, entry.delta]
             derived += [speed and speed.speedup, speed and speed.efficiency, True]
             derived += [id(entry) in front for front in fronts]
+            derived += [len(entry.runs) or None, entry.top1, entry.spread]
         else:
-            derived += [None, None, None, None, None, False, False, False]
+            derived += [None, None, None, None, None, False, False, False, None, None, None]
         values = [value for key in FIELDS for value in _flat(key, row.get(key))]
         values += [row.get(key) for key in extra]
         writer.writerow([_cell(value) for value in [*values, *derived]])
@@ -137,6 +144,7 @@ def markdown_table(comparison: Comparison, title: str) -> str:
         parts += ["## Failed runs", ""]
         parts += [f"- {_md(summary_line(row))}" for row in comparison.failed]
         parts.append("")
+    parts += _markdown_methods(comparison)
     count = len(comparison.rows)
     parts += [
         CONVENTION,
@@ -147,6 +155,20 @@ def markdown_table(comparison: Comparison, title: str) -> str:
         f"{count} row{'s' * (count != 1)} · {_md(environment(comparison.rows))}",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _markdown_methods(comparison: Comparison) -> list[str]:
+    """Where to read on about each method."""
+    found = {}
+    for entry in comparison.entries:
+        links = links_of(entry.row)
+        if not entry.dense and (links.paper or links.code):
+            title = _md(links.title or "paper")
+            parts = [f"[{title}]({links.paper})" if links.paper else title]
+            parts += [f"[code]({links.code})"] if links.code else []
+            found[str(entry.row.get("method"))] = ", ".join(parts)
+    lines = [f"- {_md(name)}: {text}" for name, text in sorted(found.items())]
+    return ["## Methods", "", *lines, ""] if lines else []
 
 
 def _markdown_view(view: View) -> list[str]:
@@ -194,15 +216,11 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def _console_view(view: View) -> str:
-    columns, body = _grid(
-        view,
-        ("Tokens", "Reducer", "95 % interval", "Efficiency", "KL", "Cosine", "Memory", "Weights"),
-    )
-    if "Top-1 %" in columns:  # the interval as one number, to stay within a terminal's width
-        at = columns.index("Top-1 %")
-        for entry, cells in zip(view.entries, body, strict=True):
-            if entry.interval:
-                cells[at] += f" ±{(entry.interval[1] - entry.interval[0]) / 2:.1f}"
+    # What is left out would not fit; features say what answers say where there are answers.
+    without = {"Input", "Params", "Tokens", "Reducer", "Efficiency", "KL", "Memory", "Weights"}
+    if any("agreement" in entry.fidelity for entry in view.entries):
+        without.add("Cosine")
+    columns, body = _grid(view, without)
     for entry, cells in zip(view.entries, body, strict=True):
         cells[0] = entry.title
     marks = ["*" if entry in view.front else " " for entry in view.entries]
@@ -218,6 +236,8 @@ def _console_view(view: View) -> str:
         lines.append(f"! {_line([method, budget], widths[:2])}  FAILED: {error}")
     if view.front:
         lines.append("* on the Pareto front of top-1 against GMACs; Δ and savings against dense")
+    if any(len(entry.runs) > 1 for entry in view.entries):
+        lines.append("± standard deviation over so many runs with seeds of their own")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -231,7 +251,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 # ------------------------------------------------------------------------------------ cells
 
 
-def _grid(view: View, without: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+def _grid(view: View, without: Collection[str] = ()) -> tuple[list[str], list[list[str]]]:
     """Column names and cells of a view; columns that nothing fills are left out."""
     rate = view.settings[0] if view.settings else None
     columns = list(COLUMNS)
@@ -254,20 +274,30 @@ def entry_cells(entry: Entry, setting: str | None) -> list[str]:
     return [
         entry.name,
         entry.budget,
+        describe_size(entry.row),
+        format_millions(entry.cost.get("params_m")),
         describe_tokens(entry.tokens).replace("->", "→"),
         "" if entry.gmacs is None else format_gmacs(entry.gmacs) + format_range(entry.cost),
         "" if share is None else f"{share:.1f} %",
         "" if entry.saved is None else f"{entry.saved:.1f} %",
-        "" if entry.top1 is None else f"{entry.top1:.2f}",
-        "" if entry.interval is None else "{:.1f} – {:.1f}".format(*entry.interval),
+        format_score(entry),
+        str(len(entry.runs)) if len(entry.runs) > 1 else "",
+        "" if entry.interval is None else "{:.2f} – {:.2f}".format(*entry.interval),
         signed(entry.delta),
         format_rate(speed.rate) if speed else "",
-        format_times(faster and faster.speedup),
-        format_share(faster and faster.efficiency),
+        format_times(faster.speedup if faster else None),
+        format_share(faster.efficiency if faster else None),
         format_memory(memory),
         *fidelity_cells(entry.fidelity),
         ("trained" if entry.trained else "off the shelf") if entry.top1 is not None else "",
     ]
+
+
+def format_score(entry: Entry) -> str:
+    """Top-1 in percent; the mean with the standard deviation where there are several runs."""
+    if entry.top1 is None:
+        return ""
+    return f"{entry.top1:.2f}" + ("" if entry.spread is None else f" ± {entry.spread:.2f}")
 
 
 def fidelity_cells(found: Mapping[str, float]) -> list[str]:

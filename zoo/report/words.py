@@ -57,11 +57,44 @@ def interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
 
+def bracketed(ends: tuple[float, float]) -> str:
+    """An interval as it is: neither symmetric, nor rounded to more than it says.
+
+    >>> bracketed((97.997, 99.848))
+    '[98.00, 99.85]'
+    """
+    return "[{:.2f}, {:.2f}]".format(*ends)
+
+
+def describe_size(row: Mapping[str, Any]) -> str:
+    """Side of the input in pixels, or height and width.
+
+    >>> describe_size({"img_size": 224}), describe_size({"img_size": [224, 160]})
+    ('224 px', '224x160 px')
+    """
+    size = row.get("img_size")
+    if isinstance(size, Sequence) and not isinstance(size, str):
+        size = "x".join(map(str, size))
+    return f"{size} px" if size else ""
+
+
+def format_millions(params: Any) -> str:
+    """Parameters, given in millions.
+
+    >>> format_millions(22.0507), format_millions(0.56785), format_millions(None)
+    ('22.1 M', '0.568 M', '')
+    """
+    value = number(params)
+    return "" if value is None else f"{value:.3g} M" if value < 1000 else f"{value:,.0f} M"
+
+
 def _as_published(row: Mapping[str, Any]) -> str:
     """The cost as the method's paper counts it, where that differs."""
     paper = row.get("gmacs_paper")
-    total = number(paper.get("total")) if isinstance(paper, Mapping) else None
-    return "" if total is None else f", {format_gmacs(total)} GMACs as {paper['convention']} counts"
+    paper = paper if isinstance(paper, Mapping) else {}
+    total = number(paper.get("total"))
+    convention = paper.get("convention") or "its paper"
+    return "" if total is None else f", {format_gmacs(total)} GMACs as {convention} counts"
 
 
 def plugins(row: Mapping[str, Any]) -> list[str]:
@@ -70,6 +103,18 @@ def plugins(row: Mapping[str, Any]) -> list[str]:
     found = recipe.get("plugins") if isinstance(recipe, Mapping) else None
     found = found if isinstance(found, Sequence) and not isinstance(found, str) else []
     return [str(p.get("name", p) if isinstance(p, Mapping) else p) for p in found]
+
+
+def tasks(row: Mapping[str, Any]) -> set[str]:
+    """What was done in a run.
+
+    >>> sorted(tasks({"task": ["train", "accuracy"]})), tasks({"task": "flops"}), tasks({})
+    (['accuracy', 'train'], {'flops'}, set())
+    """
+    found = row.get("task")
+    if isinstance(found, str):
+        return {found}
+    return set(map(str, found)) if isinstance(found, Sequence) else set()
 
 
 def is_dense(row: Mapping[str, Any]) -> bool:
@@ -150,6 +195,17 @@ def format_rate(imgs_per_s: float) -> str:
     return f"{imgs_per_s:,.0f}" if imgs_per_s >= 20 else f"{imgs_per_s:.3g}"
 
 
+def _like_dense(row: Mapping[str, Any]) -> list[str]:
+    """How close the answers are to the dense model's, where that was measured."""
+    found = row.get("fidelity")
+    if not isinstance(found, Mapping):
+        return []
+    if (agreement := number(found.get("agreement"))) is not None:
+        return [f"{agreement:.1f} % as dense"]
+    cosine = number(found.get("cosine"))
+    return [] if cosine is None else [f"feature cosine {cosine:.4f}"]
+
+
 def summary_line(row: Mapping[str, Any]) -> str:
     """One line that says what a run found, or why it failed.
 
@@ -178,8 +234,9 @@ def summary_line(row: Mapping[str, Any]) -> str:
         parts.append(f"tokens {tokens}")
     if (top1 := number(row.get("top1"))) is not None:
         ends = interval(row)
-        text = f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else ""
+        text = f" {bracketed(ends)}" if ends else ""
         parts.append(f"top-1 {top1:.2f} %{text}")
+    parts += _like_dense(row)
     if (rate := number(row.get("imgs_per_s"))) is not None:
         parts.append(f"{format_rate(rate)} img/s")
     return " | ".join(parts)

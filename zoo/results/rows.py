@@ -93,16 +93,24 @@ FIELDS: dict[str, str] = {
     "peak_mem_mb_dense": "peak device memory of the dense model, MiB",
     "by_batch": "where several batch sizes were measured: list of batch and what depends on it",
     # provenance
-    "seed": "random seed",
+    "seed": "random seed: of the training, of draws, of untrained weights",
+    "training": "mapping, of trained weights: method, epochs, start and start_sha (the weights it "
+    "began with), partial (on part of the data), options (a digest of all options but the seed)",
     "recipe": "mapping that rebuilds the model: backbone, reducer, schedule, plugins",
     "weights": "weights that were evaluated: a path or a name",
-    "weights_sha": "SHA-256 of the weights file",
+    "weights_sha": "SHA-256 of the weights file (of a folder: of the backbone's)",
     "git": "commit of the source checkout the package ran from",
     "dirty": "whether that checkout had uncommitted changes",
     "versions": "mapping: python, torch, timm, lightning, tokenzoo",
     "trained": "true: weights were trained with this reducer; false: reduced off the shelf",
     "notes": "free text",
 }
+
+# What a run measures: a number that is none makes the row a failure.
+_MEASURED = (
+    *("gmacs", "gmacs_sample", "top1", "top5", "top1_start", "ci95", "fidelity"),
+    *("imgs_per_s", "imgs_per_s_dense", "ms", "by_batch"),
+)
 
 _PACKAGES = ("torch", "timm", "lightning", "tokenzoo")
 
@@ -123,7 +131,8 @@ def new_row(**known: Any) -> Row:
     Args:
         **known: Values of fields in `FIELDS`. What is left out of ``run_id``, ``created``,
             ``status``, ``command``, ``versions``, ``git`` and ``dirty`` is filled in; every
-            other field left out is None.
+            other field left out is None. A measurement that is NaN or infinite makes the row a
+            failure.
 
     Returns:
         A dict with exactly the keys of `FIELDS`, of plain JSON types.
@@ -156,7 +165,23 @@ def new_row(**known: Any) -> Row:
     row.update({name: plain(value) for name, value in known.items()})
     if row["status"] not in ("ok", "failed"):
         raise _error(f"status of a row must be 'ok' or 'failed', got {row['status']!r}")
+    lost = [name for name in _MEASURED if _not_finite(known.get(name))]
+    if lost and row["status"] == "ok":
+        # As None it would look like something that nobody measured.
+        words = f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} no finite number"
+        row.update(status="failed", error=words)
     return row
+
+
+def _not_finite(value: Any) -> bool:
+    """Whether there is a NaN or an infinity in a value."""
+    if isinstance(value, Mapping):
+        return any(map(_not_finite, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_not_finite, value))
+    if hasattr(value, "tolist"):
+        return _not_finite(value.tolist())
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def plain(value: Any) -> Any:

@@ -156,7 +156,11 @@ def job(kind: str, cfg: DictConfig) -> Row:
         print(json.dumps(row))
         raise SystemExit(complain(explain(error) or str(error))) from error
     if not sweep:
-        print(f"row: {path}")
+        print(f"row: {path}", flush=True)
+    if row.get("status") == "failed":  # it ran, and what it measured is no number
+        if not sweep:
+            raise SystemExit(complain(str(row["error"])))
+        State.failed_jobs += 1
     return row
 
 

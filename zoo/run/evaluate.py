@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 
+from reduction.functional import kernels
 from zoo.adapters.standalone import as_standalone
 from zoo.cost.sampling import CostSampler, is_adaptive
 from zoo.errors import ZooError
 from zoo.measure.accuracy import top_k
 from zoo.measure.costs import count_costs, sampled_costs
-from zoo.measure.describe import describe, method_name
+from zoo.measure.describe import dense_of, describe, method_name
+from zoo.model.answers import NotFinite
 from zoo.model.runtime import Runtime
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model
@@ -24,6 +29,7 @@ from zoo.run.costs import has_weights, sample_costs
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from zoo.data.module import ImageData
     from zoo.model.reduced import ReducedViT
 
 TASKS = ("accuracy", "flops", "throughput", "fidelity")
@@ -42,47 +48,102 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         cfg: configs/eval.yaml, composed.
 
     Returns:
-        The row of `zoo.results.rows`, everything that was not measured being None.
+        The row of `zoo.results.rows`, everything that was not measured being None. A model that
+        answers an image with NaN or infinity makes a row with status "failed".
 
     Raises:
         ZooError: An option has a value that cannot be; the message says what to type.
     """
     tasks = check_tasks(cfg.task)
     device, dtype = pick_device(str(cfg.device)), pick_dtype(str(cfg.dtype))
+    repeatable = bool(cfg.get("deterministic"))
     seed = int(cfg.seed)
-    torch.manual_seed(seed)
-    model = build_model(cfg).eval()
-    row = describe(model)
-    row.update(task=tasks, seed=seed, weights=_text(cfg.weights), **_provenance(cfg, model))
+    with kernels_chosen(repeatable, cfg.get("schedule")):
+        torch.manual_seed(seed)
+        model = build_model(cfg).eval()
+        row = describe(model)
+        row.update(task=tasks, seed=seed, weights=_text(cfg.weights), **_provenance(cfg, model))
+        options = model.runtime._asdict()
+        changed = {k: v for k, v in options.items() if v != Runtime._field_defaults[k]}
+        row.update(runtime=changed or None, deterministic=repeatable)
+        if set(tasks) - {"flops"}:
+            row.update(device=_device_name(device), dtype=str(cfg.dtype), compile=bool(cfg.compile))
+        notes = [row.get("notes")]
+        try:
+            for found in _measured(cfg, model, tasks, device, dtype):
+                notes.append(found.pop("notes", None))
+                row.update(found)
+        except NotFinite as error:
+            row.update(status="failed", error=str(error))
+        row.update(kernels=kernels.chosen_kernels() or None)
+    return new_row(**row | {"notes": "; ".join(note for note in notes if note) or None})
+
+
+def _measured(
+    cfg: DictConfig, model: ReducedViT, tasks: list[str], device: torch.device, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    """Fields of the row, task by task.
+
+    Raises:
+        NotFinite: The model answers an image with NaN or infinity.
+    """
     # Costs first: they are exact and take no time, and the rest may be interrupted.
-    row.update(count_costs(model, trace="flops" in tasks))
+    yield count_costs(model, trace="flops" in tasks)
+    limit = _limit(cfg.limit)
     if "flops" in tasks and "accuracy" not in tasks:
-        row.update(sample_costs(cfg, model, _limit(cfg.limit)))
+        yield sample_costs(cfg, model, limit)
+    data: Any = None
+    if "accuracy" in tasks or "fidelity" in tasks:
+        from zoo.data import build_data
+
+        # Labels are for accuracy; fidelity takes images of any classes.
+        data = build_data(cfg)
+        data.attach(model, check="accuracy" in tasks)
+        yield {"dataset": data.label, "split": data.splits["test"]}
+        data.setup("test")
     if "accuracy" in tasks:
-        measured = measure_accuracy(cfg, model, device, dtype)
-        notes = [text for text in (row.get("notes"), measured.pop("notes")) if text]
-        row.update(measured, notes="; ".join(notes) or None)
+        yield measure_accuracy(cfg, model, data, device, dtype)
     if "throughput" in tasks:
-        measured = measure_throughput(cfg, model, device, dtype)
-        notes = [text for text in (row.get("notes"), measured.pop("notes")) if text]
-        row.update(measured, notes="; ".join(notes) or None)
+        yield measure_throughput(cfg, model, device, dtype)
     if "fidelity" in tasks:
         from zoo.run.fidelity import measure_fidelity
 
-        row.update(measure_fidelity(cfg, model, device, dtype, _limit(cfg.limit)))
-    if set(tasks) - {"flops"}:
-        row.update(device=_device_name(device), dtype=str(cfg.dtype), compile=bool(cfg.compile))
-    options = model.runtime._asdict()
-    changed = {k: v for k, v in options.items() if v != Runtime._field_defaults[k]}
-    return new_row(**row, runtime=changed or None)
+        yield measure_fidelity(cfg, model, data, device, dtype, limit)
+    if data is not None and data.damaged:
+        yield {"notes": str(data.damaged)}
 
 
-def _dense(model: ReducedViT) -> nn.Module:
-    """The dense model, with the run-time options that the reduced one has."""
-    if model.runtime == Runtime():
-        return model.unwrap()
-    dense = type(model)(model.backbone).set_runtime(**model.runtime._asdict())
-    return dense.eval()
+@contextlib.contextmanager
+def kernels_chosen(repeatable: bool, schedule: Any = None) -> Iterator[None]:
+    """Within, a new list of chosen kernels begins; on wish they are chosen without a clock.
+
+    Args:
+        repeatable: The same command shall give the same bytes on the same machine.
+        schedule: Of the configuration; a budget in time asks a clock.
+
+    Raises:
+        ZooError: Both are asked for.
+    """
+    if repeatable and str((schedule or {}).get("_target_")).startswith("zoo.budget.time."):
+        raise ZooError(
+            "deterministic=true goes without a clock, and a budget in time is measured with one; "
+            "type schedule=target_gmacs, or deterministic=false"
+        )
+    kernels.forget_used()
+    if not repeatable:
+        yield
+        return
+    was = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    # cuBLAS reads it when it starts; without it matrix products may differ from run to run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    kernels.set_deterministic(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        kernels.set_deterministic(False)
+        torch.use_deterministic_algorithms(was, warn_only=warned)
 
 
 def check_tasks(task: Any) -> list[str]:
@@ -104,17 +165,18 @@ def check_tasks(task: Any) -> list[str]:
 
 
 def measure_accuracy(
-    cfg: DictConfig, model: ReducedViT, device: torch.device, dtype: torch.dtype
+    cfg: DictConfig,
+    model: ReducedViT,
+    data: ImageData,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Returns top-1, top-5 and the 95 % interval on the test split of the data.
 
     Raises:
-        ZooError: The data does not fit the model, or there is none.
+        NotFinite: The model answers an image with NaN or infinity.
+        ZooError: There are no images, or an image has no label.
     """
-    from zoo.data import build_data
-
-    data = build_data(cfg, model)
-    data.setup("test")
     if not has_weights(cfg):
         print(
             "warning: accuracy of untrained weights; give weights=... or backbone.pretrained=true",
@@ -131,22 +193,39 @@ def measure_accuracy(
         dtype,
         limit=_limit(cfg.limit),
         watch=None if sampler is None else sampler.add,
+        name=image_names(data),
     )
     if not images:
         unread = f"; {data.damaged}" if data.damaged else ""
         raise ZooError(f"{data.label}: no images in the split {data.splits['test']!r}{unread}")
     return {
-        "dataset": data.label,
-        "split": data.splits["test"],
         "class_order": data.class_order,
         "n_images": images,
         "top1": 100 * top1 / images,
         # Among five classes or fewer everything is in the first five.
         "top5": 100 * top5 / images if model.num_classes > 5 else None,
         "ci95": list(wilson_interval(top1, images)),
-        "notes": str(data.damaged) if data.damaged else None,
         **({} if sampler is None else sampled_costs(sampler.profile())),
     }
+
+
+def image_names(data: ImageData) -> Callable[[int], str | None]:
+    """Returns a function that names the images of the test split by their place, if they are files.
+
+    Places are of the images that could be read.
+    """
+
+    def name(place: int) -> str | None:
+        from zoo.data.images import Images
+
+        images = data.dataset("test")
+        if not isinstance(images, Images):
+            return None
+        left_out = data.damaged.found
+        read = (i for i in range(len(images)) if not left_out or images.name(i) not in left_out)
+        return images.file(next(itertools.islice(read, place, None)))
+
+    return name
 
 
 def measure_throughput(
@@ -165,7 +244,7 @@ def measure_throughput(
         raise ZooError("throughput.batch is empty; type throughput.batch=32 or [1,16]")
     runner: Any = model
     # A standalone backbone is its own reduction: there is no dense model to take turns with.
-    dense: Any = _dense(model) if as_standalone(model.backbone) is None else None
+    dense: Any = dense_of(model) if as_standalone(model.backbone) is None else None
     if cfg.compile:
         runner, dense = torch.compile(model), dense and torch.compile(dense)
     found = [
@@ -221,36 +300,54 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def _provenance(cfg: DictConfig, model: ReducedViT) -> dict[str, Any]:
-    """Which file the weights came from, and whether they were trained with this reducer."""
+    """Which file the weights came from, and whether and how they were trained with this reducer."""
     if cfg.weights is None:
         return {"weights_sha": None, "trained": False}
     import json
 
     from zoo.checkpoint import find, weights_sha256
 
-    weights = str(cfg.weights)
+    weights, method = str(cfg.weights), method_name(model)
     source = find(weights)
-    # A training checkpoint evaluated as it is; a model folder says it in its own rows.
-    trained = source.suffix == ".ckpt" and cfg.backbone is None and cfg.reducer is None
+    # A training checkpoint; a model folder says it in its own rows.
+    trained, training = source.suffix == ".ckpt" and _trained_method(source) == method, None
     metrics = source / "metrics.json"
     if metrics.is_file():
         try:
-            rows = json.loads(metrics.read_text(encoding="utf-8"))
+            rows = _rows(json.loads(metrics.read_text(encoding="utf-8")))
         except ValueError:
             rows = []
-        methods = [row.get("method") for row in _rows(rows) if row.get("trained")]
-        trained = method_name(model) in methods
-    return {"weights_sha": weights_sha256(weights), "trained": trained}
+        made = [row for row in rows if row.get("trained")]
+        own = [row for row in made if row.get("method") == method]
+        trained = bool(own)
+        if own:
+            training = own[-1].get("training")
+        elif made:  # with another method, or to be run dense: these are not weights as given
+            training = made[-1].get("training") or {"method": made[-1].get("method")}
+    return {"weights_sha": weights_sha256(weights), "trained": trained, "training": training}
 
 
-def _rows(value: Any) -> Sequence[dict[str, Any]]:
+def _trained_method(checkpoint: Path) -> str | None:
+    """The method that a training checkpoint was trained with."""
+    from zoo.checkpoint.files import read_any
+
+    stored = read_any(checkpoint)
+    known = stored.get("hyper_parameters") if isinstance(stored, Mapping) else None
+    recipe = known.get("recipe") if isinstance(known, Mapping) else None
+    if not isinstance(recipe, Mapping):
+        return None
+    reducer = recipe.get("reducer")
+    return str(reducer.get("name")) if isinstance(reducer, Mapping) else "none"
+
+
+def _rows(value: Any) -> list[dict[str, Any]]:
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
 def _limit(value: Any) -> int | None:
     if value is not None and (int(value) != value or value < 1):
         raise ZooError(f"limit must be a whole number from 1, or null for all images; got {value}")
-    return value
+    return None if value is None else int(value)
 
 
 def _device_name(device: torch.device) -> str:

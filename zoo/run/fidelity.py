@@ -13,50 +13,64 @@ import torch
 from torch import Tensor
 
 from zoo.adapters.standalone import as_standalone
+from zoo.measure.describe import dense_of
 from zoo.measure.fidelity import compare_answers
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from zoo.data.module import ImageData
     from zoo.model.reduced import ReducedViT
 
 
 def measure_fidelity(
     cfg: DictConfig,
     model: ReducedViT,
+    data: ImageData,
     device: torch.device,
     dtype: torch.dtype,
     limit: int | None = None,
 ) -> dict[str, Any]:
     """Returns the field `fidelity` of a row: against the same weights with nothing reduced.
 
-    A dense model at another input size is compared with itself at its own size. There is no answer
-    for the dense model itself, which is what others are compared with, nor for an architecture
-    that reduces tokens by itself, which has no dense form.
+    The dense model runs with the run-time options of the reduced one. A dense model at another
+    input size is compared with itself at its own size. There is no answer for the dense model
+    itself, which is what others are compared with, nor for an architecture that reduces tokens by
+    itself, which has no dense form.
+
+    Args:
+        cfg: configs/eval.yaml, composed.
+        model: The model.
+        data: Its data, after `setup("test")`. Labels are not looked at.
+        device: Where to run.
+        dtype: Precision of autocast.
+        limit: Stop after so many images.
 
     Raises:
-        ZooError: The data does not fit the model, or there is none.
+        NotFinite: One of the two answers an image with NaN or infinity.
+        ZooError: There are no images.
     """
-    from zoo.data import build_data
+    from zoo.run.evaluate import image_names
 
     if as_standalone(model.backbone) is not None:
         return {"fidelity": None}
-    data = build_data(cfg, model)
-    data.setup("test")
-    dense: Any = model.unwrap()
+    dense: Any = dense_of(model)
     batches: Iterable[tuple[Tensor, Tensor]] = ((x, x) for x, _ in data.test_dataloader())
-    if model.reducer is None:
+    if model.reducer is None and not len(model.plugins):
         full = full_size_config(cfg)
         if full is None:
             return {"fidelity": None}
+        from zoo.data import build_data
         from zoo.run.build import build_model
 
         dense = build_model(full).eval()
-        other = build_data(full, dense)
+        other = build_data(full)
+        other.attach(dense, check=False)
         other.setup("test")
         pairs = zip(data.test_dataloader(), other.test_dataloader(), strict=True)
         batches = ((x, y) for (x, _), (y, _) in pairs)
-    return {"fidelity": compare_answers(model, dense, batches, device, dtype, limit=limit)}
+    found = compare_answers(model, dense, batches, device, dtype, limit, image_names(data))
+    return {"fidelity": found}
 
 
 def full_size_config(cfg: DictConfig) -> DictConfig | None:

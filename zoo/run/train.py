@@ -29,6 +29,7 @@ from zoo.measure.describe import describe
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model, instantiate
 from zoo.run.resume import options_to_store, resumed
+from zoo.run.training import training_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -357,6 +358,7 @@ def _finish(
         seed=int(cfg.seed),
         weights=os.path.relpath(folder),
         trained=True,
+        training={**training_of(cfg), "method": row["method"]},
         **run,
     )
     if "notes" in known:
