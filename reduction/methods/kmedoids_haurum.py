@@ -12,6 +12,7 @@ from reduction.base import Card, Reducer
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import least_of_cluster, squared_distances
+from reduction.functional.lots import seed_or_torchs
 from reduction.methods.token_pooling import check_iterations
 from reduction.mixins.learned import Learned
 from reduction.registry import register
@@ -35,7 +36,7 @@ class KMedoidsHaurum(Learned, Reducer):
         equal_weight: All weights one. The first medoid is then drawn at random, the same for the
             whole batch, and each further one is the token with the largest distance to any medoid
             so far.
-        seed: Of that draw.
+        seed: Of that draw; None is torch's own seed when the reducer is made, see `random`.
 
     Raises:
         ZooError: If an argument is out of range.
@@ -60,14 +61,16 @@ class KMedoidsHaurum(Learned, Reducer):
     site = "pre"
     needs = frozenset({"column"})
 
-    def __init__(self, iterations: int = 3, equal_weight: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, iterations: int = 3, equal_weight: bool = False, seed: int | None = None
+    ) -> None:
         super().__init__()
         check_iterations(iterations)
         if not isinstance(equal_weight, bool):
             raise ZooError(f"equal_weight must be true or false, got {equal_weight!r}")
         self.iterations = iterations
         self.equal_weight = equal_weight
-        self.seed = seed
+        self.seed = seed_or_torchs(seed)
         if equal_weight:
             self.needs = frozenset()
 

@@ -13,6 +13,7 @@ from reduction.counts import Step
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.entry import AtInput
 from reduction.mixins.following import Extends, Remembers
+from reduction.mixins.images import SeesImages
 from reduction.schedules.base import Schedule
 from reduction.tokens import Signals, Tokens
 from zoo.adapters.tower import Embedded
@@ -147,6 +148,8 @@ def _enter(
         t, memory = plugin.start(t)
         memories.append(memory)
     t = t._replace(x=tower.pre_norm(model.backbone, t.x))
+    if isinstance(reducer, SeesImages):
+        t = reducer.see(images, t)
     return (reducer.begin(t) if isinstance(reducer, Remembers) else t), memories
 
 
