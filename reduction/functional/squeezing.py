@@ -22,23 +22,18 @@ def _unit(x: Tensor) -> Tensor:
     return x / (length + 1e-6)
 
 
-def squeeze(t: Tokens, score: Tensor, keep: int, temperature: float = 1.0) -> Merge:
-    """Keep the best tokens; each other one joins the kept token it resembles most.
+def squeeze(t: Tokens, kept: Tensor, dropped: Tensor, temperature: float = 1.0) -> Merge:
+    """Each dropped token joins the kept one that it resembles most.
 
     With `c` the cosine over the temperature, a group is `(e x_j + sum exp(c_i) x_i) / (e + sum
     exp(c_i))`. Gradient flows through the cosines, not through the choices.
 
     Args:
         t: Tokens with N reducible tokens.
-        score: `(B, N)`, higher is kept.
-        keep: M.
+        kept: `(B, M)`, leaders of the groups.
+        dropped: All others `(B, D)`.
         temperature: Divides the cosines.
-
-    Returns:
-        The groups; kept tokens lead them, in descending order of score.
     """
-    order = score.detach().argsort(dim=1, descending=True)
-    kept, dropped = order[:, :keep], order[:, keep:]
     direction = _unit(t.patches)
     cosine = take_rows(direction, dropped) @ take_rows(direction, kept).transpose(1, 2)
     best, host = cosine.max(-1)
