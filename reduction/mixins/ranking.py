@@ -43,7 +43,8 @@ class ScoreReducer(SeesImages, Reducer):
     ) -> None:
         super().__init__()
         if score_from is not None:
-            self.score_from = one_of("score_from", score_from, ATTENTION)
+            one_of("score_from", score_from, ATTENTION)
+        self.score_from = score_from
         if score is not None and score_from == "column_mean" != score:
             raise ZooError(f"give either score or score_from, got {score!r} and {score_from!r}")
         if seed is not None and score != "random":
@@ -58,12 +59,11 @@ class ScoreReducer(SeesImages, Reducer):
     def arguments(self) -> dict[str, Any]:
         """Constructor arguments; `score` and `seed` only where a score was chosen by name."""
         found = super().arguments()
-        if "score" in found:
-            found["score"] = self.score_name
-            for name in ("score", "seed"):
-                if found.get(name) is None:
-                    found.pop(name, None)
-        return found
+        if "score" not in found:
+            return found
+        found["score"] = self.score_name
+        ours = ("score_from", "score", "seed")
+        return {k: v for k, v in found.items() if v is not None or k not in ours}
 
     def see(self, images: Tensor, t: Tokens) -> Tokens:
         """Note what a random score follows from."""
