@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
-from typing import TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from reduction.errors import ZooError
 
@@ -99,15 +99,20 @@ def count(name: str, value: T, least: int = 1, null: bool = False) -> T:
     return _within(name, value, f"{least} or more", null, whole and value >= least)  # type: ignore[operator]
 
 
-def listed(name: str, value: object, what: str = "a list") -> list[object]:
+def listed(name: str, value: Sequence[T], what: str = "a list") -> list[T]:
     """What a list or tuple holds.
 
     Raises:
         ZooError: If it is neither.
     """
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if not is_list(value):
         raise ZooError(f"{name} must be {what}, got {value!r}")
     return list(value)
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether it is a list, a tuple or the like, and not a word."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def finite(value: object) -> bool:

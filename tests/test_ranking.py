@@ -168,7 +168,7 @@ def test_a_method_from_outside_settles_as_it_likes() -> None:
         def score(self, t, s, step):
             return -torch.arange(t.n, dtype=torch.float32).expand(t.x.shape[0], -1)
 
-        def order(self, score, step):
+        def order(self, t, score, step):
             return score.argsort(dim=1, descending=True)
 
         def settle(self, t, kept, rest, score, step):

@@ -92,7 +92,7 @@ class BatLike(ScoreReducer):
         pairs = min(int(self.pair_share * attentive), n - keep)
         return attentive, pairs, keep - attentive + pairs
 
-    def order(self, score: Tensor, step: Step) -> Tensor:
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
         return score.argsort(dim=1, descending=True)
 
     def settle(self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step) -> Merge:

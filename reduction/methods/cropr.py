@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reduction.assignment import Keep, apply
 from reduction.base import Card, Reducer
+from reduction.checks import boolean, count, positive, share
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.mixins.learned import Staged
@@ -184,18 +185,16 @@ class Cropr(Staged, Trains, Reducer):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        if queries < 1 or heads < 1:
-            raise ZooError(f"queries and heads must be 1 or more, got {queries!r} and {heads!r}")
-        self.llf = llf
-        self.queries = queries
-        self.heads = heads
-        self.pre_norm = pre_norm
-        self.q_proj = q_proj
-        self.k_proj = k_proj
-        self.v_proj = v_proj
-        self.mlp = mlp
-        self.mlp_ratio = mlp_ratio
-        self.label_smoothing = label_smoothing
+        self.llf = boolean("llf", llf)
+        self.queries = count("queries", queries)
+        self.heads = count("heads", heads)
+        self.pre_norm = boolean("pre_norm", pre_norm)
+        self.q_proj = boolean("q_proj", q_proj)
+        self.k_proj = boolean("k_proj", k_proj)
+        self.v_proj = boolean("v_proj", v_proj)
+        self.mlp = boolean("mlp", mlp)
+        self.mlp_ratio = positive("mlp_ratio", mlp_ratio)
+        self.label_smoothing = share("label_smoothing", label_smoothing)
         # The block that brings tokens back needs a step whatever the schedule says about it.
         self.every_block = llf
 

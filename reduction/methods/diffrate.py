@@ -99,8 +99,8 @@ class DiffRate(Learned, Masked, OwnAnswer, ScoreReducer):
     def every_block(self) -> bool:  # type: ignore[override]  # a plain attribute elsewhere
         return self.sort_always or self.masking()
 
-    def order(self, score: Tensor, step: Step) -> Tensor:
-        return score.topk(self._survivors(score.shape[1], step.keep, step), dim=1).indices
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
+        return score.topk(self._survivors(t.n, step.keep, step), dim=1).indices
 
     def settle(
         self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step

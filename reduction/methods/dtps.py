@@ -64,7 +64,7 @@ class DTPS(DynamicViT):
         self.token_loss = one_of("token_loss", token_loss, TOKEN_LOSSES)
         self.temperature = positive("temperature", temperature)
 
-    def order(self, score: Tensor, step: Step) -> Tensor:
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
         return score.argsort(dim=1, descending=True)
 
     def settle(self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step) -> Merge:

@@ -65,7 +65,7 @@ class ETPS(ScoreReducer):
         super().__init__(score_from, score, seed)
         self.temperature = positive("temperature", temperature)
 
-    def order(self, score: Tensor, step: Step) -> Tensor:
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
         return score.argsort(dim=1, descending=True)
 
     def settle(self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step) -> Merge:

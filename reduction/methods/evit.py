@@ -86,7 +86,7 @@ class EViT(ScoreReducer):
     def count(self, n: int, step: Step) -> int:
         return n if step.keep >= n else step.keep + self.fuse
 
-    def order(self, score: Tensor, step: Step) -> Tensor:
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
         # The first dropped token lends the fused one its position, being the most attended.
         return score.topk(step.keep + self.fuse, dim=1, sorted=self.fuse).indices
 

@@ -88,12 +88,12 @@ class ImportanceThenSimilarity(ScoreReducer):
             left = n - round(self.prune_share * (n - keep))
         return max(keep, min(n, left, 2 * keep))
 
-    def order(self, score: Tensor, step: Step) -> Tensor:
-        left = self.survivors(score.shape[1], step)
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
+        left = self.survivors(t.n, step)
         return score.topk(left, dim=1, sorted=left > step.keep).indices
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Assignment:
-        order = self.order(self.score(t, s, step).detach(), step)
+        order = self.order(t, self.score(t, s, step).detach(), step)
         keep, left = step.keep, order.shape[1]
         if left == keep:
             return Keep(order)

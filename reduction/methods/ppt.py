@@ -106,7 +106,7 @@ class PPT(ScoreReducer):
     def score(self, t: Tokens, s: Signals, step: Step) -> Tensor:
         return significance(super().score(t, s, step), s.need("v")[:, :, t.prefix :])
 
-    def order(self, score: Tensor, step: Step) -> Tensor:
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
         return score.argsort(dim=1, descending=True, stable=True)
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class PPT(ScoreReducer):
         score = self.score(t, s, step)
         # An image pools where its scores are flat.
         pool = (score.var(1, keepdim=True) < self.threshold_at(step.grid)).expand(-1, t.n)
-        order = self.order(score, step)
+        order = self.order(t, score, step)
         metric = head_sum(s.need("k")[:, :, t.prefix :])
         match = bipartite_matching(metric, t.n - step.keep, t.prefix)
         rows = torch.arange(step.keep, device=order.device).expand(order.shape[0], -1)

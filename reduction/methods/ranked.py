@@ -85,9 +85,9 @@ class Ranked(ScoreReducer):
     def count(self, n: int, step: Step) -> int:
         return n if step.keep >= n else step.keep + (self.settled == "fuse")
 
-    def order(self, score: Tensor, step: Step) -> Tensor:
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
         if self.settled == "drop":
-            return super().order(score, step)
+            return super().order(t, score, step)
         if self.settled == "fuse":
             return score.topk(step.keep + 1, dim=1).indices
         return score.argsort(dim=1, descending=True)

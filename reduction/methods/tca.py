@@ -177,7 +177,7 @@ class TCA(Learned, ExtraKeys, ScoreReducer):
         """Member `(B,)` that the first group starts from, of members `(B, m)` by falling score."""
         return torch.zeros_like(score[:, 0], dtype=torch.int64)
 
-    def order(self, score: Tensor, step: Step) -> Tensor:
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
         return score.argsort(dim=1, descending=True)
 
     def settle(self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step) -> Merge:

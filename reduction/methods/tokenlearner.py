@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from reduction.assignment import Mix, apply
 from reduction.base import Card, Reducer
+from reduction.checks import boolean, count, one_of
 from reduction.counts import Dims, Spec, Step
-from reduction.errors import ZooError
 from reduction.mixins.learned import Queries
 from reduction.mixins.parking import Parks
 from reduction.registry import register
@@ -152,20 +152,13 @@ class TokenLearner(Queries, Parks, Reducer):
         fuser_norm: bool = True,
     ) -> None:
         super().__init__()
-        if str(version) not in VERSIONS:
-            raise ZooError(f"version must be one of {VERSIONS}, got {version!r}")
-        if pooling not in POOLINGS:
-            raise ZooError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
-        if min(bottleneck, fuser_bottleneck) < 1:
-            raise ZooError(
-                f"bottlenecks must be 1 or more, got {bottleneck!r} and {fuser_bottleneck!r}"
-            )
-        self.version = str(version)  # YAML reads 1.0 as a number
-        self.pooling = pooling
-        self.fuser = fuser
-        self.bottleneck = bottleneck
-        self.fuser_bottleneck = fuser_bottleneck
-        self.fuser_norm = fuser_norm
+        # YAML reads 1.0 as a number.
+        self.version = one_of("version", str(version), VERSIONS)
+        self.pooling = one_of("pooling", pooling, POOLINGS)
+        self.fuser = boolean("fuser", fuser)
+        self.bottleneck = count("bottlenecks", bottleneck)
+        self.fuser_bottleneck = count("bottlenecks", fuser_bottleneck)
+        self.fuser_norm = boolean("fuser_norm", fuser_norm)
         self._last: int | None = None  # the block behind which nobody reads patches
         self.parks: Literal["no", "stage", "block"] = "block" if fuser else "no"
         # A fuser's patches and a convolution's grid know no tokens of a plugin.

@@ -85,10 +85,11 @@ class ScoreReducer(SeesImages, Reducer):
             raise NotImplementedError(f"{type(self).__name__} must override score")
         return self._ranks.function(t, s, Draw(self.seed or 0, block, self.training))
 
-    def order(self, score: Tensor, step: Step) -> Tensor:
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
         """What `settle` is shown of the tokens, `(B, R)`: the kept ones, then others as it needs.
 
         Args:
+            t: Tokens with N reducible tokens.
             score: `(B, N)`, without gradient.
             step: Budget and position.
         """
@@ -111,5 +112,5 @@ class ScoreReducer(SeesImages, Reducer):
     def assign(self, t: Tokens, s: Signals, step: Step) -> Assignment:
         """Rank, and settle."""
         score = self.score(t, s, step)
-        order = self.order(score.detach(), step)
+        order = self.order(t, score.detach(), step)
         return self.settle(t, order[:, : step.keep], order[:, step.keep :], score, step)
