@@ -89,14 +89,14 @@ def shares(
     return values
 
 
-def count(name: str, value: T, least: int = 1, null: bool = False) -> T:
-    """A whole number of at least `least`.
+def count(name: str, value: T, least: int = 1, null: bool = False, what: str = "") -> T:
+    """A whole number of at least `least`; `what` says it in other words.
 
     Raises:
         ZooError: If it is none.
     """
     whole = isinstance(value, Integral) and not isinstance(value, bool)
-    return _within(name, value, f"{least} or more", null, whole and value >= least)  # type: ignore[operator]
+    return _within(name, value, what or f"{least} or more", null, whole and value >= least)  # type: ignore[operator]
 
 
 def listed(name: str, value: Sequence[T], what: str = "a list") -> list[T]:

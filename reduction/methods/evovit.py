@@ -15,7 +15,7 @@ from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.mixins.following import Follows
 from reduction.mixins.learned import Learned
-from reduction.mixins.parking import Parks
+from reduction.mixins.parking import Parks, in_place, park, parked, unpark
 from reduction.mixins.ranking import ScoreReducer
 from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register
@@ -192,26 +192,23 @@ class EvoViT(Learned, Trains, Follows, Parks, ScoreReducer):
         score = score[:, : t.n]  # tokens that a plugin added before the first block stay aside
         order = score.argsort(dim=1, descending=True)
         slow, rest = order[:, : step.keep], order[:, step.keep :]
-        parked = take_rows(t.patches, rest)
-        memory = {**t.memory, "score": score, "slow": slow, "rest": rest, "parked": parked}
+        memory = {**t.memory, "score": score, "slow": slow, "rest": rest}
+        memory = dict(park(t, t._replace(memory=memory), slow, rest).memory)
         rows = [t.x[:, : t.prefix], take_rows(t.patches, slow)]
         sizes = [t.size[:, : t.prefix], take_rows(t.patch_size, slow)]
         origin = None if t.origin is None else take_rows(t.origin, slow)
         away = -1
         if self.fast == "update":
-            weight = score.gather(1, rest)
-            weight = (weight / weight.sum(1, keepdim=True)).to(parked.dtype)
-            memory["rep"] = torch.bmm(weight.unsqueeze(1), parked).to(t.x.dtype)
+            weight, others = score.gather(1, rest), parked(t._replace(memory=memory))[0]
+            weight = (weight / weight.sum(1, keepdim=True)).to(others.dtype)
+            memory["rep"] = torch.bmm(weight.unsqueeze(1), others).to(t.x.dtype)
             rows.append(memory["rep"])
             sizes.append(take_rows(t.patch_size, rest).sum(1, keepdim=True))
             away = step.keep
             if origin is not None:
                 origin = torch.cat([origin, origin.new_full((origin.shape[0], 1), -1)], dim=1)
-        if t.origin is not None:
-            memory["origin"] = t.origin
         source = t.source
         if source is not None:
-            memory["source"] = source
             slot = torch.full_like(order, away)
             places = torch.arange(step.keep, device=order.device).expand_as(slow)
             slot = slot.scatter(1, slow, places)
@@ -232,28 +229,13 @@ class EvoViT(Learned, Trains, Follows, Parks, ScoreReducer):
     def restore(self, t: Tokens) -> Tokens:
         """Put every patch back where it was."""
         memory = dict(t.memory)
-        slow, rest, parked = memory.pop("slow"), memory.pop("rest"), memory.pop("parked")
-        memory["chosen"] = slow  # for those who want to see the last choice
-        count = slow.shape[1]
-        body = t.patches
+        del memory["rest"]
+        memory["chosen"] = memory.pop("slow")  # for those who want to see the last choice
+        count, rows = memory["chosen"].shape[1], parked(t)
         if "rep" in memory:
-            parked = parked + (body[:, count : count + 1] - memory.pop("rep"))
-        tail = count + (self.fast == "update")
-        back = torch.cat([slow, rest], dim=1).argsort(dim=1)
-        patches = take_rows(torch.cat([body[:, :count], parked], dim=1), back)
-        ones = t.size.new_ones(t.size.shape[0], back.shape[1])
-        size = [t.size[:, : t.prefix], ones, t.patch_size[:, tail:]]
-        origin = t.origin
-        if origin is not None:
-            origin = torch.cat([memory.pop("origin"), origin[:, tail:]], dim=1)
-        return t._replace(
-            x=torch.cat([t.x[:, : t.prefix], patches, body[:, tail:]], dim=1),
-            size=torch.cat(size, dim=1),
-            unit=True,
-            origin=origin,
-            source=memory.pop("source", t.source),
-            memory=memory,
-        )
+            rows = [rows[0] + (t.patches[:, count : count + 1] - memory.pop("rep"))]
+        t = t._replace(unit=True, memory=memory)
+        return unpark(t, in_place(t, rows), count + (self.fast == "update"))
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         # The token that stands for the others.

@@ -65,7 +65,7 @@ class KMedoidsHaurum(Learned, Reducer):
         self, iterations: int = 3, equal_weight: bool = False, seed: int | None = None
     ) -> None:
         super().__init__()
-        self.iterations = count("iterations", iterations)
+        self.iterations = count("iterations", iterations, what="an integer of at least 1")
         self.equal_weight = boolean("equal_weight", equal_weight)
         self.seed = seed_or_torchs(seed)
         if equal_weight:

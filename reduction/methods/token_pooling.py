@@ -82,7 +82,7 @@ class TokenPooling(Reducer):
         self.algorithm = one_of("algorithm", algorithm, ALGORITHMS)
         self.centre = one_of("centre", centre, CENTRES)
         self.score_from = one_of("score_from", score_from, SCORES)
-        self.iterations = count("iterations", iterations)
+        self.iterations = count("iterations", iterations, what="an integer of at least 1")
         self.prop_attn = boolean("prop_attn", prop_attn)
         signal = SCORES[score_from]
         self.needs = frozenset() if signal is None else frozenset({signal})

@@ -12,7 +12,7 @@ from reduction.base import Card, Reducer
 from reduction.checks import boolean, count, one_of
 from reduction.counts import Dims, Spec, Step
 from reduction.mixins.learned import Queries
-from reduction.mixins.parking import Parks
+from reduction.mixins.parking import Parks, park, parked, unpark
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -228,22 +228,14 @@ class TokenLearner(Queries, Parks, Reducer):
         learned = apply(t, Mix(stage.maps(t.patches, step.grid)))
         if not self.fuser:
             return learned
-        parked = {f"bank.{self._blocks.index(step.block)}": t.patches, "bank_size": t.size}
-        for name, value in (("bank_origin", t.origin), ("bank_source", t.source)):
-            if value is not None:
-                parked[name] = value
-        return learned._replace(memory={**learned.memory, **parked})
+        # Its length is the stage that learned: known through checkpointing, as no number would be.
+        stage_mark = t.size.new_empty(self._blocks.index(step.block))
+        return park(t, learned._replace(memory={**learned.memory, "stage": stage_mark}))
 
     def restore(self, t: Tokens) -> Tokens:
         """The patches, with what the block made of the learned tokens added."""
-        index = next(k.removeprefix("bank.") for k in t.memory if k.startswith("bank."))
-        fuser = cast(Learner, self.stages[int(index)]).fuser
+        memory = dict(t.memory)
+        fuser = cast(Learner, self.stages[memory.pop("stage").shape[0]]).fuser
         assert fuser is not None
-        patches = fuser(t.memory[f"bank.{index}"], t.patches)
-        return t._replace(
-            x=torch.cat([t.x[:, : t.prefix], patches], dim=1),
-            size=t.memory["bank_size"],
-            origin=t.memory.get("bank_origin"),
-            source=t.memory.get("bank_source"),
-            memory={k: v for k, v in t.memory.items() if not k.startswith("bank")},
-        )
+        patches = fuser(parked(t)[0], t.patches)
+        return unpark(t._replace(memory=memory), patches)
