@@ -11,6 +11,7 @@ from reduction.assignment import Merge
 from reduction.base import Card, Reducer
 from reduction.checks import boolean, count, number
 from reduction.counts import Dims, Spec, Step
+from reduction.functional.clustering import group_exp
 from reduction.functional.density import density_peaks
 from reduction.mixins.learned import Staged
 from reduction.registry import register
@@ -73,9 +74,9 @@ class DPCKNN(Staged, Reducer):
         if self.equal_weight:
             weight = torch.ones_like(slot, dtype=t.size.dtype)
         else:
-            weight = (
-                cast(nn.ModuleDict, self.stage(step))["score"](t.patches).squeeze(-1).float().exp()
-            )
+            score = cast(nn.ModuleDict, self.stage(step))["score"](t.patches).squeeze(-1).float()
+            # A score grows with the length of the features, which nothing bounds.
+            weight, _ = group_exp(score, slot, step.keep)
         total = weight.new_zeros(centres.shape).scatter_add(1, slot, weight)
         coef = weight / (total.gather(1, slot) + 1e-6)
         return Merge(slot, centres, coef=coef)
