@@ -23,12 +23,16 @@ class Configured:
         cls = type(self)
         return {
             "name": self.name or f"{cls.__module__}.{cls.__qualname__}",
-            **constructor_arguments(self),
+            **self.arguments(),
         }
+
+    def arguments(self) -> dict[str, Any]:
+        """Constructor arguments in plain values; those that `config` leaves out may be missing."""
+        return constructor_arguments(self)
 
     def extra_repr(self) -> str:
         """Constructor arguments, for printing."""
-        return ", ".join(f"{k}={v!r}" for k, v in constructor_arguments(self).items())
+        return ", ".join(f"{k}={v!r}" for k, v in self.arguments().items())
 
 
 class Revised:

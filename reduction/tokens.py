@@ -117,6 +117,17 @@ class Signals(NamedTuple):
     x_mid: Tensor | None = None
     mlp: Tensor | None = None
 
+    def need(self, name: str) -> Tensor:
+        """A signal that must be there, because `Reducer.needs` names it.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise ValueError(f"expected the signal {name!r}; name it in the reducer's `needs`")
+        return value
+
 
 SIGNALS = frozenset(Signals._fields)
 

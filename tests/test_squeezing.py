@@ -17,6 +17,12 @@ from tests.cases import backbone, images
 from zoo.errors import ZooError
 
 
+def squeezed(t, score, keep, temperature=1.0):
+    """Keep the best tokens and squeeze the others into them."""
+    order = score.argsort(dim=1, descending=True)
+    return squeeze(t, order[:, :keep], order[:, keep:], temperature)
+
+
 def tokens(n: int = 9, width: int = 6, prefix: int = 1) -> Tokens:
     generator = torch.Generator().manual_seed(3)
     return Tokens.start(torch.randn(2, prefix + n, width, generator=generator), prefix, track=True)
@@ -40,7 +46,7 @@ def slow(x: torch.Tensor, kept: list[int], temperature: float) -> torch.Tensor:
 def test_squeezing_is_the_formula(temperature: float) -> None:
     t = tokens()
     score = torch.rand(2, 9, generator=torch.Generator().manual_seed(5))
-    chosen = squeeze(t, score, 4, temperature)
+    chosen = squeezed(t, score, 4, temperature)
     out = apply(t, chosen)
     for b in range(2):
         expected = slow(t.patches[b], chosen.leader[b].tolist(), temperature)
@@ -52,7 +58,7 @@ def test_squeezing_is_the_formula(temperature: float) -> None:
 def test_masked_squeezing_agrees_with_removal_on_the_kept_tokens() -> None:
     t = tokens()
     score = torch.rand(2, 9, generator=torch.Generator().manual_seed(6))
-    chosen = squeeze(t, score, 4)
+    chosen = squeezed(t, score, 4)
     kept = torch.zeros(2, 9).scatter(1, chosen.leader, 1.0)
     y = squeeze_masked(t.patches, kept, 1 - kept)
     rows = y.gather(1, chosen.leader.unsqueeze(-1).expand(-1, -1, y.shape[-1]))
@@ -65,7 +71,7 @@ def test_masked_squeezing_agrees_with_removal_on_the_kept_tokens() -> None:
 def test_a_twin_weighs_as_much_as_its_host() -> None:
     x = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(0))
     x = torch.cat([x, x[:, :1]], 1)
-    chosen = squeeze(Tokens.start(x, 0), torch.tensor([[5.0, 4, 3, 2, 1]]), 4)
+    chosen = squeezed(Tokens.start(x, 0), torch.tensor([[5.0, 4, 3, 2, 1]]), 4)
     assert torch.allclose(chosen.coef, torch.full((1, 1), 0.5), atol=1e-5)
 
 
@@ -81,7 +87,7 @@ def test_the_order_of_patches_does_not_matter() -> None:
     score = torch.rand(2, 9, generator=torch.Generator().manual_seed(7))
     order = torch.randperm(9, generator=torch.Generator().manual_seed(8))
     mixed = t._replace(x=torch.cat([t.x[:, :1], t.patches[:, order]], 1))
-    one, other = apply(t, squeeze(t, score, 4)), apply(mixed, squeeze(mixed, score[:, order], 4))
+    one, other = apply(t, squeezed(t, score, 4)), apply(mixed, squeezed(mixed, score[:, order], 4))
     assert torch.allclose(one.x, other.x, atol=1e-6)
 
 

@@ -18,6 +18,9 @@ from torch import Tensor
 from reduction.eager import autocasting, eager_on_cpu
 from reduction.tokens import take_rows
 
+#: Exponentials of numbers up to this one can be added up by the million in float32.
+LARGE = 60.0
+
 
 class Clusters(NamedTuple):
     """Who belongs where.
@@ -206,6 +209,23 @@ def mean_shares(weight: Tensor, slot: Tensor, k: int) -> Tensor:
     """Weight of each point as a share of its cluster's, `(B, N)`; the shares of one add up to 1."""
     total = weight.new_zeros(weight.shape[0], k).scatter_add(1, slot, weight)
     return weight / total.gather(1, slot)
+
+
+def group_exp(score: Tensor, slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Exponentials of scores that cannot overflow: where a group's are too large, all are divided.
+
+    Args:
+        score: `(B, N)`, in float32 or better.
+        slot: Group of each point, `(B, N)`.
+        k: K.
+
+    Returns:
+        `exp(score - shift of the group)`, `(B, N)`, and the shifts `(B, K)`, which are zero unless
+        a score of the group is above `LARGE`.
+    """
+    top = score.new_zeros(score.shape[0], k).scatter_reduce(1, slot, score.detach(), "amax")
+    shift = (top - LARGE).clamp_min(0)
+    return (score - shift.gather(1, slot)).exp(), shift
 
 
 def _fill_empty(slot: Tensor, gap: Tensor, weight: Tensor, k: int) -> Tensor:

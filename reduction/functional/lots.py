@@ -48,6 +48,25 @@ def lots(x: Tensor) -> Tensor:
     return (whole * weight).sum(1) % PRIME
 
 
+def ranks(lot: Tensor, n: int, seed: int, round_: int) -> Tensor:
+    """A number for each of n places of every image, `(B, n)`, no two equal, each order as likely.
+
+    Args:
+        lot: Of `lots`, `(B,)`.
+        n: Places.
+        seed: Another seed, other numbers.
+        round_: For several draws from one lot: another round, other numbers.
+    """
+    place = torch.arange(n, device=lot.device)
+    start = (seed * 1_000_003 + round_ * 40_503 + n * 2_654_435) % PRIME
+    x = (lot.unsqueeze(1) + start + place * 7_919) % PRIME
+    for factor in (48_271, 69_621, 1_226_874_159):
+        x = (x * factor + start) % PRIME
+        x = x * x % PRIME
+    # Mixed once more, so that the last squares are not what is compared.
+    return (x * 62_089_911 + start) % PRIME * n + place
+
+
 def draw(lot: Tensor, n: int, k: int, seed: int, round_: int) -> Tensor:
     """k of n places for every image, each set of places as likely as any other.
 
@@ -61,12 +80,5 @@ def draw(lot: Tensor, n: int, k: int, seed: int, round_: int) -> Tensor:
     Returns:
         `(B, K)` int64, ascending.
     """
-    place = torch.arange(n, device=lot.device)
-    start = (seed * 1_000_003 + round_ * 40_503 + n * 2_654_435) % PRIME
-    x = (lot.unsqueeze(1) + start + place * 7_919) % PRIME
-    for factor in (48_271, 69_621, 1_226_874_159):
-        x = (x * factor + start) % PRIME
-        x = x * x % PRIME
-    # Mixed once more, so that the last squares are not what is compared; no two places are equal.
-    rank = (x * 62_089_911 + start) % PRIME * n + place
+    rank = ranks(lot, n, seed, round_)
     return rank.topk(k, dim=1, sorted=False).indices.sort(dim=1).values

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Merge
+from reduction.functional.clustering import LARGE, group_exp
 from reduction.tokens import Tokens, take_rows
 
 #: Weight of a kept token in its own group, whatever the temperature.
@@ -22,29 +23,32 @@ def _unit(x: Tensor) -> Tensor:
     return x / (length + 1e-6)
 
 
-def squeeze(t: Tokens, score: Tensor, keep: int, temperature: float = 1.0) -> Merge:
-    """Keep the best tokens; each other one joins the kept token it resembles most.
+def squeeze(t: Tokens, kept: Tensor, dropped: Tensor, temperature: float = 1.0) -> Merge:
+    """Each dropped token joins the kept one that it resembles most.
 
     With `c` the cosine over the temperature, a group is `(e x_j + sum exp(c_i) x_i) / (e + sum
     exp(c_i))`. Gradient flows through the cosines, not through the choices.
 
     Args:
         t: Tokens with N reducible tokens.
-        score: `(B, N)`, higher is kept.
-        keep: M.
+        kept: `(B, M)`, leaders of the groups.
+        dropped: All others `(B, D)`.
         temperature: Divides the cosines.
-
-    Returns:
-        The groups; kept tokens lead them, in descending order of score.
     """
-    order = score.detach().argsort(dim=1, descending=True)
-    kept, dropped = order[:, :keep], order[:, keep:]
     direction = _unit(t.patches)
     cosine = take_rows(direction, dropped) @ take_rows(direction, kept).transpose(1, 2)
     best, host = cosine.max(-1)
-    weight = (best.float() / temperature).exp()
-    total = weight.new_full(kept.shape, _OWN).scatter_add(1, host, weight)
+    weight, own = _weights(best.float() / temperature, host, kept.shape[1], temperature)
+    total = own.scatter_add(1, host, weight)
     return Merge(None, kept, coef=weight / total.gather(1, host), pairs=(dropped, host))
+
+
+def _weights(z: Tensor, host: Tensor, m: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Weights `exp(z)` of the others `(B, D)`, and of their hosts themselves `(B, M)`."""
+    if temperature * LARGE >= 1:  # No cosine over the temperature is above that.
+        return z.exp(), z.new_full((z.shape[0], m), _OWN)
+    weight, shift = group_exp(z, host, m)
+    return weight, _OWN * (-shift).exp()
 
 
 def squeeze_masked(x: Tensor, kept: Tensor, gone: Tensor, temperature: float = 1.0) -> Tensor:
@@ -70,10 +74,11 @@ def squeeze_masked(x: Tensor, kept: Tensor, gone: Tensor, temperature: float = 1
     near = (direction * take_rows(direction, host)).sum(-1).float() / temperature
     # Where nothing is kept there is no host; the weight is then as good as zero.
     near = torch.where(best.isfinite(), near, -100.0)
-    weight = (near * gone).exp() * gone
-    total = weight.new_full(weight.shape, _OWN).scatter_add(1, host, weight)
+    weight, own = _weights(near * gone, host, x.shape[1], temperature)
+    weight = weight * gone
+    total = own.scatter_add(1, host, weight)
     batch, n, width = x.shape
     flat = (host + torch.arange(batch, device=x.device).unsqueeze(1) * n).reshape(-1)
     moved = (x.to(weight.dtype) * weight.unsqueeze(-1)).reshape(-1, width)
-    mixed = (x.to(weight.dtype) * _OWN).reshape(-1, width).index_add(0, flat, moved)
+    mixed = (x.to(weight.dtype) * own.unsqueeze(-1)).reshape(-1, width).index_add(0, flat, moved)
     return (mixed.view(batch, n, width) / total.unsqueeze(-1)).to(x.dtype)

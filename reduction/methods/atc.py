@@ -7,8 +7,8 @@ from torch import Tensor
 
 from reduction.assignment import Merge
 from reduction.base import Card, Reducer
+from reduction.checks import boolean, one_of
 from reduction.counts import Dims, Step
-from reduction.errors import ZooError
 from reduction.functional.agglomerative import LINKAGES, agglomerate, cosine_distances
 from reduction.functional.clustering import mean_shares
 from reduction.functional.matching import head_sum
@@ -62,17 +62,12 @@ class ATC(Reducer):
         self, linkage: str = "average", prop_attn: bool = True, mean: str = "size"
     ) -> None:
         super().__init__()
-        if linkage not in LINKAGES:
-            raise ZooError(f"linkage must be one of {LINKAGES}, got {linkage!r}")
-        if mean not in MEANS:
-            raise ZooError(f"mean must be one of {MEANS}, got {mean!r}")
-        self.linkage = linkage
-        self.prop_attn = prop_attn
-        self.mean = mean
+        self.linkage = one_of("linkage", linkage, LINKAGES)
+        self.prop_attn = boolean("prop_attn", prop_attn)
+        self.mean = one_of("mean", mean, MEANS)
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
-        assert s.k is not None
-        distance = cosine_distances(head_sum(s.k[:, :, t.prefix :].detach()))
+        distance = cosine_distances(head_sum(s.need("k")[:, :, t.prefix :].detach()))
         slot, leader = agglomerate(distance, step.keep, self.linkage)
         coef: Tensor | None = None
         if self.mean == "plain":

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from reduction.assignment import Keep, apply
 from reduction.base import Card, Reducer
+from reduction.checks import count, one_of
 from reduction.counts import Dims, Step
-from reduction.errors import ZooError
 from reduction.functional.attention import attention, class_row
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
@@ -86,12 +86,8 @@ class ATS(Adaptive, OwnAttention, Reducer):
 
     def __init__(self, variant: str = "haurum", points: int | None = None) -> None:
         super().__init__()
-        if points is not None and points < 1:
-            raise ZooError(f"points must be 1 or more, got {points!r}")
-        if variant not in VARIANTS:
-            raise ZooError(f"variant must be one of {VARIANTS}, got {variant!r}")
-        self.variant = variant
-        self.points = points
+        self.variant = one_of("variant", variant, VARIANTS)
+        self.points = count("points", points, null=True)
 
     @property
     def needs_class_token(self) -> bool:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from reduction.assignment import Keep, apply
 from reduction.base import Card, Reducer
+from reduction.checks import number, one_of, positive, share
 from reduction.counts import Spec, Step
-from reduction.errors import ZooError
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.learned import Learned
@@ -115,21 +115,13 @@ class AViT(Adaptive, Learned, OwnAnswer, Trains, Reducer):
         compat: str = "none",
     ) -> None:
         super().__init__()
-        if not 0 < eps < 1:
-            raise ZooError(f"eps must be in (0, 1), got {eps!r}")
-        if not scale > 0:
-            raise ZooError(f"scale must be positive, got {scale!r}")
-        if prior_depth is not None and not prior_depth >= 1:
-            raise ZooError(f"prior_depth must be 1 or more, got {prior_depth!r}")
-        if compat not in COMPAT:
-            raise ZooError(f"compat must be one of {COMPAT}, got {compat!r}")
-        self.scale = scale
-        self.center = center
-        self.eps = eps
-        self.ponder_weight = ponder_weight
-        self.prior_weight = prior_weight
-        self.prior_depth = prior_depth
-        self.compat = compat
+        self.scale = positive("scale", scale)
+        self.center = number("center", center)
+        self.eps = share("eps", eps, zero=False, one=False)
+        self.ponder_weight = number("ponder_weight", ponder_weight)
+        self.prior_weight = number("prior_weight", prior_weight)
+        self.prior_depth = number("prior_depth", prior_depth, 1, null=True)
+        self.compat = one_of("compat", compat, COMPAT)
         self._reads = "class"
 
     def setup(self, spec: Spec) -> None:

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Merge
-from reduction.base import Card, Reducer
+from reduction.base import Card
+from reduction.checks import count, share
 from reduction.counts import Dims, Step
-from reduction.errors import ZooError
 from reduction.functional.clustering import mean_shares
 from reduction.functional.density import density_peaks
 from reduction.functional.matching import bipartite_matching, split_sizes
-from reduction.mixins.ranking import attention_score, score_signal
+from reduction.mixins.ranking import ScoreReducer
 from reduction.registry import register
-from reduction.tokens import Signals, Tokens, take_rows
+from reduction.tokens import Tokens, take_rows
 
 
 @register("bat_like")
-class BatLike(Reducer):
+class BatLike(ScoreReducer):
     """Keep attentive tokens and merge twins among them; cluster the others. From a description.
 
     Between attention and MLP, patches are split by the class token's attention. Of the attentive
@@ -40,6 +40,9 @@ class BatLike(Reducer):
         neighbors: Neighbours that the density looks at (ours).
         score_from: "class" (the paper's) or "column_mean" (attention received from all tokens;
             ours, for models without a class token).
+        score: Rank by another score: "class", "column", "norm", "random" or "inverse"; None is
+            `score_from`. See `reduction.functional.scores`.
+        seed: Of the score "random"; None is torch's own seed when the reducer is made.
 
     Raises:
         ZooError: If an argument is out of range.
@@ -70,21 +73,13 @@ class BatLike(Reducer):
         pair_share: float = 0.2,
         neighbors: int = 5,
         score_from: str = "class",
+        score: str | None = None,
+        seed: int | None = None,
     ) -> None:
-        super().__init__()
-        for name, value, top in (
-            ("attentive_share", attentive_share, 1.0),
-            ("pair_share", pair_share, 0.5),
-        ):
-            if isinstance(value, bool) or not 0 <= value <= top:
-                raise ZooError(f"{name} must be in [0, {top:g}], got {value!r}")
-        if isinstance(neighbors, bool) or neighbors < 1:
-            raise ZooError(f"neighbors must be 1 or more, got {neighbors!r}")
-        self.attentive_share = attentive_share
-        self.pair_share = pair_share
-        self.neighbors = neighbors
-        self.score_from = score_from
-        self.needs = score_signal(score_from)
+        super().__init__(score_from, score, seed)
+        self.attentive_share = share("attentive_share", attentive_share)
+        self.pair_share = share("pair_share", pair_share, most=0.5)
+        self.neighbors = count("neighbors", neighbors)
 
     def split(self, n: int, keep: int) -> tuple[int, int, int]:
         """Attentive tokens, pairs that merge among them, and clusters of the others.
@@ -97,11 +92,12 @@ class BatLike(Reducer):
         pairs = min(int(self.pair_share * attentive), n - keep)
         return attentive, pairs, keep - attentive + pairs
 
-    def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
-        score = attention_score(s, self.score_from, t.prefix)
-        # A tracer would make a tensor of the count.
-        attentive, pairs, clusters = self.split(int(t.n), int(step.keep))
-        order = score.detach().argsort(dim=1, descending=True)
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
+        return score.argsort(dim=1, descending=True)
+
+    def settle(self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step) -> Merge:
+        attentive, pairs, clusters = self.split(t.n, step.keep)
+        order = torch.cat([kept, rest], dim=1)
         slot, leader = self._groups(t.patches.detach(), order, attentive, pairs, clusters)
         weight = score.to(torch.promote_types(score.dtype, torch.float32)).clamp_min(1e-12)
         return Merge(slot, leader, coef=mean_shares(weight, slot, leader.shape[1]))

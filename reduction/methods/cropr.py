@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from reduction.assignment import Keep, apply
 from reduction.base import Card, Reducer
+from reduction.checks import boolean, count, positive, share
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.mixins.learned import Staged
+from reduction.mixins.parking import in_place, park, parked, unpark
 from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register
-from reduction.tokens import Signals, Tokens, take_rows
+from reduction.tokens import Signals, Tokens
 
 
 def _mlp(width: int, hidden: int) -> nn.Sequential:
@@ -184,18 +186,16 @@ class Cropr(Staged, Trains, Reducer):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        if queries < 1 or heads < 1:
-            raise ZooError(f"queries and heads must be 1 or more, got {queries!r} and {heads!r}")
-        self.llf = llf
-        self.queries = queries
-        self.heads = heads
-        self.pre_norm = pre_norm
-        self.q_proj = q_proj
-        self.k_proj = k_proj
-        self.v_proj = v_proj
-        self.mlp = mlp
-        self.mlp_ratio = mlp_ratio
-        self.label_smoothing = label_smoothing
+        self.llf = boolean("llf", llf)
+        self.queries = count("queries", queries)
+        self.heads = count("heads", heads)
+        self.pre_norm = boolean("pre_norm", pre_norm)
+        self.q_proj = boolean("q_proj", q_proj)
+        self.k_proj = boolean("k_proj", k_proj)
+        self.v_proj = boolean("v_proj", v_proj)
+        self.mlp = boolean("mlp", mlp)
+        self.mlp_ratio = positive("mlp_ratio", mlp_ratio)
+        self.label_smoothing = share("label_smoothing", label_smoothing)
         # The block that brings tokens back needs a step whatever the schedule says about it.
         self.every_block = llf
 
@@ -252,10 +252,9 @@ class Cropr(Staged, Trains, Reducer):
 
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
         """Drop or park tokens, or bring all of them back."""
-        if self.llf and "place" not in t.memory:
-            t = t._replace(memory={**t.memory, **_at_the_start(t)})
         if self._restores(step):
-            return _restored(t)
+            rows = parked(t)
+            return unpark(t, in_place(t, rows)) if rows else t
         if step.keep >= t.n:
             return t
         stage = cast(Module, self.stage(step))
@@ -269,13 +268,7 @@ class Cropr(Staged, Trains, Reducer):
             return apply(t, Keep(score.topk(step.keep, dim=1, sorted=False).indices))
         order = score.argsort(dim=1, descending=True)
         kept, gone = order[:, : step.keep], order[:, step.keep :]
-        place = t.memory["place"]
-        parked = {
-            f"parked.{step.block}": take_rows(t.patches, gone),
-            f"parked_place.{step.block}": place.gather(1, gone),
-            "place": place.gather(1, kept),
-        }
-        return apply(t, Keep(kept))._replace(memory={**t.memory, **parked})
+        return park(t, apply(t, Keep(kept)), kept, gone)
 
     def auxiliary_losses(self, outcome: Outcome) -> dict[str, Tensor]:
         answers = [v for k, v in outcome.final.memory.items() if k.startswith("aux.")]
@@ -288,30 +281,3 @@ class Cropr(Staged, Trains, Reducer):
                 answer.flatten(0, 1).float(), targets, label_smoothing=self.label_smoothing
             )
         return {"router": total}
-
-
-def _at_the_start(t: Tokens) -> dict[str, Tensor]:
-    """Bookkeeping of the full set, which is valid again once all tokens are back."""
-    place = torch.arange(t.n, device=t.x.device).expand(t.x.shape[0], -1)
-    first = {"place": place, "first_size": t.size}
-    for name, value in (("first_origin", t.origin), ("first_source", t.source)):
-        if value is not None:
-            first[name] = value
-    return first
-
-
-def _restored(t: Tokens) -> Tokens:
-    """All tokens at their old places."""
-    names = [k.removeprefix("parked.") for k in t.memory if k.startswith("parked.")]
-    if not names:
-        return t
-    rows = torch.cat([t.patches, *(t.memory[f"parked.{i}"] for i in names)], dim=1)
-    place = torch.cat([t.memory["place"], *(t.memory[f"parked_place.{i}"] for i in names)], dim=1)
-    x = torch.cat([t.x[:, : t.prefix], take_rows(rows, place.argsort(dim=1))], dim=1)
-    return t._replace(
-        x=x,
-        size=t.memory["first_size"],
-        origin=t.memory.get("first_origin"),
-        source=t.memory.get("first_source"),
-        memory={k: v for k, v in t.memory.items() if k.startswith("aux.")},
-    )

@@ -90,7 +90,7 @@ class DCT(Reducer):
         return n // 2
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Mix:
-        n, m = int(t.n), int(step.keep)
+        n, m = t.n, step.keep
         # The position of a new row is that of the old one at the same share of the sequence.
         place = ((2 * torch.arange(m, device=t.x.device) + 1) * n) // (2 * m)
         leader = place.expand(t.x.shape[0], -1)

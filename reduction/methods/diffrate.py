@@ -9,23 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from reduction.assignment import Assignment, Keep, Merge, apply
-from reduction.base import Card, Reducer
+from reduction.base import Card
+from reduction.checks import boolean, count, listed, share
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.diffrate_search import RateProxies, straight_mask
-from reduction.functional.matching import most_similar
+from reduction.functional.matching import mean_of_members, most_similar
 from reduction.functional.pooling import masked_average_head
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.learned import Learned
 from reduction.mixins.masking import Masked
-from reduction.mixins.ranking import attention_score, score_signal
+from reduction.mixins.ranking import ScoreReducer
 from reduction.registry import register
 from reduction.schedules.per_block import PerBlock
 from reduction.tokens import Signals, Tokens, take_rows
 
 
 @register("diffrate")
-class DiffRate(Learned, Masked, OwnAnswer, Reducer):
+class DiffRate(Learned, Masked, OwnAnswer, ScoreReducer):
     """Prune, then merge, between attention and MLP, with two counts per block.
 
     Tokens are sorted by the class token's attention in this block (after the softmax, size term
@@ -46,6 +47,9 @@ class DiffRate(Learned, Masked, OwnAnswer, Reducer):
             Changes no output, only the order of tokens inside.
         search: Null, or `{"granularity": g, "uncompressed": [blocks]}` while the counts are being
             searched: in training mode tokens are then masked, not removed, through `rates`.
+        score: Rank by another score: "class", "column", "norm", "random" or "inverse"; None is
+            `score_from`. See `reduction.functional.scores`.
+        seed: Of the score "random"; None is torch's own seed when the reducer is made.
 
     Raises:
         ZooError: If an argument is out of range.
@@ -80,16 +84,12 @@ class DiffRate(Learned, Masked, OwnAnswer, Reducer):
         prune_share: float = 0.0,
         sort_always: bool = False,
         search: Mapping[str, Any] | None = None,
+        score: str | None = None,
+        seed: int | None = None,
     ) -> None:
-        super().__init__()
-        if isinstance(prune_share, bool) or not 0 <= prune_share <= 1:
-            raise ZooError(f"prune_share must be in [0, 1], got {prune_share!r}")
-        if not isinstance(sort_always, bool):
-            raise ZooError(f"sort_always must be true or false, got {sort_always!r}")
-        self.score_from = score_from
-        self.prune_share = prune_share
-        self.sort_always = sort_always
-        self.needs = score_signal(score_from)
+        super().__init__(score_from, score, seed)
+        self.prune_share = share("prune_share", prune_share)
+        self.sort_always = boolean("sort_always", sort_always)
         self.rates: RateProxies | None = None
         self.search = None if search is None else _search_arguments(search)
 
@@ -99,24 +99,23 @@ class DiffRate(Learned, Masked, OwnAnswer, Reducer):
     def every_block(self) -> bool:  # type: ignore[override]  # a plain attribute elsewhere
         return self.sort_always or self.masking()
 
-    def assign(self, t: Tokens, s: Signals, step: Step) -> Assignment:
-        score = attention_score(s, self.score_from, t.prefix).detach()
-        # A tracer would make tensors of the counts.
-        keep = int(step.keep)
-        left = self._survivors(int(t.n), keep, step)
-        order = score.topk(left, dim=1).indices
-        if left == keep:
-            return Keep(order)
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
+        return score.topk(self._survivors(t.n, step.keep, step), dim=1).indices
+
+    def settle(
+        self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step
+    ) -> Assignment:
+        if not rest.shape[1]:
+            return Keep(kept)
         with torch.no_grad():
-            x = take_rows(t.x, order + t.prefix)
-            target, similarity = most_similar(x[:, keep:], x[:, :keep])
-        source = order[:, keep:]
+            gone, stay = take_rows(t.x, rest + t.prefix), take_rows(t.x, kept + t.prefix)
+            target, similarity = most_similar(gone, stay)
         return Merge(
             None,
-            order[:, :keep],
-            coef=_shares(target, keep).to(x.dtype),
-            mass=similarity * take_rows(t.patch_size, source),
-            pairs=(source, target),
+            kept,
+            coef=mean_of_members(target, step.keep).to(t.x.dtype),
+            mass=similarity * take_rows(t.patch_size, rest),
+            pairs=(rest, target),
         )
 
     def _survivors(self, n: int, keep: int, step: Step) -> int:
@@ -198,7 +197,7 @@ class DiffRate(Learned, Masked, OwnAnswer, Reducer):
         keep = min(left, counts[1][step.block])
         if keep == n and not self.sort_always:
             return t
-        score = attention_score(s, self.score_from, t.prefix).detach()
+        score = self.score(t, s, step).detach()
         # Masked tokens are at the end and stay there.
         order = score[:, :n].argsort(1, descending=True)
         rest = torch.arange(n, t.n, device=order.device).expand(order.shape[0], -1)
@@ -239,15 +238,11 @@ def _search_arguments(search: Mapping[str, Any]) -> dict[str, Any]:
     known = {"granularity", "uncompressed"}
     if not isinstance(search, Mapping) or not set(search) <= known:
         raise ZooError(f"search must be null or a mapping with {sorted(known)}, got {search!r}")
-    blocks = [int(b) for b in search.get("uncompressed", (0,))]
-    return {"granularity": int(search.get("granularity", 1)), "uncompressed": blocks}
-
-
-def _shares(target: Tensor, keep: int) -> Tensor:
-    """Weight of each source in the plain mean of its group, leader included, `(B, r)`."""
-    members = target.new_ones(target.shape[0], keep)
-    members = members.scatter_add(1, target, torch.ones_like(target))
-    return members.gather(1, target).float().reciprocal()
+    blocks = listed("uncompressed", search.get("uncompressed", (0,)), "a list of blocks")
+    return {
+        "granularity": count("granularity", search.get("granularity", 1)),
+        "uncompressed": [count("uncompressed", b, 0) for b in blocks],
+    }
 
 
 def _fold_copies(t: Tokens, keep: int, left: int) -> Tokens:
@@ -265,7 +260,9 @@ def _fold_copies(t: Tokens, keep: int, left: int) -> Tokens:
     x = t.x[:, :cut]
     batch, _, width = x.shape
     goal = target + first
-    delta = (t.x[:, cut:end] - take_rows(x, goal)) * _shares(target, keep).to(x.dtype).unsqueeze(-1)
+    delta = (t.x[:, cut:end] - take_rows(x, goal)) * mean_of_members(target, keep).to(
+        x.dtype
+    ).unsqueeze(-1)
     flat = (goal + torch.arange(batch, device=x.device).unsqueeze(1) * cut).reshape(-1)
     merged = x.reshape(batch * cut, width).index_add(0, flat, delta.reshape(-1, width))
     x = torch.cat([merged.view(batch, cut, width), t.x[:, cut:]], 1)

@@ -9,8 +9,9 @@ from torch import nn
 
 from reduction.assignment import Merge
 from reduction.base import Card, Reducer
+from reduction.checks import boolean, count, number
 from reduction.counts import Dims, Spec, Step
-from reduction.errors import ZooError
+from reduction.functional.clustering import group_exp
 from reduction.functional.density import density_peaks
 from reduction.mixins.learned import Staged
 from reduction.registry import register
@@ -60,11 +61,9 @@ class DPCKNN(Staged, Reducer):
 
     def __init__(self, neighbors: int = 5, equal_weight: bool = False, noise: float = 1e-6) -> None:
         super().__init__()
-        if neighbors < 1:
-            raise ZooError(f"neighbors must be 1 or more, got {neighbors!r}")
-        self.neighbors = neighbors
-        self.equal_weight = equal_weight
-        self.noise = noise
+        self.neighbors = count("neighbors", neighbors)
+        self.equal_weight = boolean("equal_weight", equal_weight)
+        self.noise = number("noise", noise, 0)
 
     def build(self, spec: Spec, step: Step) -> nn.Module:
         return nn.ModuleDict({} if self.equal_weight else {"score": nn.Linear(spec.width, 1)})
@@ -75,9 +74,9 @@ class DPCKNN(Staged, Reducer):
         if self.equal_weight:
             weight = torch.ones_like(slot, dtype=t.size.dtype)
         else:
-            weight = (
-                cast(nn.ModuleDict, self.stage(step))["score"](t.patches).squeeze(-1).float().exp()
-            )
+            score = cast(nn.ModuleDict, self.stage(step))["score"](t.patches).squeeze(-1).float()
+            # A score grows with the length of the features, which nothing bounds.
+            weight, _ = group_exp(score, slot, step.keep)
         total = weight.new_zeros(centres.shape).scatter_add(1, slot, weight)
         coef = weight / (total.gather(1, slot) + 1e-6)
         return Merge(slot, centres, coef=coef)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from reduction.assignment import Keep, Merge, apply
 from reduction.base import Card, Reducer
+from reduction.checks import boolean, count, one_of, positive
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import no_autocast
@@ -147,20 +148,12 @@ class DTEM(Learned, Masked, OwnAttention, Reducer):
         train_split: str = "official",
     ) -> None:
         super().__init__()
-        for name, count in (("feat_dim", feat_dim), ("neighbors", neighbors)):
-            if count is not None and count < 1:
-                raise ZooError(f"{name} must be 1 or more, got {count!r}")
-        for name, value in (("tau1", tau1), ("tau2", tau2)):
-            if not value > 0:
-                raise ZooError(f"{name} must be positive, got {value!r}")
-        if train_split not in SPLITS:
-            raise ZooError(f"train_split must be one of {SPLITS}, got {train_split!r}")
-        self.feat_dim = feat_dim
-        self.prop_attn = prop_attn
-        self.neighbors = neighbors
-        self.tau1 = tau1
-        self.tau2 = tau2
-        self.train_split = train_split
+        self.feat_dim = count("feat_dim", feat_dim, null=True)
+        self.prop_attn = boolean("prop_attn", prop_attn)
+        self.neighbors = count("neighbors", neighbors)
+        self.tau1 = positive("tau1", tau1)
+        self.tau2 = positive("tau2", tau2)
+        self.train_split = one_of("train_split", train_split, SPLITS)
         self.blocks = nn.ModuleDict()
         self._unread: str | None = None
 
@@ -193,7 +186,6 @@ class DTEM(Learned, Masked, OwnAttention, Reducer):
             ZooError: If the schedule reduces in a block that it did not reduce in when the model
                 was built.
         """
-        assert s.x_norm is not None
         name = str(step.block)
         if name not in self.blocks:
             raise ZooError(
@@ -201,7 +193,7 @@ class DTEM(Learned, Masked, OwnAttention, Reducer):
                 f"schedule reduces in block {step.block}; build the model with that schedule"
             )
         layer = self.blocks[name]
-        embedding: Tensor = layer(s.x_norm[:, t.prefix :].detach())
+        embedding: Tensor = layer(s.need("x_norm")[:, t.prefix :].detach())
         return embedding
 
     def max_drop(self, n: int) -> int:
@@ -219,10 +211,12 @@ class DTEM(Learned, Masked, OwnAttention, Reducer):
     def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
         return AttentionOutput(sized_attention(a, t.size), Signals())
 
-    def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
-        """Merge; softly while training."""
-        if not self.training:
-            return super().reduce(t, s, step)
+    def begin(self, t: Tokens) -> Tokens:
+        """Sizes alone say what is left of a token."""
+        return t
+
+    def mask(self, t: Tokens, s: Signals, step: Step) -> Tokens:
+        """Merge softly: nothing leaves."""
         active = active_tokens(t)
         r = min(active - step.keep, self.max_drop(active))
         if r <= 0:

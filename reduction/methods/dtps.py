@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from reduction.assignment import Merge, apply
+from reduction.assignment import Merge
+from reduction.checks import one_of, positive
 from reduction.counts import Dims, Step
-from reduction.errors import ZooError
 from reduction.functional.squeezing import squeeze, squeeze_masked
-from reduction.methods.dynamicvit import DynamicViT, Predictor
+from reduction.methods.dynamicvit import DynamicViT
 from reduction.methods.etps import ETPS
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
@@ -62,37 +61,22 @@ class DTPS(DynamicViT):
         temperature: float = 1.0,
     ) -> None:
         super().__init__(ratio_weight, logit_weight, token_weight, ratios)
-        if token_loss not in TOKEN_LOSSES:
-            raise ZooError(f"token_loss must be one of {TOKEN_LOSSES}, got {token_loss!r}")
-        if isinstance(temperature, bool) or not temperature > 0:
-            raise ZooError(f"temperature must be positive, got {temperature!r}")
-        self.token_loss = token_loss
-        self.temperature = temperature
+        self.token_loss = one_of("token_loss", token_loss, TOKEN_LOSSES)
+        self.temperature = positive("temperature", temperature)
 
-    def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:  # type: ignore[override]
-        context = t.memory.get("context")
-        context = None if context is None else context[:, : t.n].to(t.x.dtype)
-        score = cast(Predictor, self.stage(step))(t.patches, context)[..., 0]
-        return squeeze(t, score, step.keep, self.temperature)
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
+        return score.argsort(dim=1, descending=True)
 
-    def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
-        """Remove and squeeze tokens, or mask and squeeze them while training."""
-        if self.training:
-            return self._squeeze_masked(t, super().reduce(t, s, step))
-        chosen = self.assign(t, s, step)
-        out = apply(t, chosen)
-        context = t.memory.get("context")
-        if context is None:
-            return out
-        # What is longer than the tokens here belongs to those that were left alone.
-        context = torch.cat([context.gather(1, chosen.leader), context[:, t.n :]], dim=1)
-        return out._replace(memory={**t.memory, "context": context})
+    def settle(self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step) -> Merge:
+        return squeeze(t, kept, rest, self.temperature)
 
-    def _squeeze_masked(self, before: Tokens, after: Tokens) -> Tokens:
-        assert before.policy is not None and after.policy is not None
-        p = before.prefix
+    def mask(self, t: Tokens, s: Signals, step: Step) -> Tokens:
+        """Mask tokens, and squeeze those that this step masks into the others."""
+        after = super().mask(t, s, step)
+        assert t.policy is not None and after.policy is not None
+        p = t.prefix
         kept = after.policy[:, p:]
-        gone = (1 - kept) * before.policy[:, p:]
+        gone = (1 - kept) * t.policy[:, p:]
         patches = squeeze_masked(after.patches, kept, gone, self.temperature)
         return after._replace(x=torch.cat([after.x[:, :p], patches], dim=1))
 

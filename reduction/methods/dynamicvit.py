@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reduction.assignment import Keep, apply
-from reduction.base import Card, Reducer
+from reduction.assignment import Assignment, Keep, Merge, apply
+from reduction.base import Card
+from reduction.checks import listed, number, share
 from reduction.counts import Dims, Spec, Step
 from reduction.mixins.following import Extends
 from reduction.mixins.learned import Staged
 from reduction.mixins.masking import Masked
+from reduction.mixins.ranking import ScoreReducer
 from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
@@ -66,8 +68,13 @@ def keep_decision(log_probs: Tensor, noise: Tensor) -> Tensor:
     return (hard - soft.detach() + soft)[..., 0]
 
 
+def leaders(a: Assignment) -> Tensor:
+    """The tokens that go on, `(B, M)`."""
+    return a.index if isinstance(a, Keep) else cast(Merge, a).leader
+
+
 @register("dynamicvit")
-class DynamicViT(Staged, Extends, Masked, Trains, Reducer):
+class DynamicViT(Staged, Extends, Masked, Trains, ScoreReducer):
     """Keep the tokens that a learned predictor rates highest.
 
     In evaluation the top `keep` tokens by keep log-probability survive each stage. In training
@@ -80,6 +87,9 @@ class DynamicViT(Staged, Extends, Masked, Trains, Reducer):
         logit_weight: Factor of the logit loss.
         token_weight: Factor of the token loss.
         ratios: Kept share of each stage that the ratio loss aims at; None: what the schedule keeps.
+
+    Raises:
+        ZooError: If an argument is out of range.
 
     References:
         Rao et al., NeurIPS 2021, arXiv 2106.02034; official code github.com/raoyongming/DynamicViT
@@ -109,17 +119,16 @@ class DynamicViT(Staged, Extends, Masked, Trains, Reducer):
         ratios: list[float] | None = None,
     ) -> None:
         super().__init__()
-        self.ratio_weight = ratio_weight
-        self.logit_weight = logit_weight
-        self.token_weight = token_weight
+        self.ratio_weight = number("ratio_weight", ratio_weight)
+        self.logit_weight = number("logit_weight", logit_weight)
+        self.token_weight = number("token_weight", token_weight)
+        if ratios is not None:
+            for ratio in listed("ratios", ratios):
+                share("ratios", ratio)
         self.ratios = ratios
 
     def build(self, spec: Spec, step: Step) -> nn.Module:
         return Predictor(spec.width)
-
-    def begin(self, t: Tokens) -> Tokens:
-        # Blocks before the first stage use the same masked softmax, as in the official code.
-        return t._replace(policy=torch.ones_like(t.size)) if self.training else t
 
     def extended(self, t: Tokens, added: int) -> Tokens:
         """Tokens that a plugin adds are scored, but have no part in the predictor's context.
@@ -135,22 +144,27 @@ class DynamicViT(Staged, Extends, Masked, Trains, Reducer):
         context = torch.cat([context, context.new_zeros(context.shape[0], added)], dim=1)
         return t._replace(memory={**t.memory, "context": context})
 
-    def assign(self, t: Tokens, s: Signals, step: Step) -> Keep:
+    def score(self, t: Tokens, s: Signals, step: Step) -> Tensor:
         context = t.memory.get("context")
         context = None if context is None else context[:, : t.n].to(t.x.dtype)
-        scores = cast(Predictor, self.stage(step))(t.patches, context)[..., 0]
-        return Keep(scores.topk(step.keep, dim=1, sorted=False).indices)
+        scores: Tensor = cast(Predictor, self.stage(step))(t.patches, context)[..., 0]
+        return scores
 
-    def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
-        """Remove tokens, or mask them while training."""
-        if not self.training:
-            context = t.memory.get("context")
-            if context is None:
-                return super().reduce(t, s, step)
-            chosen = self.assign(t, s, step)
-            # What is longer than the tokens here belongs to those that were left alone.
-            context = torch.cat([context.gather(1, chosen.index), context[:, t.n :]], dim=1)
-            return apply(t, chosen)._replace(memory={**t.memory, "context": context})
+    def remove(self, t: Tokens, s: Signals, step: Step) -> Tokens:
+        """Remove tokens, and their part in the predictor's context."""
+        chosen = self.assign(t, s, step)
+        out, context = apply(t, chosen), t.memory.get("context")
+        if context is None:
+            return out
+        # What is longer than the tokens here belongs to those that were left alone.
+        context = torch.cat([context.gather(1, leaders(chosen)), context[:, t.n :]], dim=1)
+        return out._replace(memory={**t.memory, "context": context})
+
+    def mask(self, t: Tokens, s: Signals, step: Step) -> Tokens:
+        """Mask tokens in this block's attention and all later ones.
+
+        Blocks before the first stage use the same masked softmax, as in the official code.
+        """
         assert t.policy is not None
         before = t.policy[:, t.prefix :]
         log_probs = cast(Predictor, self.stage(step))(t.patches, before)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from reduction.assignment import Merge
-from reduction.base import Card, Reducer
+from reduction.base import Card
+from reduction.checks import positive
 from reduction.counts import Dims, Step
-from reduction.errors import ZooError
 from reduction.functional.squeezing import squeeze
-from reduction.mixins.ranking import attention_score, score_signal
+from reduction.mixins.ranking import ScoreReducer
 from reduction.registry import register
-from reduction.tokens import Signals, Tokens
+from reduction.tokens import Tokens
 
 
 @register("etps")
-class ETPS(Reducer):
+class ETPS(ScoreReducer):
     """Keep the patches that the class token attends to most; each absorbs those most like it.
 
     A dropped token joins the kept one with the highest cosine c. A kept token becomes
@@ -26,6 +28,9 @@ class ETPS(Reducer):
         score_from: "class" (the paper's) or "column_mean" (attention received from all tokens;
             ours, for models without a class token).
         temperature: Divides the cosines.
+        score: Rank by another score: "class", "column", "norm", "random" or "inverse"; None is
+            `score_from`. See `reduction.functional.scores`.
+        seed: Of the score "random"; None is torch's own seed when the reducer is made.
 
     Raises:
         ZooError: If `temperature` is not positive.
@@ -50,17 +55,21 @@ class ETPS(Reducer):
     )
     site = "mid"
 
-    def __init__(self, score_from: str = "class", temperature: float = 1.0) -> None:
-        super().__init__()
-        if isinstance(temperature, bool) or not temperature > 0:
-            raise ZooError(f"temperature must be positive, got {temperature!r}")
-        self.score_from = score_from
-        self.temperature = temperature
-        self.needs = score_signal(score_from)
+    def __init__(
+        self,
+        score_from: str = "class",
+        temperature: float = 1.0,
+        score: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(score_from, score, seed)
+        self.temperature = positive("temperature", temperature)
 
-    def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
-        score = attention_score(s, self.score_from, t.prefix)
-        return squeeze(t, score, step.keep, self.temperature)
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
+        return score.argsort(dim=1, descending=True)
+
+    def settle(self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step) -> Merge:
+        return squeeze(t, kept, rest, self.temperature)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         # The cosines of dropped with kept tokens.

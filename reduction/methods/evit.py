@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
-from reduction.assignment import Assignment, Fuse, Keep
-from reduction.base import Card, Reducer
+from torch import Tensor
+
+from reduction.assignment import Assignment, Keep
+from reduction.base import Card
+from reduction.checks import boolean
 from reduction.counts import Dims, Step
-from reduction.errors import ZooError
-from reduction.mixins.ranking import attention_score, score_signal
+from reduction.functional.settling import fuse as fused
+from reduction.mixins.ranking import ScoreReducer
 from reduction.registry import register
-from reduction.tokens import Signals, Tokens
+from reduction.tokens import Tokens
 
 
 def keep_rate_at(iteration: int, rate: float, start: int, length: int) -> float:
@@ -33,7 +36,7 @@ def keep_rate_at(iteration: int, rate: float, start: int, length: int) -> float:
 
 
 @register("evit")
-class EViT(Reducer):
+class EViT(ScoreReducer):
     """Keep the patches that the class token attends to most and append their opposite.
 
     The dropped tokens become one token, the sum of their features weighted by the class token's
@@ -47,6 +50,9 @@ class EViT(Reducer):
         fuse: Append the fused token. Without it EViT is Top-K.
         score_from: "class" (the paper's) or "column_mean" (attention received from all tokens;
             ours, for models without a class token).
+        score: Rank by another score: "class", "column", "norm", "random" or "inverse"; None is
+            `score_from`. See `reduction.functional.scores`.
+        seed: Of the score "random"; None is torch's own seed when the reducer is made.
 
     References:
         Liang et al., ICLR 2022, arXiv 2202.07800; official code github.com/youweiliang/evit
@@ -67,24 +73,27 @@ class EViT(Reducer):
     )
     site = "mid"
 
-    def __init__(self, fuse: bool = True, score_from: str = "class") -> None:
-        super().__init__()
-        if not isinstance(fuse, bool):
-            raise ZooError(f"fuse must be true or false, got {fuse!r}")
-        self.fuse = fuse
-        self.score_from = score_from
-        self.needs = score_signal(score_from)
+    def __init__(
+        self,
+        fuse: bool = True,
+        score_from: str = "class",
+        score: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(score_from, score, seed)
+        self.fuse = boolean("fuse", fuse)
 
     def count(self, n: int, step: Step) -> int:
         return n if step.keep >= n else step.keep + self.fuse
 
-    def assign(self, t: Tokens, s: Signals, step: Step) -> Assignment:
-        score = attention_score(s, self.score_from, t.prefix)
-        if not self.fuse:
-            return Keep(score.detach().topk(step.keep, dim=1, sorted=False).indices)
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
         # The first dropped token lends the fused one its position, being the most attended.
-        leader = score.detach().topk(step.keep + 1, dim=1).indices
-        return Fuse(leader, score.scatter(1, leader[:, :-1], 0.0))
+        return score.topk(step.keep + self.fuse, dim=1, sorted=self.fuse).indices
+
+    def settle(
+        self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step
+    ) -> Assignment:
+        return fused(kept, rest, score) if self.fuse else Keep(kept)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         return n * dims.width if self.fuse else 0

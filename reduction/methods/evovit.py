@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reduction.base import Card, Reducer
+from reduction.base import Card
+from reduction.checks import boolean, number, one_of, shares
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.mixins.following import Follows
 from reduction.mixins.learned import Learned
-from reduction.mixins.parking import Parks
-from reduction.mixins.ranking import attention_score, score_signal
+from reduction.mixins.parking import Parks, in_place, park, parked, unpark
+from reduction.mixins.ranking import ScoreReducer
 from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
@@ -32,7 +33,7 @@ def _classifier(width: int, classes: int) -> nn.Linear:
 
 
 @register("evovit")
-class EvoViT(Learned, Trains, Follows, Parks, Reducer):
+class EvoViT(Learned, Trains, Follows, Parks, ScoreReducer):
     """Let the best tokens through the blocks and park the others, which come back later.
 
     A running score `g` follows the class token's attention, `g = (1 - a) g + a * attention`, of
@@ -55,6 +56,10 @@ class EvoViT(Learned, Trains, Follows, Parks, Reducer):
         head_weight: Factor of the loss of a second classifier, on the class token, or on the mean
             of the patches where the model's own reads the class token; 0: no second classifier. At
             1 the sum is twice the paper's, half of each.
+        score: Rank by another score: "class", "column", "norm", "random" or "inverse"; None is
+            `score_from`. See `reduction.functional.scores`. What reads no attention is not
+            followed but taken at each step.
+        seed: Of the score "random"; None is torch's own seed when the reducer is made.
 
     Raises:
         ZooError: If an argument is unknown or out of range.
@@ -87,24 +92,15 @@ class EvoViT(Learned, Trains, Follows, Parks, Reducer):
         drop_last: bool = False,
         score_from: str = "class",
         head_weight: float = 1.0,
+        score: str | None = None,
+        seed: int | None = None,
     ) -> None:
-        super().__init__()
-        if mode not in MODES:
-            raise ZooError(f"mode must be one of {MODES}, got {mode!r}")
-        if fast not in FAST:
-            raise ZooError(f"fast must be one of {FAST}, got {fast!r}")
-        rates = [tradeoff] if isinstance(tradeoff, int | float) else list(tradeoff)
-        if not rates or any(isinstance(a, bool) or not 0 < a <= 1 for a in rates):
-            raise ZooError(f"tradeoff must be in (0, 1], got {tradeoff!r}")
-        if not head_weight >= 0:
-            raise ZooError(f"head_weight must be 0 or more, got {head_weight!r}")
-        self.mode = mode
-        self.fast = fast
-        self.tradeoff = tradeoff if isinstance(tradeoff, int | float) else rates
-        self.drop_last = drop_last
-        self.score_from = score_from
-        self.head_weight = head_weight
-        self.needs = score_signal(score_from)
+        super().__init__(score_from, score, seed)
+        self.mode = one_of("mode", mode, MODES)
+        self.fast = one_of("fast", fast, FAST)
+        self.tradeoff = shares("tradeoff", tradeoff)
+        self.drop_last = boolean("drop_last", drop_last)
+        self.head_weight = number("head_weight", head_weight, 0)
         self.parks: Literal["no", "stage", "block"] = "stage" if mode == "stage" else "block"
         self.norm: nn.Module | None = None
         self.head: nn.Module | None = None
@@ -168,7 +164,7 @@ class EvoViT(Learned, Trains, Follows, Parks, Reducer):
     def observe(self, t: Tokens, s: Signals, block: int) -> Tokens:
         """Follow the attention, of those tokens that took part."""
         slow = t.memory.get("slow")
-        seen = attention_score(s, self.score_from, t.prefix)
+        seen = self.score_in(t, s, block)
         old = t.memory.get("score")
         count = (
             slow.shape[1] if slow is not None else seen.shape[1] if old is None else old.shape[1]
@@ -190,32 +186,29 @@ class EvoViT(Learned, Trains, Follows, Parks, Reducer):
 
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
         """Park all but the best tokens."""
-        score = t.memory.get("score")
+        score = t.memory.get("score") if self.needs else None
         if score is None:
-            score = attention_score(s, self.score_from, t.prefix).float()
+            score = self.score(t, s, step).float()
         score = score[:, : t.n]  # tokens that a plugin added before the first block stay aside
         order = score.argsort(dim=1, descending=True)
         slow, rest = order[:, : step.keep], order[:, step.keep :]
-        parked = take_rows(t.patches, rest)
-        memory = {**t.memory, "score": score, "slow": slow, "rest": rest, "parked": parked}
+        memory = {**t.memory, "score": score, "slow": slow, "rest": rest}
+        memory = dict(park(t, t._replace(memory=memory), slow, rest).memory)
         rows = [t.x[:, : t.prefix], take_rows(t.patches, slow)]
         sizes = [t.size[:, : t.prefix], take_rows(t.patch_size, slow)]
         origin = None if t.origin is None else take_rows(t.origin, slow)
         away = -1
         if self.fast == "update":
-            weight = score.gather(1, rest)
-            weight = (weight / weight.sum(1, keepdim=True)).to(parked.dtype)
-            memory["rep"] = torch.bmm(weight.unsqueeze(1), parked).to(t.x.dtype)
+            weight, others = score.gather(1, rest), parked(t._replace(memory=memory))[0]
+            weight = (weight / weight.sum(1, keepdim=True)).to(others.dtype)
+            memory["rep"] = torch.bmm(weight.unsqueeze(1), others).to(t.x.dtype)
             rows.append(memory["rep"])
             sizes.append(take_rows(t.patch_size, rest).sum(1, keepdim=True))
             away = step.keep
             if origin is not None:
                 origin = torch.cat([origin, origin.new_full((origin.shape[0], 1), -1)], dim=1)
-        if t.origin is not None:
-            memory["origin"] = t.origin
         source = t.source
         if source is not None:
-            memory["source"] = source
             slot = torch.full_like(order, away)
             places = torch.arange(step.keep, device=order.device).expand_as(slow)
             slot = slot.scatter(1, slow, places)
@@ -236,28 +229,13 @@ class EvoViT(Learned, Trains, Follows, Parks, Reducer):
     def restore(self, t: Tokens) -> Tokens:
         """Put every patch back where it was."""
         memory = dict(t.memory)
-        slow, rest, parked = memory.pop("slow"), memory.pop("rest"), memory.pop("parked")
-        memory["chosen"] = slow  # for those who want to see the last choice
-        count = slow.shape[1]
-        body = t.patches
+        del memory["rest"]
+        memory["chosen"] = memory.pop("slow")  # for those who want to see the last choice
+        count, rows = memory["chosen"].shape[1], parked(t)
         if "rep" in memory:
-            parked = parked + (body[:, count : count + 1] - memory.pop("rep"))
-        tail = count + (self.fast == "update")
-        back = torch.cat([slow, rest], dim=1).argsort(dim=1)
-        patches = take_rows(torch.cat([body[:, :count], parked], dim=1), back)
-        ones = t.size.new_ones(t.size.shape[0], back.shape[1])
-        size = [t.size[:, : t.prefix], ones, t.patch_size[:, tail:]]
-        origin = t.origin
-        if origin is not None:
-            origin = torch.cat([memory.pop("origin"), origin[:, tail:]], dim=1)
-        return t._replace(
-            x=torch.cat([t.x[:, : t.prefix], patches, body[:, tail:]], dim=1),
-            size=torch.cat(size, dim=1),
-            unit=True,
-            origin=origin,
-            source=memory.pop("source", t.source),
-            memory=memory,
-        )
+            rows = [rows[0] + (t.patches[:, count : count + 1] - memory.pop("rep"))]
+        t = t._replace(unit=True, memory=memory)
+        return unpark(t, in_place(t, rows), count + (self.fast == "update"))
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         # The token that stands for the others.

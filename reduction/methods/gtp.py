@@ -8,6 +8,7 @@ from torch import Tensor
 
 from reduction.assignment import Keep, Merge, apply
 from reduction.base import Card, Reducer
+from reduction.checks import boolean, count, finite, number, one_of
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.attention import class_row_of
@@ -132,26 +133,17 @@ class GTP(OwnAttention, Remembers, Reducer):
         token_scale: bool = False,
     ) -> None:
         super().__init__()
-        for what, value, known in (
-            ("selection", selection, SELECTIONS),
-            ("propagation", propagation, PROPAGATIONS),
-            ("graph", graph, GRAPHS),
-        ):
-            if value not in known:
-                raise ZooError(f"{what} must be one of {known}, got {value!r}")
-        if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 0:
-            raise ZooError(f"neighbours must be 0 or more, got {neighbours!r}")
+        self.selection = one_of("selection", selection, SELECTIONS)
+        self.propagation = one_of("propagation", propagation, PROPAGATIONS)
+        self.graph = one_of("graph", graph, GRAPHS)
+        self.neighbours = count("neighbours", neighbours, 0)
+        self.alpha = number("alpha", alpha)
+        if not (finite(sparsity) and 0 < sparsity <= 1):
+            raise ZooError(f"sparsity is the share of entries kept, in (0, 1], got {sparsity!r}")
+        self.sparsity = sparsity
+        self.token_scale = boolean("token_scale", token_scale)
         if graph == "semantic" and neighbours == 0 and propagation == "graph":
             raise ZooError("a semantic graph without neighbours is empty; use propagation='none'")
-        if isinstance(sparsity, bool) or not 0 < sparsity <= 1:
-            raise ZooError(f"sparsity is the share of entries kept, in (0, 1], got {sparsity!r}")
-        self.selection = selection
-        self.propagation = propagation
-        self.graph = graph
-        self.neighbours = neighbours
-        self.alpha = alpha
-        self.sparsity = sparsity
-        self.token_scale = token_scale
         self.prop_attn = token_scale
         row_only = self.needs_class_token and sparsity == 1
         self.needs = frozenset({"cls_row" if row_only else "attn", "origin"})
@@ -183,8 +175,7 @@ class GTP(OwnAttention, Remembers, Reducer):
         zeros = int(n * n * (1 - self.sparsity))
         if step is None or zeros < 1:
             return None
-        logits = (a.q * a.scale) @ a.k.transpose(-2, -1)
-        map_ = (logits if a.bias is None else logits + a.bias.to(logits.dtype)).softmax(-1)
+        map_ = a.logits().softmax(-1)
         least = map_.detach().float().flatten(2).kthvalue(zeros, dim=2).values
         sparse = torch.where(map_ >= least[..., None, None], map_, 0.0)
         out = F.dropout(sparse, a.dropout) @ a.v

@@ -8,6 +8,7 @@ import torch
 
 from reduction.assignment import Keep
 from reduction.base import Card, Reducer
+from reduction.checks import count, number, one_of
 from reduction.counts import Budget, Step
 from reduction.errors import ZooError
 from reduction.registry import register
@@ -56,16 +57,6 @@ def ring_counts(pattern: str, grid: tuple[int, int]) -> tuple[int, ...]:
     return _ring_counts(pattern, grid)
 
 
-def check_pattern(pattern: str) -> None:
-    """Refuse an unknown pattern.
-
-    Raises:
-        ZooError: If it is not l1, l2 or linf.
-    """
-    if pattern not in PATTERNS:
-        raise ZooError(f"pattern must be one of {PATTERNS}, got {pattern!r}")
-
-
 class Radius(Schedule):
     """Shrink a fixed pattern in equal steps of its radius ("contiguous" in the official code).
 
@@ -86,13 +77,12 @@ class Radius(Schedule):
     name = "radius"
 
     def __init__(self, pattern: str, start: int, stop: int, min_radius: float = 1.0) -> None:
-        check_pattern(pattern)
-        if not 0 <= start <= stop:
+        self.pattern = one_of("pattern", pattern, PATTERNS)
+        self.start = count("start", start, 0)
+        self.stop = count("stop", stop, 0)
+        self.min_radius = number("min_radius", min_radius)
+        if start > stop:
             raise ZooError(f"expected 0 <= start <= stop, got start={start}, stop={stop}")
-        self.pattern = pattern
-        self.start = start
-        self.stop = stop
-        self.min_radius = min_radius
 
     def budget(self, block: int, depth: int, n: int, n0: int) -> Budget | None:
         if not self.start <= block <= self.stop:
@@ -146,8 +136,7 @@ class Heuristic(Reducer):
 
     def __init__(self, pattern: str = "l2") -> None:
         super().__init__()
-        check_pattern(pattern)
-        self.pattern = pattern
+        self.pattern = one_of("pattern", pattern, PATTERNS)
 
     def count(self, n: int, step: Step) -> int:
         rings: tuple[int, ...] = ring_counts(self.pattern, step.grid)

@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Assignment, Keep, Merge
-from reduction.base import Card, Reducer
+from reduction.base import Card
+from reduction.checks import boolean, one_of, share
 from reduction.counts import Dims, Step
-from reduction.errors import ZooError
 from reduction.functional.matching import head_sum, most_similar
-from reduction.mixins.ranking import attention_score, score_signal
+from reduction.mixins.ranking import ScoreReducer
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
 
+METRICS = ("key", "feature")
+
 
 @register("importance_then_similarity")
-class ImportanceThenSimilarity(Reducer):
+class ImportanceThenSimilarity(ScoreReducer):
     """Drop the least attended tokens, then merge less important ones into their likes. Ours.
 
     Between attention and MLP, tokens are sorted by the class token's attention. Of those that have
@@ -35,6 +37,9 @@ class ImportanceThenSimilarity(Reducer):
         metric: What is compared by cosine: "feature" (the residual stream) or "key" (sum over
             heads; cheaper, and worse on digits).
         prop_attn: Proportional attention.
+        score: Rank by another score: "class", "column", "norm", "random" or "inverse"; None is
+            `score_from`. See `reduction.functional.scores`.
+        seed: Of the score "random"; None is torch's own seed when the reducer is made.
 
     Raises:
         ZooError: If an argument is out of range.
@@ -66,32 +71,32 @@ class ImportanceThenSimilarity(Reducer):
         score_from: str = "class",
         metric: str = "feature",
         prop_attn: bool = True,
+        score: str | None = None,
+        seed: int | None = None,
     ) -> None:
-        super().__init__()
-        if isinstance(prune_share, bool) or not 0 <= prune_share <= 1:
-            raise ZooError(f"prune_share must be in [0, 1], got {prune_share!r}")
-        if metric not in ("key", "feature"):
-            raise ZooError(f"metric must be 'key' or 'feature', got {metric!r}")
-        self.prune_share = prune_share
-        self.score_from = score_from
-        self.metric = metric
-        self.prop_attn = prop_attn
-        self.needs = score_signal(score_from) | ({"k"} if metric == "key" else frozenset())
+        super().__init__(score_from, score, seed)
+        self.prune_share = share("prune_share", prune_share)
+        self.metric = one_of("metric", metric, METRICS)
+        self.prop_attn = boolean("prop_attn", prop_attn)
+        if metric == "key":
+            self.needs |= {"k"}
 
     def survivors(self, n: int, step: Step) -> int:
         """Tokens left by pruning: at most twice those left in the end, or pairs would run out."""
-        # A tracer would make tensors of the counts.
-        n, keep, left = int(n), int(step.keep), step.budget.prune
+        keep, left = step.keep, step.budget.prune
         if left is None:
             left = n - round(self.prune_share * (n - keep))
-        return max(keep, min(n, int(left), 2 * keep))
+        return max(keep, min(n, left, 2 * keep))
+
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
+        left = self.survivors(t.n, step)
+        return score.topk(left, dim=1, sorted=left > step.keep).indices
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Assignment:
-        score = attention_score(s, self.score_from, t.prefix).detach()
-        keep, left = int(step.keep), self.survivors(t.n, step)
+        order = self.order(t, self.score(t, s, step).detach(), step)
+        keep, left = step.keep, order.shape[1]
         if left == keep:
-            return Keep(score.topk(keep, dim=1, sorted=False).indices)
-        order = score.topk(left, dim=1).indices
+            return Keep(order)
         upper = left - left // 2
         with torch.no_grad():
             x = take_rows(self._metric(t, s), order)
@@ -108,8 +113,7 @@ class ImportanceThenSimilarity(Reducer):
     def _metric(self, t: Tokens, s: Signals) -> Tensor:
         if self.metric == "feature":
             return t.patches.detach()
-        assert s.k is not None
-        return head_sum(s.k[:, :, t.prefix :].detach())
+        return head_sum(s.need("k")[:, :, t.prefix :].detach())
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         left = self.survivors(n, step)

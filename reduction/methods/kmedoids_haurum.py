@@ -9,11 +9,11 @@ from torch import Tensor
 
 from reduction.assignment import Keep
 from reduction.base import Card, Reducer
+from reduction.checks import boolean, count
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import least_of_cluster, squared_distances
 from reduction.functional.lots import seed_or_torchs
-from reduction.methods.token_pooling import check_iterations
 from reduction.mixins.learned import Learned
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
@@ -65,11 +65,8 @@ class KMedoidsHaurum(Learned, Reducer):
         self, iterations: int = 3, equal_weight: bool = False, seed: int | None = None
     ) -> None:
         super().__init__()
-        check_iterations(iterations)
-        if not isinstance(equal_weight, bool):
-            raise ZooError(f"equal_weight must be true or false, got {equal_weight!r}")
-        self.iterations = iterations
-        self.equal_weight = equal_weight
+        self.iterations = count("iterations", iterations, what="an integer of at least 1")
+        self.equal_weight = boolean("equal_weight", equal_weight)
         self.seed = seed_or_torchs(seed)
         if equal_weight:
             self.needs = frozenset()

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from reduction.assignment import Merge, apply
 from reduction.base import Card, Reducer, Site
+from reduction.checks import boolean, count, number, one_of, share
 from reduction.counts import Budget, Dims, Step
-from reduction.errors import ZooError
 from reduction.functional.attention import attention, column_mean
 from reduction.functional.clustering import mean_shares
 from reduction.functional.fusion import fuse_map, two_way_matching
@@ -116,27 +116,18 @@ class MCTF(OwnAttention, Trains, Reducer):
         confidence: float = 0.4,
     ) -> None:
         super().__init__()
-        if osa not in (0, 1, 2):
-            raise ZooError(f"osa must be 0, 1 or 2, got {osa!r}")
-        for name, tau in (("tau_sim", tau_sim), ("tau_info", tau_info), ("tau_size", tau_size)):
-            if not tau >= 0:
-                raise ZooError(f"{name} must be 0 or more, got {tau!r}")
-        if pooling not in POOLING:
-            raise ZooError(f"pooling must be one of {POOLING}, got {pooling!r}")
-        if floor < 1:
-            raise ZooError(f"floor must be 1 or more, got {floor!r}")
-        if teacher_share is not None and not 0 <= teacher_share <= 1:
-            raise ZooError(f"teacher_share must be null or in [0, 1], got {teacher_share!r}")
-        self.osa = osa
-        self.tau_sim, self.tau_info, self.tau_size = tau_sim, tau_info, tau_size
-        self.both = both
-        self.pooling = pooling
-        self.prop_attn = prop_attn
-        self.floor = floor
-        self.teacher_share = teacher_share
-        self.teacher_weight = teacher_weight
-        self.consistency = consistency
-        self.confidence = confidence
+        self.osa = one_of("osa", osa, (0, 1, 2))
+        self.tau_sim = number("tau_sim", tau_sim, 0)
+        self.tau_info = number("tau_info", tau_info, 0)
+        self.tau_size = number("tau_size", tau_size, 0)
+        self.both = boolean("both", both)
+        self.pooling = one_of("pooling", pooling, POOLING)
+        self.prop_attn = boolean("prop_attn", prop_attn)
+        self.floor = count("floor", floor)
+        self.teacher_share = share("teacher_share", teacher_share, null=True)
+        self.teacher_weight = number("teacher_weight", teacher_weight)
+        self.consistency = number("consistency", consistency)
+        self.confidence = number("confidence", confidence)
         if osa == 0:
             self.site = "post"
             self.needs = frozenset({"column"})
@@ -243,8 +234,7 @@ class MCTF(OwnAttention, Trains, Reducer):
 
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
         """Fuse the output of a block (osa 0)."""
-        assert s.column is not None
-        return self._fused(t, self._grouped(t, s.column.detach(), step))
+        return self._fused(t, self._grouped(t, s.need("column").detach(), step))
 
     # -- training ----------------------------------------------------------------------------------
 

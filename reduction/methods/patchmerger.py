@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from reduction.assignment import Mix
 from reduction.base import Card, Reducer
+from reduction.checks import one_of
 from reduction.counts import Dims, Spec, Step
-from reduction.errors import ZooError
 from reduction.mixins.learned import Queries
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
@@ -71,9 +71,7 @@ class PatchMerger(Queries, Reducer):
 
     def __init__(self, scale: str = "one") -> None:
         super().__init__()
-        if scale not in SCALES:
-            raise ZooError(f"scale must be one of {SCALES}, got {scale!r}")
-        self.scale = scale
+        self.scale = one_of("scale", scale, SCALES)
 
     def build(self, spec: Spec, step: Step) -> nn.Module:
         return Merger(spec.width, step.keep)

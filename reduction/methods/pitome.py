@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reduction.assignment import Merge
 from reduction.base import Card, Reducer
+from reduction.checks import boolean, finite, is_list, one_of
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.matching import head_sum, unit
@@ -97,21 +99,19 @@ class PiToMe(Reducer):
     ) -> None:
         super().__init__()
         names = ORDERS if isinstance(mode, str) else MODES
-        given = [mode] if isinstance(mode, str) else list(mode)
+        given = [mode] if isinstance(mode, str) else list(mode) if is_list(mode) else []
         if not given or any(m not in names for m in given):
             raise ZooError(
                 f"mode must be one of {ORDERS}, or a list of {MODES} with one per block, "
                 f"got {mode!r}"
             )
-        if energy not in ENERGIES:
-            raise ZooError(f"energy must be one of {ENERGIES}, got {energy!r}")
-        margins = [margin] if isinstance(margin, int | float) else list(margin)
-        if not margins or any(isinstance(m, bool | str) for m in margins):
+        margins: list[Any] = list(margin) if is_list(margin) else [margin]
+        if not margins or not all(finite(m) for m in margins):
             raise ZooError(f"margin must be a number or a list of numbers, got {margin!r}")
         self.mode: str | list[str] = mode if isinstance(mode, str) else given
-        self.margin: float | list[float] = margin if isinstance(margin, int | float) else margins
-        self.energy = energy
-        self.prop_attn = prop_attn
+        self.margin: float | list[float] = margins if is_list(margin) else margins[0]
+        self.energy = one_of("energy", energy, ENERGIES)
+        self.prop_attn = boolean("prop_attn", prop_attn)
 
     def max_drop(self, n: int) -> int:
         return n // 2
@@ -141,8 +141,7 @@ class PiToMe(Reducer):
 
     @torch.no_grad()
     def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
-        assert s.k is not None
-        u = unit(head_sum(s.k[:, :, t.prefix :]))
+        u = unit(head_sum(s.need("k")[:, :, t.prefix :]))
         similarity = u @ u.transpose(1, 2)
         score = energy(similarity, self.margin_of(step.block, step.depth), self.energy)
         rank = score.argsort(dim=1, descending=True, stable=True)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Merge
-from reduction.base import Card, Reducer
+from reduction.base import Card
+from reduction.checks import boolean, count, number
 from reduction.counts import Dims, Step
-from reduction.errors import ZooError
 from reduction.functional.matching import bipartite_matching, head_sum, split_sizes
-from reduction.mixins.ranking import attention_score, score_signal
+from reduction.mixins.ranking import ScoreReducer
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -30,7 +30,7 @@ def significance(attention: Tensor, v: Tensor) -> Tensor:
 
 
 @register("ppt")
-class PPT(Reducer):
+class PPT(ScoreReducer):
     """Token Pruning and Pooling.
 
     Between attention and MLP, a token's significance is the attention that the class token pays it
@@ -52,6 +52,9 @@ class PPT(Reducer):
             code, which then forgets the sizes before every stage.
         score_from: "class" (the paper's) or "column_mean" (attention received from all tokens;
             ours, for models without a class token).
+        score: Another score in place of attention: "class", "column", "norm", "random" or
+            "inverse"; None is `score_from`. See `reduction.functional.scores`.
+        seed: Of the score "random"; None is torch's own seed when the reducer is made.
 
     Raises:
         ZooError: If an argument is out of range.
@@ -83,17 +86,14 @@ class PPT(Reducer):
         patches: int | None = 196,
         prop_attn: bool = True,
         score_from: str = "class",
+        score: str | None = None,
+        seed: int | None = None,
     ) -> None:
-        super().__init__()
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or threshold < 0:
-            raise ZooError(f"threshold must be 0 or more, got {threshold!r}")
-        if patches is not None and (isinstance(patches, bool) or patches < 1):
-            raise ZooError(f"patches must be 1 or more, or null, got {patches!r}")
-        self.threshold = threshold
-        self.patches = patches
-        self.prop_attn = prop_attn
-        self.score_from = score_from
-        self.needs = score_signal(score_from) | {"k", "v"}
+        super().__init__(score_from, score, seed)
+        self.threshold = number("threshold", threshold, 0)
+        self.patches = count("patches", patches, null=True)
+        self.prop_attn = boolean("prop_attn", prop_attn)
+        self.needs |= {"k", "v"}
 
     def max_drop(self, n: int) -> int:
         return n // 2
@@ -103,14 +103,20 @@ class PPT(Reducer):
         scale = 1.0 if self.patches is None else (self.patches / (grid[0] * grid[1])) ** 2
         return self.threshold * scale
 
+    def score(self, t: Tokens, s: Signals, step: Step) -> Tensor:
+        return significance(super().score(t, s, step), s.need("v")[:, :, t.prefix :])
+
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
+        return score.argsort(dim=1, descending=True, stable=True)
+
     @torch.no_grad()
     def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
-        assert s.k is not None and s.v is not None
-        score = significance(attention_score(s, self.score_from, t.prefix), s.v[:, :, t.prefix :])
+        score = self.score(t, s, step)
         # An image pools where its scores are flat.
         pool = (score.var(1, keepdim=True) < self.threshold_at(step.grid)).expand(-1, t.n)
-        order = score.argsort(dim=1, descending=True, stable=True)
-        match = bipartite_matching(head_sum(s.k[:, :, t.prefix :]), t.n - step.keep, t.prefix)
+        order = self.order(t, score, step)
+        metric = head_sum(s.need("k")[:, :, t.prefix :])
+        match = bipartite_matching(metric, t.n - step.keep, t.prefix)
         rows = torch.arange(step.keep, device=order.device).expand(order.shape[0], -1)
         kept = torch.full_like(order, -1).scatter(1, order[:, : step.keep], rows)
         pooled = torch.zeros_like(order).scatter(1, match.leader, rows)

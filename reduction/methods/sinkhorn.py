@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from reduction.assignment import Mix
 from reduction.base import Card, Reducer
+from reduction.checks import count, positive
 from reduction.counts import Dims, Spec, Step
-from reduction.errors import ZooError
 from reduction.mixins.learned import Queries
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
@@ -93,10 +93,8 @@ class Sinkhorn(Queries, Reducer):
 
     def __init__(self, eps: float = 1.0, iterations: int = 3) -> None:
         super().__init__()
-        if not eps > 0 or iterations < 1:
-            raise ZooError(f"eps and iterations must be positive, got {eps!r} and {iterations!r}")
-        self.eps = eps
-        self.iterations = iterations
+        self.eps = positive("eps", eps)
+        self.iterations = count("iterations", iterations)
 
     def build(self, spec: Spec, step: Step) -> nn.Module:
         return Centres(spec.width, step.keep)

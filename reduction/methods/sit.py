@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from reduction.assignment import Mix
 from reduction.base import Card, Reducer
+from reduction.checks import boolean, number, positive
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.mixins.learned import Queries
@@ -125,12 +126,10 @@ class SiT(Queries, Trains, Reducer):
         tau: float = 1.0,
     ) -> None:
         super().__init__()
-        if not tau > 0:
-            raise ZooError(f"tau must be positive, got {tau!r}")
-        self.distill = distill
-        self.token_weight = token_weight
-        self.logit_weight = logit_weight
-        self.tau = tau
+        self.distill = boolean("distill", distill)
+        self.token_weight = number("token_weight", token_weight)
+        self.logit_weight = number("logit_weight", logit_weight)
+        self.tau = positive("tau", tau)
         self.needs_teacher = distill
         # The reverse modules are made for so many tokens and no more.
         self.added_tokens = "refuse" if distill else "reduce"

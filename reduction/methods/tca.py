@@ -7,20 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reduction.assignment import Merge
-from reduction.base import Card, Reducer
+from reduction.base import Card
+from reduction.checks import count, one_of
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.mixins.attention import ExtraKeys
 from reduction.mixins.learned import Learned
-from reduction.mixins.ranking import attention_score, score_signal
+from reduction.mixins.ranking import ScoreReducer
 from reduction.registry import register
-from reduction.tokens import Signals, Tokens, take_rows
+from reduction.tokens import Tokens, take_rows
 
 COUNTINGS = ("total", "release")
 
 
 @register("tca")
-class TCA(Learned, ExtraKeys, Reducer):
+class TCA(Learned, ExtraKeys, ScoreReducer):
     """Token condensation: whole tokens, weighted centres, and one token of what is left.
 
     Between attention and MLP tokens are ranked by the class token's attention `s` (mean over
@@ -44,6 +45,9 @@ class TCA(Learned, ExtraKeys, Reducer):
             block, takes part in the attention; see `set_anchors`.
         score_from: "class" (the paper's) or "column_mean" (attention received from all tokens;
             ours, for models without a class token).
+        score: Rank by another score: "class", "column", "norm", "random" or "inverse"; None is
+            `score_from`. See `reduction.functional.scores`.
+        seed: Of the score "random"; None is torch's own seed when the reducer is made.
 
     Raises:
         ZooError: If an argument is out of range.
@@ -74,19 +78,13 @@ class TCA(Learned, ExtraKeys, Reducer):
         counting: str = "total",
         anchors: int = 0,
         score_from: str = "class",
+        score: str | None = None,
+        seed: int | None = None,
     ) -> None:
-        super().__init__()
-        if centers < 1 or anchors < 0:
-            raise ZooError(
-                f"centers must be 1 or more and anchors 0 or more, got {centers!r} and {anchors!r}"
-            )
-        if counting not in COUNTINGS:
-            raise ZooError(f"counting must be one of {COUNTINGS}, got {counting!r}")
-        self.centers = centers
-        self.counting = counting
-        self.anchors = anchors
-        self.score_from = score_from
-        self.needs = score_signal(score_from)
+        super().__init__(score_from, score, seed)
+        self.centers = count("centers", centers)
+        self.counting = one_of("counting", counting, COUNTINGS)
+        self.anchors = count("anchors", anchors, 0)
         self.anchor_tokens: Tensor | None
         self.register_buffer("anchor_tokens", None)
 
@@ -166,7 +164,11 @@ class TCA(Learned, ExtraKeys, Reducer):
         # One more row in the attention: its projections, its products, its place in the class row.
         inner = dims.heads * dims.head_dim
         pairs = 2 * (2 * (n + prefix) + 1)
-        signal = dims.class_tokens if self.score_from == "class" else 2 * (n + prefix) + 1
+        signal = 0
+        if "cls_row" in self.needs:
+            signal = dims.class_tokens
+        elif "column" in self.needs:
+            signal = 2 * (n + prefix) + 1
         return 4 * dims.width * inner + (pairs + signal) * inner
 
     # ------------------------------------------------------------------ running
@@ -175,10 +177,13 @@ class TCA(Learned, ExtraKeys, Reducer):
         """Member `(B,)` that the first group starts from, of members `(B, m)` by falling score."""
         return torch.zeros_like(score[:, 0], dtype=torch.int64)
 
-    def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
-        score = attention_score(s, self.score_from, t.prefix)
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
+        return score.argsort(dim=1, descending=True)
+
+    def settle(self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step) -> Merge:
         whole, members, groups = self._shares(t.n, step.keep)
-        order = score.detach().argsort(dim=1, descending=True)
+        # Centres are among those that count as kept.
+        order = torch.cat([kept, rest], dim=1)
         kept, body = order[:, :whole], order[:, whole : whole + members]
         last = order[:, whole + members :]
         slot_of, weight, leader = self._condense(t, body, score.detach(), groups, step)

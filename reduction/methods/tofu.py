@@ -9,6 +9,7 @@ from torch import Tensor
 
 from reduction.assignment import Assignment, Keep, Merge, apply
 from reduction.base import Card, Reducer
+from reduction.checks import boolean, one_of
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.matching import (
@@ -84,21 +85,20 @@ class ToFu(Reducer):
         prop_attn: bool = False,
     ) -> None:
         super().__init__()
-        if mlerp not in FORMS:
-            raise ZooError(f"mlerp must be one of {FORMS}, got {mlerp!r}")
         listed = isinstance(switch, Sequence)
         if isinstance(switch, Sequence):
             listed = not isinstance(switch, str) and len(switch) > 0
             listed = listed and all(s in STRATEGIES for s in switch)
             switch = list(switch) if listed else switch
-        if not (listed or switch is None or (isinstance(switch, int) and switch is not True)):
+        block = isinstance(switch, int) and not isinstance(switch, bool)
+        if not (listed or switch is None or block):
             raise ZooError(
                 "switch must be the last block that prunes, null, or a list with 'prune' or "
                 f"'merge' for every block, got {switch!r}"
             )
         self.switch = switch
-        self.mlerp = mlerp
-        self.prop_attn = prop_attn
+        self.mlerp = one_of("mlerp", mlerp, FORMS)
+        self.prop_attn = boolean("prop_attn", prop_attn)
 
     def max_drop(self, n: int) -> int:
         return n // 2
@@ -120,8 +120,7 @@ class ToFu(Reducer):
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Assignment:
         """Pairs; the mean of `Merge` has yet to get its length."""
-        assert s.k is not None
-        metric = head_sum(s.k[:, :, t.prefix :].detach())
+        metric = head_sum(s.need("k")[:, :, t.prefix :].detach())
         match = bipartite_matching(metric, t.n - step.keep, t.prefix)
         if self.prunes(step.block, step.depth):
             return Keep(match.leader, slot=_slots(match, t.n))

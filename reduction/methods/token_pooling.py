@@ -7,8 +7,8 @@ from torch import Tensor
 
 from reduction.assignment import Assignment, Keep, Merge
 from reduction.base import Card, Reducer
+from reduction.checks import boolean, count, one_of
 from reduction.counts import Dims, Step
-from reduction.errors import ZooError
 from reduction.functional.clustering import (
     Clusters,
     heaviest,
@@ -79,18 +79,11 @@ class TokenPooling(Reducer):
         prop_attn: bool = False,
     ) -> None:
         super().__init__()
-        if algorithm not in ALGORITHMS:
-            raise ZooError(f"algorithm must be one of {ALGORITHMS}, got {algorithm!r}")
-        if centre not in CENTRES:
-            raise ZooError(f"centre must be one of {CENTRES}, got {centre!r}")
-        if score_from not in SCORES:
-            raise ZooError(f"score_from must be one of {tuple(SCORES)}, got {score_from!r}")
-        check_iterations(iterations)
-        self.algorithm = algorithm
-        self.centre = centre
-        self.score_from = score_from
-        self.iterations = iterations
-        self.prop_attn = prop_attn
+        self.algorithm = one_of("algorithm", algorithm, ALGORITHMS)
+        self.centre = one_of("centre", centre, CENTRES)
+        self.score_from = one_of("score_from", score_from, SCORES)
+        self.iterations = count("iterations", iterations, what="an integer of at least 1")
+        self.prop_attn = boolean("prop_attn", prop_attn)
         signal = SCORES[score_from]
         self.needs = frozenset() if signal is None else frozenset({signal})
 
@@ -101,14 +94,11 @@ class TokenPooling(Reducer):
     def weight(self, s: Signals, prefix: int) -> Tensor | None:
         """What an error in each token costs, `(B, N)`, positive with mean one; None: all equal."""
         if self.score_from == "column_mean":
-            assert s.column is not None
-            score = s.column[:, prefix:].float()
+            score = s.need("column")[:, prefix:].float()
         elif self.score_from == "class":
-            assert s.cls_row is not None
-            score = s.cls_row[:, :, prefix:].float().mean(1)
+            score = s.need("cls_row")[:, :, prefix:].float().mean(1)
         elif self.score_from == "key_norm":
-            assert s.k is not None
-            score = s.k[:, :, prefix:].float().norm(dim=-1).mean(1)
+            score = s.need("k")[:, :, prefix:].float().norm(dim=-1).mean(1)
         else:
             return None
         score = score / score.mean(1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)
@@ -141,13 +131,3 @@ class TokenPooling(Reducer):
             return distances
         seeding = distances if self.score_from == "none" else 0
         return seeding + self.iterations * n * step.keep * dims.width
-
-
-def check_iterations(iterations: int) -> None:
-    """Refuse what is no number of iterations.
-
-    Raises:
-        ZooError: If it is not an integer of at least one.
-    """
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ZooError(f"iterations must be an integer of at least 1, got {iterations!r}")

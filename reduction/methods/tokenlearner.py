@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from reduction.assignment import Mix, apply
 from reduction.base import Card, Reducer
+from reduction.checks import boolean, count, one_of
 from reduction.counts import Dims, Spec, Step
-from reduction.errors import ZooError
 from reduction.mixins.learned import Queries
-from reduction.mixins.parking import Parks
+from reduction.mixins.parking import Parks, park, parked, unpark
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -152,20 +152,13 @@ class TokenLearner(Queries, Parks, Reducer):
         fuser_norm: bool = True,
     ) -> None:
         super().__init__()
-        if str(version) not in VERSIONS:
-            raise ZooError(f"version must be one of {VERSIONS}, got {version!r}")
-        if pooling not in POOLINGS:
-            raise ZooError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
-        if min(bottleneck, fuser_bottleneck) < 1:
-            raise ZooError(
-                f"bottlenecks must be 1 or more, got {bottleneck!r} and {fuser_bottleneck!r}"
-            )
-        self.version = str(version)  # YAML reads 1.0 as a number
-        self.pooling = pooling
-        self.fuser = fuser
-        self.bottleneck = bottleneck
-        self.fuser_bottleneck = fuser_bottleneck
-        self.fuser_norm = fuser_norm
+        # YAML reads 1.0 as a number.
+        self.version = one_of("version", str(version), VERSIONS)
+        self.pooling = one_of("pooling", pooling, POOLINGS)
+        self.fuser = boolean("fuser", fuser)
+        self.bottleneck = count("bottlenecks", bottleneck)
+        self.fuser_bottleneck = count("bottlenecks", fuser_bottleneck)
+        self.fuser_norm = boolean("fuser_norm", fuser_norm)
         self._last: int | None = None  # the block behind which nobody reads patches
         self.parks: Literal["no", "stage", "block"] = "block" if fuser else "no"
         # A fuser's patches and a convolution's grid know no tokens of a plugin.
@@ -235,22 +228,14 @@ class TokenLearner(Queries, Parks, Reducer):
         learned = apply(t, Mix(stage.maps(t.patches, step.grid)))
         if not self.fuser:
             return learned
-        parked = {f"bank.{self._blocks.index(step.block)}": t.patches, "bank_size": t.size}
-        for name, value in (("bank_origin", t.origin), ("bank_source", t.source)):
-            if value is not None:
-                parked[name] = value
-        return learned._replace(memory={**learned.memory, **parked})
+        # Its length is the stage that learned: known through checkpointing, as no number would be.
+        stage_mark = t.size.new_empty(self._blocks.index(step.block))
+        return park(t, learned._replace(memory={**learned.memory, "stage": stage_mark}))
 
     def restore(self, t: Tokens) -> Tokens:
         """The patches, with what the block made of the learned tokens added."""
-        index = next(k.removeprefix("bank.") for k in t.memory if k.startswith("bank."))
-        fuser = cast(Learner, self.stages[int(index)]).fuser
+        memory = dict(t.memory)
+        fuser = cast(Learner, self.stages[memory.pop("stage").shape[0]]).fuser
         assert fuser is not None
-        patches = fuser(t.memory[f"bank.{index}"], t.patches)
-        return t._replace(
-            x=torch.cat([t.x[:, : t.prefix], patches], dim=1),
-            size=t.memory["bank_size"],
-            origin=t.memory.get("bank_origin"),
-            source=t.memory.get("bank_source"),
-            memory={k: v for k, v in t.memory.items() if not k.startswith("bank")},
-        )
+        patches = fuser(parked(t)[0], t.patches)
+        return unpark(t._replace(memory=memory), patches)

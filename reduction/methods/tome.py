@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from reduction.assignment import Merge
 from reduction.base import Card, Reducer
+from reduction.checks import boolean, one_of
 from reduction.counts import Dims, Step
-from reduction.errors import ZooError
 from reduction.functional.matching import bipartite_matching, head_sum, split_sizes
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
+
+METRICS = ("key", "feature")
 
 
 @register("tome")
@@ -50,10 +52,8 @@ class ToMe(Reducer):
 
     def __init__(self, metric: str = "key", prop_attn: bool = True) -> None:
         super().__init__()
-        if metric not in ("key", "feature"):
-            raise ZooError(f"metric must be 'key' or 'feature', got {metric!r}")
-        self.metric = metric
-        self.prop_attn = prop_attn
+        self.metric = one_of("metric", metric, METRICS)
+        self.prop_attn = boolean("prop_attn", prop_attn)
         self.needs = frozenset({"k"}) if metric == "key" else frozenset()
 
     def max_drop(self, n: int) -> int:
@@ -62,8 +62,7 @@ class ToMe(Reducer):
     def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
         metric = t.patches
         if self.metric == "key":
-            assert s.k is not None
-            metric = head_sum(s.k[:, :, t.prefix :].detach())
+            metric = head_sum(s.need("k")[:, :, t.prefix :].detach())
         match = bipartite_matching(metric, t.n - step.keep, t.prefix)
         return Merge(None, match.leader, pairs=(match.source, match.target))
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from reduction.base import Card
-from reduction.counts import Step
-from reduction.mixins.ranking import ScoreReducer, attention_score, score_signal
+from reduction.mixins.ranking import ScoreReducer
 from reduction.registry import register
-from reduction.tokens import Signals, Tokens
 
 
 @register("topk")
@@ -20,6 +16,9 @@ class TopK(ScoreReducer):
     Args:
         score_from: "class" (the paper's) or "column_mean" (attention received from all tokens;
             ours, for models without a class token).
+        score: Rank by another score: "class", "column", "norm", "random" or "inverse"; None is
+            `score_from`. See `reduction.functional.scores`.
+        seed: Of the score "random"; None is torch's own seed when the reducer is made.
 
     References:
         Haurum et al., ICCVW 2023, arXiv 2308.04657; official code
@@ -39,10 +38,7 @@ class TopK(ScoreReducer):
     )
     site = "mid"
 
-    def __init__(self, score_from: str = "class") -> None:
-        super().__init__()
-        self.score_from = score_from
-        self.needs = score_signal(score_from)
-
-    def score(self, t: Tokens, s: Signals, step: Step) -> Tensor:
-        return attention_score(s, self.score_from, t.prefix)
+    def __init__(
+        self, score_from: str = "class", score: str | None = None, seed: int | None = None
+    ) -> None:
+        super().__init__(score_from, score, seed)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reduction.assignment import Keep
-from reduction.base import Card, Reducer
+from reduction.base import Card
+from reduction.checks import count, number, one_of, share
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import no_autocast
 from reduction.functional.matching import most_similar
+from reduction.mixins.ranking import ScoreReducer
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
 
@@ -79,7 +80,7 @@ def informative_mean(
 
 
 @register("zero_tprune")
-class ZeroTPrune(Reducer):
+class ZeroTPrune(ScoreReducer):
     """Prune by votes, drop look-alikes, vote again; nothing is trained. From a description only.
 
     At the block output, with A the block's attention (rows are queries):
@@ -137,21 +138,15 @@ class ZeroTPrune(Reducer):
         max_variance: float | None = 0.7,
     ) -> None:
         super().__init__()
-        if start_from not in STARTS:
-            raise ZooError(f"start_from must be one of {STARTS}, got {start_from!r}")
-        if iterations is not None and (isinstance(iterations, bool) or iterations < 1):
-            raise ZooError(f"iterations must be 1 or more, or null, got {iterations!r}")
-        if isinstance(similar_share, bool) or not 0 <= similar_share <= 1:
-            raise ZooError(f"similar_share must be in [0, 1], got {similar_share!r}")
-        if min_variance < 0 or (max_variance is not None and max_variance < min_variance):
+        self.start_from = one_of("start_from", start_from, STARTS)
+        self.iterations = count("iterations", iterations, null=True)
+        self.similar_share = share("similar_share", similar_share)
+        self.min_variance = number("min_variance", min_variance, 0)
+        self.max_variance = number("max_variance", max_variance, null=True)
+        if max_variance is not None and max_variance < min_variance:
             raise ZooError(
                 f"expected 0 <= min_variance <= max_variance, got {min_variance} and {max_variance}"
             )
-        self.start_from = start_from
-        self.iterations = iterations
-        self.similar_share = similar_share
-        self.min_variance = min_variance
-        self.max_variance = max_variance
 
     @property
     def needs_class_token(self) -> bool:
@@ -161,22 +156,18 @@ class ZeroTPrune(Reducer):
         """Behind the last block nobody would read the result."""
         return block < depth - 1
 
-    def assign(self, t: Tokens, s: Signals, step: Step) -> Keep:
-        assert s.attn is not None and s.k is not None
-        # A tracer would make a tensor of the count.
-        n = int(t.n)
-        votes, similar = self._votes(step), self._similar(n, step)
-        attn = s.attn.detach()
+    def score(self, t: Tokens, s: Signals, step: Step) -> Tensor:
+        votes, similar = self._votes(step), self._similar(t.n, step)
+        attn = s.need("attn").detach()
         live = torch.ones_like(t.size)
         score = live[:, t.prefix :]
         if similar:
             score = self._importance(attn, votes, t.prefix, None)
-            gone = _look_alikes(s.k.detach()[:, :, t.prefix :].mean(1), score, similar)
+            gone = _look_alikes(s.need("k").detach()[:, :, t.prefix :].mean(1), score, similar)
             live = live.scatter(1, gone + t.prefix, 0.0)
-        if n - similar > step.keep:
+        if t.n - similar > step.keep:
             score = self._importance(attn, votes, t.prefix, live if similar else None)
-        score = score.masked_fill(live[:, t.prefix :] == 0, -1.0)
-        return Keep(score.topk(step.keep, dim=1, sorted=False).indices)
+        return score.masked_fill(live[:, t.prefix :] == 0, -1.0)
 
     def _importance(self, attn: Tensor, votes: int, prefix: int, live: Tensor | None) -> Tensor:
         """Importance of the reducible tokens, `(B, N)`."""
@@ -193,7 +184,7 @@ class ZeroTPrune(Reducer):
 
     def _similar(self, n: int, step: Step) -> int:
         """Tokens that leave as look-alikes."""
-        drop = n - int(step.keep)
+        drop = n - step.keep
         wanted = round(self.similar_share * drop)
         if step.budget.prune is not None:
             wanted = n - step.budget.prune

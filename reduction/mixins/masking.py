@@ -26,12 +26,14 @@ class Masked(Remembers):
         return t._replace(policy=torch.ones_like(t.size)) if self.masking() else t
 
     def mask(self, t: Tokens, s: Signals, step: Step) -> Tokens:
-        """Mask what `reduce` would remove in evaluation; arguments as of `Reducer.reduce`."""
+        """Mask what `remove` would take out in evaluation; arguments as of `Reducer.reduce`."""
         raise NotImplementedError(f"{type(self).__name__} must override mask")
+
+    def remove(self, t: Tokens, s: Signals, step: Step) -> Tokens:
+        """Really take tokens out: what `Reducer.reduce` does for other methods."""
+        reduced: Tokens = super().reduce(t, s, step)  # type: ignore[misc]  # of the Reducer behind
+        return reduced
 
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
         """Remove tokens, or mask them while training."""
-        if self.masking():
-            return self.mask(t, s, step)
-        reduced: Tokens = super().reduce(t, s, step)  # type: ignore[misc]  # of the Reducer behind
-        return reduced
+        return self.mask(t, s, step) if self.masking() else self.remove(t, s, step)

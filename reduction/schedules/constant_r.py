@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 
+from reduction.checks import boolean, finite
 from reduction.counts import Budget
 from reduction.errors import ZooError
 from reduction.schedules.base import Schedule
@@ -64,17 +65,17 @@ class ConstantR(Schedule):
         if isinstance(r, bool) or not isinstance(r, int | float | Sequence) or isinstance(r, str):
             raise ZooError(f"r must be a number or a list of integers, got {r!r}")
         values = [r] if isinstance(r, int | float) else list(r)
-        if not values or any(isinstance(v, bool) or not v >= 0 for v in values):
+        if not values or not all(finite(v) and v >= 0 for v in values):
             raise ZooError(f"r must be 0 or more, got {r!r}")
         if not isinstance(r, int | float) and any(v != int(v) for v in values):
             raise ZooError(f"a list of r must hold integers, got {r!r}")
-        if inflection is not None and not -1 <= inflection <= 1:
-            raise ZooError(f"inflection must be in [-1, 1], got {inflection!r}")
+        if inflection is not None and not (finite(inflection) and -1 <= inflection <= 1):
+            raise ZooError(f"inflection must be in [-1, 1], or null, got {inflection!r}")
         if inflection is not None and len(values) > 1:
             raise ZooError("inflection needs a single r, got a list")
         self.r: float | list[int] = r if isinstance(r, int | float) else [int(v) for v in values]
         self.inflection = inflection
-        self.strict = strict
+        self.strict = boolean("strict", strict)
 
     def budget(self, block: int, depth: int, n: int, n0: int) -> Budget | None:
         r = self.r

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from reduction.checks import is_list
 from reduction.errors import ZooError
 from reduction.schedules.base import Schedule
 from reduction.schedules.keep_rate import KeepRate
@@ -30,7 +31,7 @@ class Geometric(KeepRate):
     def __init__(
         self, rate: float = 0.9, blocks: Sequence[int] | None = None, strict: bool = True
     ) -> None:
-        if not isinstance(rate, int | float):
+        if is_list(rate):
             raise ZooError(f"rate must be a number, got {rate!r}; lists belong to keep_rate")
         super().__init__(rate, blocks, rounding="floor", strict=strict)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from reduction.checks import boolean, count, listed, one_of, shares
 from reduction.counts import Budget
 from reduction.errors import ZooError
 from reduction.schedules.base import Schedule
@@ -44,35 +45,30 @@ class KeepRate(Schedule):
         strict: bool = True,
         prefix: int = 0,
     ) -> None:
-        rates = [rate] if isinstance(rate, int | float) else list(rate)
-        for value in rates:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-                raise ZooError(f"keep rate must be in (0, 1], got {value!r}")
-        if rounding not in _ROUNDING:
-            raise ZooError(f"rounding must be one of {sorted(_ROUNDING)}, got {rounding!r}")
         if of not in ("initial", "current"):
             raise ZooError(f"of must be 'initial' or 'current', got {of!r}")
-        if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
-            raise ZooError(f"prefix must be 0 or more tokens, got {prefix!r}")
+        self.rate = shares("keep rate", rate)
+        rates = self.rate if isinstance(self.rate, list) else [self.rate]
         if isinstance(blocks, str):
             if blocks != "all":
                 raise ZooError(f"blocks must be a list, null or 'all', got {blocks!r}")
             if len(rates) > 1:
                 raise ZooError("a list of rates needs blocks=[...]")
         elif blocks is not None:
-            blocks = [int(b) for b in blocks]
+            blocks = [
+                count("blocks", b, 0) for b in listed("blocks", blocks, "a list, null or 'all'")
+            ]
             if sorted(set(blocks)) != blocks:
                 raise ZooError(f"blocks must be increasing and distinct, got {blocks}")
             if len(rates) not in (1, len(blocks)):
                 raise ZooError(f"{len(rates)} rates for {len(blocks)} blocks; give one or as many")
         elif len(rates) > 1:
             raise ZooError("a list of rates needs blocks=[...]")
-        self.rate: float | list[float] = rate if isinstance(rate, int | float) else rates
         self.blocks: list[int] | str | None = blocks
-        self.rounding = rounding
+        self.rounding = one_of("rounding", rounding, sorted(_ROUNDING))
         self.of = of
-        self.strict = strict
-        self.prefix = prefix
+        self.strict = boolean("strict", strict)
+        self.prefix = count("prefix", prefix, 0)
 
     def stages(self, depth: int) -> list[int]:
         """Blocks that reduce.

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from reduction.checks import boolean, count, finite, is_list, listed
 from reduction.counts import Budget
 from reduction.errors import ZooError
 from reduction.schedules.base import Schedule
@@ -40,15 +41,15 @@ class PerBlock(Schedule):
             if keep is not None or prune is not None:
                 raise ZooError("give per_block either lists or a file, not both")
             keep, prune, prefix = _read_counts(file)
-        if not keep:
+        if not is_list(keep) or not keep:
             raise ZooError("per_block needs keep=[...] with one count per block, or file=PATH")
+        self.prefix = count("prefix", prefix, 0)
         self.keep = _counts("keep", keep, prefix)
         self.prune = None if prune is None else _counts("prune", prune, prefix)
         if self.prune is not None and len(self.prune) != len(self.keep):
             raise ZooError(f"keep has {len(self.keep)} entries but prune {len(self.prune)}")
-        self.prefix = prefix
         self.file = None  # the lists are the record; a path would not travel with a checkpoint
-        self.strict = strict
+        self.strict = boolean("strict", strict)
 
     def budget(self, block: int, depth: int, n: int, n0: int) -> Budget | None:
         if len(self.keep) != depth:
@@ -62,10 +63,10 @@ class PerBlock(Schedule):
 
 
 def _counts(what: str, values: Sequence[int | None], prefix: int) -> list[int | None]:
-    for value in values:
+    for value in listed(what, values, "a list with one count per block"):
         if value is None:
             continue
-        if isinstance(value, bool) or value != int(value) or value - prefix < 1:
+        if not finite(value) or value != int(value) or value - prefix < 1:
             raise ZooError(
                 f"{what} must hold integers of at least {prefix + 1}, got {value!r} in {values!r}"
             )

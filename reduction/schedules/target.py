@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from reduction.checks import boolean, count, listed, one_of, positive, share
 from reduction.counts import Budget
 from reduction.errors import UnreachableBudget, ZooError
 from reduction.schedules.base import Schedule
@@ -23,10 +24,12 @@ class Target(Schedule):
     blocks: list[int] | None = None
 
     def _set_family(self, family: str | None, blocks: Sequence[int] | None) -> None:
-        if family not in (None, *_FAMILIES):
-            raise ZooError(f"family must be one of {sorted(_FAMILIES)}, got {family!r}")
-        self.family = family
-        self.blocks = None if blocks is None else list(blocks)
+        self.family = None if family is None else one_of("family", family, sorted(_FAMILIES))
+        self.blocks = None
+        if blocks is not None:
+            self.blocks = [
+                count("blocks", b, 0) for b in listed("blocks", blocks, "a list of blocks")
+            ]
         if self.blocks is not None and family == "constant_r":
             raise ZooError("blocks belong to family='keep_rate'")
 
@@ -75,13 +78,9 @@ class TargetGmacs(Target):
         blocks: Sequence[int] | None = None,
         nearest: bool = False,
     ) -> None:
-        if gmacs is not None and not gmacs > 0:
-            raise ZooError(f"gmacs must be positive, got {gmacs!r}")
-        if not 0 < fraction <= 1:
-            raise ZooError(f"fraction must be in (0, 1], got {fraction!r}")
-        self.gmacs = gmacs
-        self.fraction = fraction
-        self.nearest = nearest
+        self.gmacs = positive("gmacs", gmacs, null=True)
+        self.fraction = share("fraction", fraction, zero=False)
+        self.nearest = boolean("nearest", nearest)
         self._set_family(family, blocks)
 
     def solve(

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from reduction.counts import Step
-from reduction.methods.ppt import PPT, significance
-from reduction.mixins.ranking import attention_score
+from reduction.methods.ppt import PPT
 from reduction.tokens import Signals, Tokens
 from tests.parity.fixture import Case, Fixture, gradient_check
 from tests.parity.runner import handles
@@ -21,8 +20,7 @@ class Watched(PPT):
     """Writes down the variances that decide."""
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Any:
-        score = significance(attention_score(s, self.score_from, t.prefix), s.v[:, :, t.prefix :])
-        self.variances.append(score.var(1).detach())
+        self.variances.append(self.score(t, s, step).var(1).detach())
         return super().assign(t, s, step)
 
 

@@ -1,0 +1,102 @@
+"""What tokens can be ranked by, under one name each.
+
+Every score is `(B, N)`, higher for what matters more, not negative, and adds up to at most one over
+the tokens of an image. So each can serve as weights as well.
+
+Shapes as in `reduction.tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reduction.checks import one_of
+from reduction.functional.lots import lots, ranks
+from reduction.tokens import Signals, Tokens
+
+
+class Draw(NamedTuple):
+    """What a random score follows from.
+
+    Attributes:
+        seed: Another seed, another draw.
+        block: Index of the block; every block draws anew.
+        anew: Draw from torch's generator, as in training, instead of following the image.
+    """
+
+    seed: int = 0
+    block: int = 0
+    anew: bool = False
+
+
+def class_attention(t: Tokens, s: Signals, draw: Draw) -> Tensor:
+    """What the class token pays, mean over heads."""
+    return s.need("cls_row").mean(1)[:, t.prefix :]
+
+
+def received(t: Tokens, s: Signals, draw: Draw) -> Tensor:
+    """What a token receives, mean over heads and queries."""
+    return s.need("column")[:, t.prefix :]
+
+
+def length(t: Tokens, s: Signals, draw: Draw) -> Tensor:
+    """Length of the features, as a share of all."""
+    exact = torch.promote_types(t.x.dtype, torch.float32)
+    return _shares(torch.linalg.vector_norm(t.patches, dim=-1, dtype=exact))
+
+
+def chance(t: Tokens, s: Signals, draw: Draw) -> Tensor:
+    """Nothing about the token: an order drawn by lot, the same for an image in every batch."""
+    if draw.anew:
+        rank = torch.rand(t.x.shape[0], t.n, device=t.x.device)
+    else:
+        # Called by itself, without images, the tokens stand for them.
+        lot = t.memory["lot"] if "lot" in t.memory else lots(t.x)
+        rank = ranks(lot, t.n, draw.seed, draw.block)
+    return _shares(rank.argsort(dim=1).argsort(dim=1).float() + 1)
+
+
+def inverse(t: Tokens, s: Signals, draw: Draw) -> Tensor:
+    """The class token's attention turned upside down: what it pays least comes first."""
+    a = class_attention(t, s, draw)
+    a = a.to(torch.promote_types(a.dtype, torch.float32))
+    return _shares((a.amax(1, keepdim=True) + a.amin(1, keepdim=True) - a).clamp_min(0))
+
+
+class Score(NamedTuple):
+    """A score and the signals that it reads."""
+
+    function: Callable[[Tokens, Signals, Draw], Tensor]
+    needs: frozenset[str] = frozenset()
+
+
+_CLASS, _COLUMN = frozenset({"cls_row"}), frozenset({"column"})
+
+#: What `score` of a ranking method may be.
+SCORES: dict[str, Score] = {
+    "class": Score(class_attention, _CLASS),
+    "column_mean": Score(received, _COLUMN),
+    "column": Score(received, _COLUMN),
+    "norm": Score(length),
+    "random": Score(chance),
+    "inverse": Score(inverse, _CLASS),
+}
+#: What `score_from` may be: the attention that published methods rank by, and ours without a class.
+ATTENTION = ("class", "column_mean")
+
+
+def score_named(name: str) -> Score:
+    """The score of a name.
+
+    Raises:
+        ZooError: With the names that exist.
+    """
+    return SCORES[one_of("score", name, SCORES)]
+
+
+def _shares(x: Tensor) -> Tensor:
+    return x / x.sum(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)

@@ -1,0 +1,110 @@
+"""Ranked: any score, and any way of settling what becomes of the others. Ours."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from reduction.assignment import Assignment, Keep
+from reduction.base import Card
+from reduction.checks import boolean, one_of, positive
+from reduction.counts import Dims, Step
+from reduction.errors import ZooError
+from reduction.functional.settling import fuse, join_nearest
+from reduction.functional.squeezing import squeeze
+from reduction.mixins.ranking import ScoreReducer
+from reduction.registry import register
+from reduction.tokens import Tokens
+
+SETTLES = ("drop", "fuse", "squeeze", "nearest")
+
+
+@register("ranked")
+class Ranked(ScoreReducer):
+    """Keep the tokens with the highest score; one option says which score, one what else happens.
+
+    Between attention and MLP. Scores are not negative and add up to at most one over the tokens of
+    an image, so each can also weigh what is fused. With the score "class" this is Top-K (drop),
+    EViT (fuse) or eTPS (squeeze); the other pairs ask what of a method is its score.
+
+    Args:
+        score: "class" (what the class token pays), "column" (what a token receives from all),
+            "norm" (length of the features), "random" or "inverse" (what the class token pays least
+            comes first).
+        settle: What becomes of the tokens that are not kept. "drop": they are gone; "fuse": they
+            become one more token, the sum weighted by their scores; "squeeze": each joins the kept
+            one that it resembles most, weighted by `exp(cosine)`; "nearest": likewise, but in a
+            size-weighted mean.
+        temperature: Of "squeeze": divides the cosines; None is 1.
+        prop_attn: Proportional attention: later attentions see log(size).
+        seed: Of the score "random"; None is torch's own seed when the reducer is made.
+
+    Raises:
+        ZooError: If an argument is unknown, out of range, or has nothing to act on.
+
+    References:
+        Ours. Scores and ways of settling are those of the methods named above.
+    """
+
+    card = Card(
+        title="Ranked (ours): any score with any way of settling",
+        authors="TokenZoo",
+        venue="ours",
+        year=2026,
+        arxiv=None,
+        code=None,
+        licence=None,
+        kind="prune, fuse or merge",
+        training="none (fine-tuning recommended)",
+        note="Ours, to compare scores and ways of settling one by one; not a published method.",
+    )
+    site = "mid"
+
+    def __init__(
+        self,
+        score: str = "class",
+        settle: str = "drop",
+        temperature: float | None = None,
+        prop_attn: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(score=score, seed=seed)
+        self.settled = one_of("settle", settle, SETTLES)
+        self.temperature = positive("temperature", temperature, null=True)
+        self.prop_attn = boolean("prop_attn", prop_attn)
+        if temperature is not None and settle != "squeeze":
+            raise ZooError(
+                f"temperature={temperature!r} belongs to settle='squeeze', got settle={settle!r}"
+            )
+        if prop_attn and settle == "drop":
+            raise ZooError("prop_attn=true weighs by size, and settle='drop' leaves all sizes at 1")
+
+    def arguments(self) -> dict[str, object]:
+        """Constructor arguments; `settle` is also the name of a method."""
+        return {**super().arguments(), "settle": self.settled}
+
+    def count(self, n: int, step: Step) -> int:
+        return n if step.keep >= n else step.keep + (self.settled == "fuse")
+
+    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
+        if self.settled == "drop":
+            return super().order(t, score, step)
+        if self.settled == "fuse":
+            return score.topk(step.keep + 1, dim=1).indices
+        return score.argsort(dim=1, descending=True)
+
+    def settle(
+        self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step
+    ) -> Assignment:
+        if self.settled == "drop":
+            return Keep(kept)
+        if self.settled == "fuse":
+            return fuse(kept, rest, score)
+        if self.settled == "squeeze":
+            return squeeze(t, kept, rest, 1.0 if self.temperature is None else self.temperature)
+        return join_nearest(t, kept, rest)
+
+    def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
+        if self.settled == "fuse":
+            return n * dims.width
+        pairs = self.settled in ("squeeze", "nearest")
+        return (n - step.keep) * step.keep * dims.width if pairs else 0
