@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.assignment import Assignment, Keep, Merge, apply
@@ -165,7 +164,7 @@ class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Train
         if "column" not in a.need:
             return None
         out, _ = attention(
-            a.q, a.k, a.v, scale=a.scale, bias=a.bias, dropout=a.dropout, fused=a.fused
+            a.q, a.k, a.v, scale=a.scale, bias=a.bias, dropout=a.dropout, fused=a.fused, drop=a.drop
         )
         return AttentionOutput(
             out, Signals(column=column_mean(a.q, a.k, a.scale, a.bias, live=t.mask))
@@ -178,7 +177,7 @@ class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Train
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weight = (z - z.amax(-1, keepdim=True)).exp() * policy[:, None, None, :].to(z.dtype)
         map_ = (weight + EPSILON / z.shape[-1]) / (weight.sum(-1, keepdim=True) + EPSILON)
-        out = F.dropout(map_.to(a.v.dtype), a.dropout) @ a.v
+        out = a.dropped(map_.to(a.v.dtype)) @ a.v
         if "column" not in a.need:
             return AttentionOutput(out, Signals())
         if self.variant == "release":
