@@ -21,7 +21,7 @@ from reduction.mixins.attention import AttentionInput, AttentionOutput
 from reduction.tokens import Signals, Tokens
 from zoo.adapters.families import load_families
 from zoo.adapters.fast_linear import FastLinear, linear
-from zoo.adapters.hooks import called, hooked
+from zoo.adapters.hooks import awaited, called, hooked
 from zoo.errors import UnsupportedModel, ZooError
 
 #: What to add to queries and values, `(B, N, H d)` each, given the normalised input `(B, N, C)`.
@@ -143,12 +143,12 @@ def splits_queries(attn: Any) -> bool:
 def separable(attn: Any) -> bool:
     """Whether the projection is one of timm's, of whose plain layers rows may be taken.
 
-    Not where somebody waits for the layer to be called.
+    Not where somebody waits for that layer to be called.
     """
     if type(attn).forward not in _SEPARABLE:
         return False
     layer = attn.qkv
-    return layer is None or (type(layer) in (nn.Linear, FastLinear) and not hooked(layer))
+    return layer is None or (type(layer) in (nn.Linear, FastLinear) and not awaited(layer))
 
 
 def _rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:

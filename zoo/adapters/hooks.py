@@ -26,10 +26,15 @@ def everywhere() -> bool:
 
 def hooked(*modules: nn.Module) -> bool:
     """Whether somebody waits for one of these modules to be called."""
+    return awaited(*modules) or everywhere()
+
+
+def awaited(*modules: nn.Module) -> bool:
+    """Whether somebody waits for one of these modules in particular."""
     for m in modules:
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return True
-    return everywhere()
+    return False
 
 
 def called(module: nn.Module, work: Callable[..., Any], *args: Any) -> Any:

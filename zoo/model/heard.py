@@ -9,7 +9,7 @@ from weakref import WeakSet
 from torch import nn
 
 from zoo.adapters.blocks import block_adapter
-from zoo.adapters.hooks import everywhere, hooked
+from zoo.adapters.hooks import awaited
 
 if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
@@ -29,10 +29,9 @@ def warn_unheard(model: ReducedViT) -> None:
     own = {"backbone": backbone, "reducer": model.reducer}
     own |= {"backbone.blocks": blocks if isinstance(blocks, nn.Module) else None}
     own |= {f"plugins[{i}]": plugin for i, plugin in enumerate(model.plugins)}
-    if not everywhere():
-        for name, module in own.items():
-            if module is not None and hooked(module):
-                _warn(model, f"the hooks on {name} are not called: the wrapper runs its parts")
+    for name, module in own.items():
+        if module is not None and awaited(module):
+            _warn(model, f"the hooks on {name} are not called: the wrapper runs its parts")
     for i, block in enumerate(blocks):
         if "forward" in vars(block) or "forward" in vars(block_adapter(block).attn(block)):
             _warn(model, f"the forward that was put into block {i} may not be called")
