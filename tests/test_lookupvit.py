@@ -491,7 +491,7 @@ def test_feature_maps_of_both_streams() -> None:
             x, 1, intermediates_only=True, stream="compressed", compressed_grid=4
         )
         assert small[0].shape == (2, 48, 4, 4)
-        assert zoo.wrap(m, None).eval().forward_intermediates(x, 2)[0].shape == (2, 48, 8, 8)
+        assert zoo.wrap(m, None).eval().forward_intermediates(x, 2)[1][0].shape == (2, 48, 8, 8)
     with pytest.raises(ZooError, match="stream must be one of"):
         m.forward_intermediates(x, stream="all")
     with pytest.raises(ZooError, match="some of the 3 blocks"):

@@ -15,6 +15,7 @@ from zoo.version import __version__
 __all__ = [
     "ReducedViT",
     "__version__",
+    "attention_maps",
     "create_model",
     "list_methods",
     "list_models",
@@ -24,20 +25,28 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from zoo.api import create_model, list_methods, list_models, load, profile, wrap
+    from zoo.api import (
+        attention_maps,
+        create_model,
+        list_methods,
+        list_models,
+        load,
+        profile,
+        wrap,
+    )
     from zoo.model.reduced import ReducedViT
 
 
 def __getattr__(name: str) -> Any:
     # timm takes seconds to import; `zoo --help` and tab completion must not wait for it.
-    if name in ("create_model", "list_methods", "list_models", "load", "profile", "wrap"):
-        import zoo.api
-
-        return getattr(zoo.api, name)
     if name == "ReducedViT":
         from zoo.model.reduced import ReducedViT
 
         return ReducedViT
+    if name in __all__:
+        import zoo.api
+
+        return getattr(zoo.api, name)
     raise AttributeError(f"module 'zoo' has no attribute {name!r}")
 
 

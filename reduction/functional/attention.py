@@ -5,6 +5,8 @@ Shapes: B batch, H heads, N tokens (prefix included), d head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,7 @@ def attention(
     need: frozenset[str] = frozenset(),
     policy: Tensor | None = None,
     class_tokens: int = 1,
+    drop: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Signals]:
     """Attention output and the signals in `need`.
 
@@ -46,6 +49,7 @@ def attention(
         policy: Keep mask `(B, N)` for the masked softmax.
         class_tokens: Leading tokens that together act as the class token; "cls_row" is the mean
             of their rows.
+        drop: Dropout of attention weights, where somebody watches it; without `fused` only.
 
     Returns:
         Output `(B, H, N, d)` and the signals.
@@ -57,7 +61,7 @@ def attention(
         if bias is not None:
             logits = logits + bias
         map_ = logits.softmax(-1) if policy is None else policy_softmax(logits, policy)
-        out = F.dropout(map_, dropout) @ v
+        out = (F.dropout(map_, dropout) if drop is None else drop(map_)) @ v
         return out, Signals(
             cls_row=class_row_of(map_, class_tokens) if "cls_row" in need else None,
             column=map_.mean((1, 2)) if "column" in need else None,

@@ -108,7 +108,7 @@ class ATS(Adaptive, OwnAttention, Reducer):
         q = take_rows(a.q.transpose(1, 2).flatten(2), rows)
         q = q.view(batch, rows.shape[1], heads, width).transpose(1, 2)
         out, _ = attention(
-            q, a.k, a.v, scale=a.scale, bias=a.bias, dropout=a.dropout, fused=a.fused
+            q, a.k, a.v, scale=a.scale, bias=a.bias, dropout=a.dropout, fused=a.fused, drop=a.drop
         )
         return AttentionOutput(out, Signals(), kept)
 

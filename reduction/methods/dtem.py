@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.assignment import Keep, Merge, apply
@@ -84,7 +83,7 @@ def sized_attention(a: AttentionInput, size: Tensor) -> Tensor:
     logits = ((a.q * a.scale) @ a.k.transpose(-2, -1)).to(size.dtype)
     weight = (logits - logits.detach().amax(-1, keepdim=True)).exp() * size[:, None, None, :]
     weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
-    return F.dropout(weight.to(a.v.dtype), a.dropout) @ a.v
+    return a.dropped(weight.to(a.v.dtype)) @ a.v
 
 
 @register("dtem")

@@ -178,7 +178,7 @@ class GTP(OwnAttention, Remembers, Reducer):
         map_ = a.logits().softmax(-1)
         least = map_.detach().float().flatten(2).kthvalue(zeros, dim=2).values
         sparse = torch.where(map_ >= least[..., None, None], map_, 0.0)
-        out = F.dropout(sparse, a.dropout) @ a.v
+        out = a.dropped(sparse) @ a.v
         # Many scores of the sparse map are exactly zero; the full one decides among them.
         rest = importance(
             self.selection, t.prefix, map_.detach(), class_row_of(map_.detach(), a.class_tokens)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.assignment import Assignment, Keep, apply
@@ -130,7 +129,7 @@ class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Train
         if "column" not in a.need:
             return None
         out, _ = attention(
-            a.q, a.k, a.v, scale=a.scale, bias=a.bias, dropout=a.dropout, fused=a.fused
+            a.q, a.k, a.v, scale=a.scale, bias=a.bias, dropout=a.dropout, fused=a.fused, drop=a.drop
         )
         return AttentionOutput(
             out, Signals(column=column_mean(a.q, a.k, a.scale, a.bias, live=t.mask))
@@ -138,7 +137,7 @@ class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Train
 
     def _masked_attention(self, a: AttentionInput, policy: Tensor) -> AttentionOutput:
         map_ = thresholds.masked_map(a.logits(), policy)
-        out = F.dropout(map_.to(a.v.dtype), a.dropout) @ a.v
+        out = a.dropped(map_.to(a.v.dtype)) @ a.v
         if "column" not in a.need:
             return AttentionOutput(out, Signals())
         if self.variant == "release":

@@ -207,7 +207,14 @@ class MCTF(OwnAttention, Trains, Reducer):
             new = self._fused(t, self._grouped(t, column, step))
             b = a.again(new, False)
             out, _ = attention(
-                b.q, b.k, b.v, scale=b.scale, bias=b.bias, dropout=b.dropout, fused=b.fused
+                b.q,
+                b.k,
+                b.v,
+                scale=b.scale,
+                bias=b.bias,
+                dropout=b.dropout,
+                fused=a.fused,
+                drop=a.drop,
             )
             return AttentionOutput(out, Signals(), new)
         logits = (a.q * a.scale) @ a.k.transpose(-2, -1)
@@ -217,7 +224,7 @@ class MCTF(OwnAttention, Trains, Reducer):
         merge = self._grouped(t, map_.detach().mean((1, 2)), step)
         new = self._fused(t, merge)
         map_ = self._fused_map(t, map_, merge, step.keep).to(a.q.dtype)
-        out = F.dropout(map_, a.dropout) @ a.again(new, True).v
+        out = a.dropped(map_) @ a.again(new, True).v
         return AttentionOutput(out, Signals(), new)
 
     def _fused_map(self, t: Tokens, map_: Tensor, merge: Merge, keep: int) -> Tensor:

@@ -53,7 +53,7 @@ class SoftExtract(OwnAttention, OwnAnswer, Remembers, Reducer):
         # The lowest finite number: a row in which everything is gone stays finite.
         logits = logits.masked_fill(gone, torch.finfo(logits.dtype).min)
         map_ = logits.softmax(-1) * t.policy[:, None, None, :].to(logits.dtype)
-        out = nn.functional.dropout(map_, a.dropout) @ a.v
+        out = a.dropped(map_) @ a.v
         return AttentionOutput(out, Signals(attn=map_))
 
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from reduction.counts import Step
@@ -26,6 +27,7 @@ class AttentionInput(NamedTuple):
         class_tokens: Leading tokens that together act as the class token.
         again: What the attention would compute for other tokens of the residual stream; with True
             only `v` of it is filled. Given where `OwnAttention.rereads` says so.
+        drop: Dropout of the attention weights where somebody watches it; see `dropped`.
     """
 
     q: Tensor
@@ -38,11 +40,20 @@ class AttentionInput(NamedTuple):
     need: frozenset[str]
     class_tokens: int = 1
     again: Callable[[Tokens, bool], AttentionInput] | None = None
+    drop: Callable[[Tensor], Tensor] | None = None
 
     def logits(self) -> Tensor:
         """Scaled products of queries and keys with the bias added, `(B, H, P+N, P+N)`."""
         logits = (self.q * self.scale) @ self.k.transpose(-2, -1)
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+
+    def dropped(self, map_: Tensor) -> Tensor:
+        """Attention weights as they meet the values: the one way there, so that they can be seen.
+
+        Args:
+            map_: `(B, H, queries, keys)`, after the softmax.
+        """
+        return F.dropout(map_, self.dropout) if self.drop is None else self.drop(map_)
 
 
 class AttentionOutput(NamedTuple):

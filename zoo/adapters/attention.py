@@ -8,9 +8,11 @@ hold every line to a difference of zero.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, apply_rot_embed_cat
 from torch import Tensor, nn
 
@@ -19,12 +21,14 @@ from reduction.mixins.attention import AttentionInput, AttentionOutput
 from reduction.tokens import Signals, Tokens
 from zoo.adapters.families import load_families
 from zoo.adapters.fast_linear import FastLinear, linear
+from zoo.adapters.hooks import awaited, called, hooked
 from zoo.errors import UnsupportedModel, ZooError
 
 #: What to add to queries and values, `(B, N, H d)` each, given the normalised input `(B, N, C)`.
 Shift = Callable[[Tensor], tuple[Tensor, Tensor]]
 Projection = Callable[..., tuple[Tensor, Tensor, Tensor]]
-_GLOBAL_HOOKS = nn.modules.module._global_forward_hooks
+#: Gets attention weights `(B, H, queries, keys)`, after the softmax and before dropout.
+Tap = Callable[[Tensor], None]
 _PROJECTIONS: dict[object, Projection] = {}
 _SEPARABLE: set[object] = set()
 
@@ -70,20 +74,22 @@ def idle(m: nn.Module | None) -> bool:
 
 def through(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, without the call where the module does nothing and nobody watches it."""
-    if idle(module) and not (module._forward_hooks or module._forward_pre_hooks or _GLOBAL_HOOKS):
+    if idle(module) and not hooked(module):
         return x
     return module(x)  # type: ignore[no-any-return]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """`(B, N, H d)` to `(B, H, N, d)`."""
-    return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+    batch, n, width = x.shape  # not -1 for the last one, which nobody could tell of an empty batch
+    return x.reshape(batch, n, heads, width // heads).transpose(1, 2)
 
 
 def unpack(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """A fused projection `(B, N, 3 H d)` as queries, keys and values, `(B, H, N, d)` each."""
-    batch, n, _ = qkv.shape
-    q, k, v = qkv.reshape(batch, n, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    batch, n, width = qkv.shape
+    qkv = qkv.reshape(batch, n, 3, heads, width // (3 * heads))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
@@ -131,14 +137,18 @@ def splits_queries(attn: Any) -> bool:
     layer = getattr(attn, "qkv", None)
     if layer is None or not separable(attn) or getattr(attn, "q_bias", None) is not None:
         return False
-    return not (layer._forward_hooks or layer._forward_pre_hooks)
+    return True
 
 
 def separable(attn: Any) -> bool:
-    """Whether the projection is one of timm's, of whose plain layers rows may be taken."""
+    """Whether the projection is one of timm's, of whose plain layers rows may be taken.
+
+    Not where somebody waits for that layer to be called.
+    """
     if type(attn).forward not in _SEPARABLE:
         return False
-    return attn.qkv is None or type(attn.qkv) in (nn.Linear, FastLinear)
+    layer = attn.qkv
+    return layer is None or (type(layer) in (nn.Linear, FastLinear) and not awaited(layer))
 
 
 def _rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
@@ -177,6 +187,7 @@ def attend(
     project: Projection | None = None,
     again: Callable[[Tokens, bool], AttentionInput] | None = None,
     shift: Shift | None = None,
+    tap: Tap | None = None,
 ) -> tuple[Tensor, AttentionOutput]:
     """Run an attention module and collect signals.
 
@@ -195,6 +206,7 @@ def attend(
         project: Computes queries, keys and values instead of the module's adapter.
         again: Handed on to `own`, see `AttentionInput`.
         shift: What to add to queries and values; whatever else computes them then waits.
+        tap: Gets the attention weights, for which the fused kernel is given up.
 
     Returns:
         Output `(B, N, C)`, or `(B, rows, C)`, and the attention's own result with all signals.
@@ -221,8 +233,10 @@ def attend(
     )
     q, k, v = ready(attn, q, k, v, prefix, rope)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    fused = attn.fused_attn
-    given = AttentionInput(q, k, v, attn.scale, bias, dropout, fused, need, class_tokens, again)
+    fused = attn.fused_attn and tap is None
+    drop = None if fused else partial(_dropped, attn, dropout, tap)
+    more = need, class_tokens, again, drop
+    given = AttentionInput(q, k, v, attn.scale, bias, dropout, fused, *more)
     result = None if own is None else own(given)
     if result is None:
         result = AttentionOutput(*run_attention(given, policy))
@@ -235,6 +249,25 @@ def attend(
     seen = result.signals
     signals = signals._replace(cls_row=seen.cls_row, column=seen.column, attn=seen.attn)
     return through(attn.proj_drop, attn.proj(out)), result._replace(signals=signals)
+
+
+def watched_attend(attn: nn.Module, x: Tensor, **options: Any) -> tuple[Tensor, AttentionOutput]:
+    """`attend`, and the hooks of the attention module fire."""
+    seen: list[AttentionOutput] = []
+
+    def work(x: Tensor) -> Tensor:
+        out, result = attend(attn, x, **options)
+        seen.append(result)
+        return out
+
+    return called(attn, work, x), seen[0]
+
+
+def _dropped(attn: Any, dropout: float, tap: Tap | None, map_: Tensor) -> Tensor:
+    """Attention weights after dropout, by timm's own module where timm would call it."""
+    if tap is not None:
+        tap(map_)
+    return F.dropout(map_, dropout) if attn.fused_attn else through(attn.attn_drop, map_)
 
 
 def run_attention(a: AttentionInput, policy: Tensor | None = None) -> tuple[Tensor, Signals]:
@@ -250,4 +283,5 @@ def run_attention(a: AttentionInput, policy: Tensor | None = None) -> tuple[Tens
         need=a.need,
         policy=policy,
         class_tokens=a.class_tokens,
+        drop=a.drop,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from zoo.adapters.attention import projection
@@ -75,10 +74,3 @@ def block_adapter(block: nn.Module) -> BlockAdapter:
         )
     projection(adapter.attn(block))
     return adapter
-
-
-def hooked(*modules: nn.Module) -> bool:
-    """Whether somebody waits for one of these modules to be called."""
-    return bool(torch.nn.modules.module._global_forward_hooks) or any(
-        m._forward_hooks or m._forward_pre_hooks for m in modules
-    )

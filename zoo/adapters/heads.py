@@ -45,6 +45,12 @@ def _mean_weight(size: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tenso
     return (weight / weight.sum(1, keepdim=True)).to(dtype)
 
 
+def weighs(m: Any) -> bool:
+    """Whether `head` counts a token once for every patch in it; others read prefix tokens alone."""
+    known = VisionTransformer.forward_head, Eva.forward_head
+    return m.global_pool not in ("token", "") and type(m).forward_head in known
+
+
 def head(m: Any, t: Tokens, pre_logits: bool = False) -> Tensor:
     """Pool, normalise and classify; averages weigh tokens by size.
 
@@ -53,15 +59,10 @@ def head(m: Any, t: Tokens, pre_logits: bool = False) -> Tensor:
         t: Tokens after the final norm.
         pre_logits: Stop before the classifier.
     """
-    if t.unit and t.mask is None:
+    if (t.unit and t.mask is None) or not weighs(m):
         return m.forward_head(t.x, pre_logits=pre_logits)
     kind = m.global_pool
     map_pool = getattr(m, "attn_pool", None)
-    if kind in ("token", "") or type(m).forward_head not in (
-        VisionTransformer.forward_head,
-        Eva.forward_head,
-    ):
-        return m.forward_head(t.x, pre_logits=pre_logits)
     first = first_pooled(m, t.prefix)
     x = t.x[:, first:]
     size = t.size[:, first:]

@@ -11,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from reduction.tokens import Tokens
-from zoo.adapters.heads import head
+from zoo.adapters.attention import through
+from zoo.adapters.heads import head, weighs
 from zoo.adapters.tower import STANDALONE, Tower, register_tower
 from zoo.errors import ZooError
 
@@ -72,7 +73,7 @@ class TimmTower(Tower):
 
     def pre_norm(self, m: Any, x: Tensor) -> Tensor:
         """See `Tower`."""
-        return x if isinstance(m.norm_pre, nn.Identity) else m.norm_pre(x)
+        return through(m.norm_pre, x)
 
     def norm(self, m: Any, x: Tensor) -> Tensor:
         """See `Tower`."""
@@ -88,6 +89,10 @@ class TimmTower(Tower):
         if getattr(m, "attn_pool", None) is not None:
             return "the classifier attends to all tokens"
         return ""
+
+    def weighs(self, m: Any) -> bool:
+        """See `Tower`."""
+        return weighs(m)
 
     def leave(self, m: Any, t: Tokens, pre_logits: bool = False) -> Tensor:
         """See `Tower`."""

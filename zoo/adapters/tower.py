@@ -107,6 +107,10 @@ class Tower:
         """Why the head needs more than the prefix tokens; empty where it reads nothing else."""
         return f"the classifier of a {type(m).__name__} is not known to read the class token alone"
 
+    def weighs(self, m: Any) -> bool:
+        """Whether `leave` has to know how many patches each token stands for."""
+        return self.reads(m) == "patches"
+
     def leave(self, m: Any, t: Tokens, pre_logits: bool = False) -> Tensor:
         """Pool and classify tokens that went through `norm`; averages weigh tokens by size.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from reduction.counts import Step
 from reduction.eager import autocasting
@@ -15,11 +15,11 @@ from reduction.functional.carriers import append, trim
 from reduction.mixins.attention import AttentionInput, AttentionOutput, ExtraKeys, OwnAttention
 from reduction.schedules.base import Schedule
 from reduction.tokens import Signals, Tokens
-from zoo.adapters.attention import Shift, attend, projection, ready, through
+from zoo.adapters.attention import Shift, attend, projection, ready, through, watched_attend
 from zoo.adapters.blocks import BlockAdapter
 from zoo.adapters.split_qkv import without_keys, without_values
 from zoo.adapters.tower import rope_for
-from zoo.errors import UnsupportedModel
+from zoo.errors import UnsupportedModel, ZooError
 from zoo.model.lane import Stage
 from zoo.model.straight import Straight
 
@@ -30,11 +30,11 @@ class Whole(NamedTuple):
     """A block that runs itself; what `Lane.attention` returns has been through the MLP, too.
 
     Attributes:
-        block: The block.
-        rope: Whether its `forward` takes a rotary table.
+        block: The block, or its `forward` where its hooks are called elsewhere.
+        rope: Whether it takes a rotary table.
     """
 
-    block: nn.Module
+    block: Callable[..., Tensor]
     rope: bool
 
     def attention(self, t: Tokens, stage: Stage) -> tuple[Tokens, Signals]:
@@ -64,11 +64,13 @@ class Halves(NamedTuple):
         block: The block.
         adapter: How to run its class.
         straight: Its parameters, where the MLP may be computed from them.
+        hooked: Whether somebody waits for its attention module to be called.
     """
 
     block: Any
     adapter: BlockAdapter
     straight: Straight | None
+    hooked: bool
 
     def attention(self, t: Tokens, stage: Stage) -> tuple[Tokens, Signals]:
         """Attention with everything that may happen in it: keys of a reducer, rows, shifts."""
@@ -85,8 +87,9 @@ class Halves(NamedTuple):
         bias = attention_bias(_sizes(all_, stage, t.unit), all_.mask, t.x.dtype)
         changed = stage.positions_changed or extra is not None
         shift = _shift(frame.plugins, stage.block, frame.schedule) if frame.plugins else None
+        weights: list[Tensor] = []
         listen = partial(
-            attend,
+            watched_attend if self.hooked else attend,
             prefix=t.prefix,
             rope=rope_for(frame.embedded, stage.block, all_, changed),
             bias=bias,
@@ -96,9 +99,12 @@ class Halves(NamedTuple):
             own=own,
             rows=plan.rows,
             shift=shift,
+            tap=None if frame.watch is None else weights.append,
             **self._rereading(stage, shift),
         )
         branch, result = adapter.attn_branch(block, all_.x, listen)
+        if frame.watch is not None:
+            frame.watch(stage.block, *_seen(stage, t, result.tokens, weights))
         if extra is not None:
             length = t.x.shape[1]
             branch = branch[:, :length]
@@ -152,6 +158,26 @@ def _sizes(t: Tokens, stage: Stage, unit: bool | None = None) -> Tensor | None:
     reducer = stage.frame.reducer
     unit = t.unit if unit is None else unit
     return t.size if reducer is not None and reducer.prop_attn and not unit else None
+
+
+def _seen(
+    stage: Stage, before: Tokens, behind: Tokens | None, weights: Sequence[Tensor]
+) -> tuple[Tokens, Tensor]:
+    """Tokens that were the keys of an attention, and its weights.
+
+    Raises:
+        ZooError: If a method computed the attention and did not show the weights.
+    """
+    if not weights:
+        raise ZooError(
+            f"reducer {getattr(stage.frame.reducer, 'name', '')!r} computes the attention of block "
+            f"{stage.block} itself and shows no weights; let it pass them through "
+            "AttentionInput.dropped"
+        )
+    last = weights[-1]
+    if behind is not None and last.shape[-1] == behind.x.shape[1] < before.x.shape[1]:
+        return behind, last
+    return before, last[:, :, : before.x.shape[1]]
 
 
 def _bound(

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from reduction.base import Reducer
 from reduction.mixins.attention import InAttention
-from reduction.mixins.following import Follows
-from reduction.mixins.parking import Parks
 from reduction.schedules.base import Schedule
 from reduction.tokens import Signals, Tokens
 from zoo.adapters.tower import Embedded
 from zoo.model.plan import Plan
 
-#: `(t, signals, step) -> t`: a reduction at one of its sites.
+#: `(t, signals, step) -> t`: a reduction at one of its sites, or anything else behind a block.
 Reduce = Callable[[Tokens, Signals, Any], Tokens]
+#: `(block, t, weights)`: gets the attention weights of a block, `(B, H, queries, keys)`, and the
+#: tokens that are the keys; further keys of a method stand behind them.
+Watch = Callable[[int, Tokens, Tensor], None]
 
 
 class Lane(Protocol):
@@ -54,6 +55,7 @@ class Frame(NamedTuple):
         own_kernels: See `zoo.model.runtime.Runtime`.
         embedded: From `Tower.embed`.
         class_tokens: Leading tokens that act as the class token, at least 1.
+        watch: Wants the attention weights of every block, or None.
     """
 
     reducer: Reducer | None
@@ -62,6 +64,7 @@ class Frame(NamedTuple):
     own_kernels: bool
     embedded: Embedded
     class_tokens: int
+    watch: Watch | None = None
 
 
 class Stage(NamedTuple):
@@ -77,11 +80,11 @@ class Stage(NamedTuple):
         positions_changed: Whether tokens are no longer in their first places.
         before: Reduction at the block input ("pre"), or None.
         between: Reduction between attention and MLP ("mid"), or None.
-        behind: Reduction at the block output ("post"), or None.
+        behind: What happens at the block output: the reduction ("post"), and whatever a method does
+            when a block is over; or None.
         asks: Whether `halves` may be needed although `lane` is another one.
         inside: The reducer, if it may take part in the attention, or None.
-        follows: The reducer, if it wants to see the signals behind the block, or None.
-        parks: The reducer, if parked tokens come back behind the block, or None.
+        keeps: Whether the signals of the attention are wanted behind the MLP.
         shows_mlp: Whether the signals of the MLP are wanted.
     """
 
@@ -96,6 +99,5 @@ class Stage(NamedTuple):
     behind: Reduce | None
     asks: bool
     inside: InAttention | None
-    follows: Follows | None
-    parks: Parks | None
+    keeps: bool
     shows_mlp: bool

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from reduction.assignment import unmerge
 from reduction.base import Reducer
 from reduction.eager import traced
 from reduction.mixins.learned import Learned
@@ -21,6 +20,8 @@ from zoo.adapters.standalone import check_alone
 from zoo.adapters.tower import Tower, tower_of
 from zoo.errors import ZooError
 from zoo.model.anatomy import Anatomy, check_parts, check_together
+from zoo.model.empty import for_any_batch
+from zoo.model.features import classify, features, intermediates
 from zoo.model.plan import Plan, Planner, make_plan
 from zoo.model.runtime import Runtime, make_runtime
 from zoo.model.stream import Info as Info
@@ -161,6 +162,7 @@ class ReducedViT(TimmContract):
 
     # ------------------------------------------------------------------ running
 
+    @for_any_batch
     def forward(self, images: Tensor, return_info: bool | str = False) -> Any:
         """Classify images.
 
@@ -174,7 +176,7 @@ class ReducedViT(TimmContract):
         Raises:
             UnsupportedModel: If `return_info` is asked of a standalone backbone.
         """
-        alone = self._checked(images, {"return_info": bool(return_info)})
+        alone = self.checked(images, {"return_info": bool(return_info)})
         with self._linear():
             if alone or (not return_info and self._untouched()):
                 return self.backbone(images)
@@ -189,48 +191,77 @@ class ReducedViT(TimmContract):
             logits = leave(self, out)
         return (logits, out.info) if return_info else logits
 
+    @for_any_batch
     def forward_features(self, images: Tensor) -> Tensor:
-        """Tokens after the final norm, `(B, P+M, C)`; of a standalone backbone, its own answer."""
-        if self._checked(images):
+        """Tokens after the final norm, `(B, P+M, C)`; of a standalone backbone, its own answer.
+
+        The tensor brings along what `forward_head` has to know of its tokens.
+        """
+        if self.checked(images):
             return self.backbone.forward_features(images)  # type: ignore[no-any-return]
-        return self.tower.norm(self.backbone, flow(self, images).t.x)
+        return features(self, flow(self, images))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The backbone's own head; knows nothing of sizes. `forward` does."""
-        return self.backbone.forward_head(x, pre_logits=pre_logits)  # type: ignore[no-any-return]
+    def forward_head(
+        self, x: Tensor, pre_logits: bool = False, sizes: Tensor | None = None
+    ) -> Tensor:
+        """The head on what `forward_features` returned: what `forward` answers.
 
+        Args:
+            x: The tensor itself; what is computed from it no longer knows what its tokens are.
+            pre_logits: Stop before the classifier.
+            sizes: Patches in each token, `(B, P+M)`, where `x` does not bring them along.
+
+        Raises:
+            ZooError: If a head that averages cannot know what to weigh the tokens by.
+        """
+        if self.anatomy.alone is not None:
+            return self.backbone.forward_head(x, pre_logits=pre_logits)  # type: ignore[no-any-return]
+        return classify(self, x, pre_logits, sizes)
+
+    @for_any_batch
     def forward_intermediates(
-        self, images: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False
-    ) -> list[Tensor]:
-        """Feature maps of chosen blocks, brought back to the full patch grid.
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """Features of chosen blocks, brought back to the full patch grid, as timm hands them out.
 
         Args:
             images: `(B, 3, H, W)`.
-            indices: Blocks; an int takes the last so many, None takes all.
-            norm: Apply the final norm.
+            indices: Blocks, negative ones from the end; an int takes the last so many, None all.
+            return_prefix_tokens: Give `(map, prefix tokens)` in place of every map.
+            norm: Apply the final norm to them.
+            stop_early: Run no block behind the last one that is asked for.
+            output_fmt: "NCHW" for maps `(B, C, rows, columns)`, "NLC" for `(B, rows * columns, C)`.
+            intermediates_only: Leave the final features out.
+            output_dict: Give a mapping with `image_features` and `image_intermediates`.
 
         Returns:
-            Maps `(B, C, rows, columns)`. Patches that were dropped are zero.
-        """
-        if self._checked(images):
-            maps: list[Tensor] = self.backbone.forward_intermediates(
-                images, indices, norm=norm, intermediates_only=True
-            )
-            return maps
-        info = flow(self, images, track=True, trace=True).info
-        if indices is None:
-            indices = range(self.depth)
-        elif isinstance(indices, int):
-            indices = range(self.depth - indices, self.depth)
-        maps = []
-        for i in indices:
-            t = info.trace[i]
-            if norm:
-                t = t._replace(x=self.tower.norm(self.backbone, t.x))
-            maps.append(unmerge(t).transpose(1, 2).unflatten(2, info.grid))
-        return maps
+            `(features, maps)`, or the maps; in the order of the blocks. A patch has the features of
+            the token that stands for it; where it was dropped they are zero.
 
-    def _checked(self, images: Tensor, asked: dict[str, bool] | None = None) -> bool:
+        Raises:
+            ZooError: If there is no such block or format.
+        """
+        options: dict[str, Any] = {
+            "return_prefix_tokens": return_prefix_tokens,
+            "norm": norm,
+            "stop_early": stop_early,
+            "output_fmt": output_fmt,
+            "intermediates_only": intermediates_only,
+            **({"output_dict": True} if output_dict else {}),
+        }
+        if self.checked(images):
+            return self.backbone.forward_intermediates(images, indices, **options)
+        return intermediates(self, images, indices, **options)
+
+    def checked(self, images: Tensor, asked: dict[str, bool] | None = None) -> bool:
         """Refuse images that do not fit; says whether the backbone runs itself, whatever else."""
         alone = self.anatomy.alone is not None
         if alone:

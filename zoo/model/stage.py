@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reduction.base import Reducer
@@ -18,8 +18,10 @@ from reduction.mixins.following import Follows
 from reduction.mixins.masking import Masked
 from reduction.mixins.parking import Parks
 from reduction.tokens import Signals, Tokens
-from zoo.adapters.blocks import block_adapter, hooked
+from zoo.adapters.blocks import block_adapter
 from zoo.adapters.fast_linear import Mode, using
+from zoo.adapters.hooks import called, hooked
+from zoo.errors import ZooError
 from zoo.model.halves import Halves, Whole
 from zoo.model.lane import Frame, Lane, Reduce, Stage
 from zoo.model.plan import Plan
@@ -50,7 +52,7 @@ def run(stage: Stage, t: Tokens, signals: Signals) -> tuple[Tokens, Signals]:
     t, seen = lane.attention(t, stage)
     if stage.between is not None:
         t = stage.between(t, seen, step)
-        if stage.follows is None:
+        if not stage.keeps:
             seen = _NONE  # the MLP is where memory peaks: hold nothing that it does not need
     if stage.shows_mlp:
         before = t.x
@@ -60,11 +62,45 @@ def run(stage: Stage, t: Tokens, signals: Signals) -> tuple[Tokens, Signals]:
         t = t._replace(x=lane.mlp(t.x))
     if stage.behind is not None:
         t = stage.behind(t, seen, step)
-    if stage.follows is not None:
-        t = stage.follows.observe(t, seen, stage.block)
-    if stage.parks is not None:
-        t = stage.parks.restore(t)
     return t, seen
+
+
+def run_hooked(
+    blocks: Sequence[nn.Module], stage: Stage, t: Tokens, signals: Signals
+) -> tuple[Tokens, Signals]:
+    """`run`, and the hooks of the block fire.
+
+    They see what goes in behind a reduction at its input, and what comes out before one at its
+    output.
+
+    Args:
+        blocks: Of the backbone.
+        stage: See `run`, as for the others.
+        t: Tokens entering.
+        signals: Of the block before.
+
+    Raises:
+        ZooError: If a hook changes the number of tokens, or their width.
+    """
+    step = stage.plan.step
+    if stage.before is not None:
+        t = stage.before(t, signals, step)
+    inner = stage._replace(before=None, behind=None)
+    found: list[tuple[Tokens, Signals]] = []
+
+    def work(x: Tensor) -> Tensor:
+        found.append(run(inner, t._replace(x=x), signals))
+        return found[-1][0].x
+
+    x = called(blocks[stage.block], work, t.x)
+    out, seen = found[-1]
+    if x.shape != out.x.shape:
+        raise ZooError(
+            f"a hook on block {stage.block} must answer with the shape {tuple(out.x.shape)} that "
+            f"the block put out, got {tuple(x.shape)}"
+        )
+    out = out._replace(x=x)
+    return (out if stage.behind is None else stage.behind(out, seen, step)), seen
 
 
 def stages(
@@ -92,18 +128,22 @@ def stages(
         step = plan.step
         site = None if reducer is None or step is None else reducer.site
         reduce = None if site is None else _bound(reducer, plan.spared)
+        follows = reducer if isinstance(reducer, Follows) and plan.need else None
+        parks = reducer if isinstance(reducer, Parks) and plan.restore else None
         changed = changed or site == "pre"
         adapter = block_adapter(block)
-        halves = Halves(block, adapter, straight)
+        halves = Halves(block, adapter, straight, straight is None and hooked(adapter.attn(block)))
         lane: Lane = halves
-        listened = plan.need or plan.rows is not None or site in ("mid", "attn")
+        listened = plan.need or plan.rows is not None or site in ("mid", "attn") or frame.watch
         shifted = any(p.shift(i, frame.schedule) is not None for p in frame.plugins)
-        if straight is not None and plain and plan.rows is None and not _MAPS & plan.need:
+        usual = plain and plan.rows is None and frame.watch is None
+        if straight is not None and usual and not _MAPS & plan.need:
             lane = Line(straight)
         elif not listened and not shifted and site != "attn":
             # Once tokens have changed, nothing has to equal the tower's kernels to the last bit.
-            own = (changed or frame.own_kernels) and free and not hooked(block, adapter.attn(block))
-            lane = halves if own else Whole(block, adapter.rope)
+            own = (changed or frame.own_kernels) and free
+            whole = block.forward if straight is None and hooked(block) else block
+            lane = halves if own else Whole(whole, adapter.rope)
         out.append(
             Stage(
                 i,
@@ -114,11 +154,10 @@ def stages(
                 changed,
                 reduce if site == "pre" else None,
                 reduce if site == "mid" else None,
-                reduce if site == "post" else None,
+                _behind(i, reduce if site == "post" else None, follows, parks),
                 asks and lane is not halves,
                 inside,
-                reducer if isinstance(reducer, Follows) and plan.need else None,
-                reducer if isinstance(reducer, Parks) and plan.restore else None,
+                follows is not None,
                 bool(_OF_THE_MLP & plan.need),
             )
         )
@@ -134,6 +173,32 @@ _MAPS = frozenset({"attn", "out"})
 
 def _bound(reducer: Any, tail: int) -> Reduce:
     return partial(reduce_protecting, reducer, tail) if tail else reducer.reduce
+
+
+def _behind(
+    block: int, reduce: Reduce | None, follows: Follows | None, parks: Parks | None
+) -> Reduce | None:
+    """What happens when a block is over, in this order."""
+    acts = [] if reduce is None else [reduce]
+    if follows is not None:
+        acts.append(partial(_observe, follows, block))
+    if parks is not None:
+        acts.append(partial(_restore, parks))
+    return partial(_in_turn, acts) if len(acts) > 1 else next(iter(acts), None)
+
+
+def _observe(follows: Follows, block: int, t: Tokens, s: Signals, step: Any) -> Tokens:
+    return follows.observe(t, s, block)
+
+
+def _restore(parks: Parks, t: Tokens, s: Signals, step: Any) -> Tokens:
+    return parks.restore(t)
+
+
+def _in_turn(acts: Sequence[Reduce], t: Tokens, s: Signals, step: Any) -> Tokens:
+    for act in acts:
+        t = act(t, s, step)
+    return t
 
 
 def reduce_protecting(reducer: Reducer, tail: int, t: Tokens, s: Signals, step: Step) -> Tokens:

@@ -31,9 +31,9 @@ from reduction.functional.kernels import choose, fused
 from reduction.tokens import Signals, Tokens
 from zoo.adapters.attention import idle
 from zoo.adapters.fast_linear import FastLinear, linear
+from zoo.adapters.hooks import everywhere
 from zoo.model.lane import Stage
 
-_MODULES = nn.modules.module
 _NONE = Signals()
 
 Layer = tuple[Tensor, Tensor | None]
@@ -49,6 +49,7 @@ class Straight(NamedTuple):
         q_norm: Of queries, or None.
         k_norm: Of keys, or None.
         heads: H.
+        head_dim: d.
         scale: Factor on the logits.
         proj: Weight and bias behind the attention.
         gamma1: Layer scale of the attention, or None.
@@ -65,6 +66,7 @@ class Straight(NamedTuple):
     q_norm: Norm | None
     k_norm: Norm | None
     heads: int
+    head_dim: int
     scale: float
     proj: Layer
     gamma1: Tensor | None
@@ -89,7 +91,7 @@ class Straight(NamedTuple):
         """
         batch, n, _ = x.shape
         y = torch.layer_norm(x, *self.norm1)
-        qkv = self.product(y, *self.qkv).reshape(batch, n, 3, self.heads, -1)
+        qkv = self.product(y, *self.qkv).reshape(batch, n, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if self.q_norm is not None:
             q = torch.layer_norm(q, *self.q_norm)
@@ -164,10 +166,7 @@ def straight_blocks(blocks: Iterable[nn.Module], x: Tensor) -> list[Straight | N
         x: What enters the first, `(B, N, C)`.
     """
     calm = (
-        not torch.is_grad_enabled()
-        and undisturbed(x)
-        and not autocasting(x)
-        and not (_MODULES._global_forward_hooks or _MODULES._global_forward_pre_hooks)
+        not torch.is_grad_enabled() and undisturbed(x) and not autocasting(x) and not everywhere()
     )
     return [_resolve(b, x.dtype) if calm else None for b in blocks]
 
@@ -203,6 +202,7 @@ def _resolve(block: Any, dtype: torch.dtype) -> Straight | None:
         q_norm=None if idle(a["q_norm"]) else _norm(a["q_norm"]),
         k_norm=None if idle(a["k_norm"]) else _norm(a["k_norm"]),
         heads=attn.num_heads,
+        head_dim=attn.head_dim,
         scale=attn.scale,
         proj=_layer(a["proj"]),
         gamma1=_gamma(b["ls1"]),

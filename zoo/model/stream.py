@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -10,16 +11,19 @@ from torch import Tensor
 
 from reduction.assignment import apply
 from reduction.counts import Step
+from reduction.eager import traced
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.entry import AtInput
 from reduction.mixins.following import Extends, Remembers
 from reduction.mixins.images import SeesImages
 from reduction.schedules.base import Schedule
 from reduction.tokens import Signals, Tokens
+from zoo.adapters.hooks import hooked
 from zoo.adapters.tower import Embedded
 from zoo.errors import ZooError
-from zoo.model.lane import Frame
-from zoo.model.stage import checkpointed, run, stages
+from zoo.model.heard import warn_unheard
+from zoo.model.lane import Frame, Watch
+from zoo.model.stage import checkpointed, run, run_hooked, stages
 
 if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
@@ -69,9 +73,11 @@ def flow(
     model: ReducedViT,
     images: Tensor,
     track: bool = False,
-    trace: bool = False,
+    trace: bool | Collection[int] = False,
     schedule: Schedule | None = None,
     last_block: str = "full",
+    until: int | None = None,
+    watch: Watch | None = None,
 ) -> Outflow:
     """Run the blocks.
 
@@ -79,9 +85,11 @@ def flow(
         model: Whose.
         images: `(B, 3, H, W)`, checked.
         track: Keep the source map.
-        trace: Keep the state behind every block.
+        trace: Keep the state behind every block, or behind these.
         schedule: Another one than the model's.
         last_block: See `zoo.model.runtime.Runtime`.
+        until: Stop behind this block; None runs all.
+        watch: Wants the attention weights of every block.
     """
     reducer, schedule = model.reducer, schedule or model.schedule
     m, tower = model.backbone, model.tower
@@ -91,13 +99,19 @@ def flow(
     plans = model.planner.plan(model.anatomy, schedule, grid, patches, last_block)
     t, memories = _enter(model, images, embedded, grid, plans[0].entry, track)
     # Without its features, so that no later block holds on to them.
-    frame = _frame(model, embedded._replace(x=None))
+    frame = _frame(model, embedded._replace(x=None), watch)
     del embedded
+    blocks = tower.blocks(m)
     block = run
-    if getattr(m, "grad_checkpointing", False) and torch.is_grad_enabled():
-        block = checkpointed(run, model.runtime.fast_linear)
+    if not traced():
+        warn_unheard(model)
+    if hooked(*blocks):
+        block = partial(run_hooked, blocks)
+    if getattr(m, "grad_checkpointing", False) and torch.is_grad_enabled() and watch is None:
+        block = checkpointed(block, model.runtime.fast_linear)
+    kept = range(len(blocks)) if trace is True else (trace or ())
     counts, states, signals = [], [], Signals()
-    for stage in stages(tower.blocks(m), plans, frame, t, patches):
+    for stage in stages(blocks, plans, frame, t, patches)[: None if until is None else until + 1]:
         entering = t.x.shape[1]
         t, signals = block(stage, t, signals)
         length = t.x.shape[1]
@@ -107,9 +121,9 @@ def flow(
         if added and isinstance(reducer, Extends):
             t = reducer.extended(t, added)
         counts.append((entering, length + added))
-        if trace:
+        if stage.block in kept:
             states.append(t)
-    if isinstance(reducer, OwnAnswer):
+    if isinstance(reducer, OwnAnswer) and until is None:
         t = reducer.finish(t)
     source = t.source if t.source is not None else t.size.new_zeros(0)
     return Outflow(t, Info(tuple(counts), t.size, source, grid, tuple(states), t), memories)
@@ -153,22 +167,33 @@ def _enter(
     return (reducer.begin(t) if isinstance(reducer, Remembers) else t), memories
 
 
-def _frame(model: ReducedViT, embedded: Embedded) -> Frame:
+def _frame(model: ReducedViT, embedded: Embedded, watch: Watch | None) -> Frame:
     classes = max(1, model.tower.class_tokens(model.backbone))
     own, plugins = model.runtime.own_kernels, list(model.plugins)
-    return Frame(model.reducer, plugins, model.schedule, own, embedded, classes)
+    return Frame(model.reducer, plugins, model.schedule, own, embedded, classes, watch)
 
 
 def leave(model: ReducedViT, out: Outflow) -> Tensor:
     """Logits: of a plugin's head, of the reducer, or of the backbone's own head."""
-    t = out.t
-    for plugin, memory in zip(model.plugins, out.memories, strict=True):
+    own = own_answer(model, out.t, out.memories)
+    if own is not None:
+        return own
+    t = out.t._replace(x=model.tower.norm(model.backbone, out.t.x))
+    return model.tower.leave(model.backbone, t)
+
+
+def own_answer(model: ReducedViT, t: Tokens, memories: Sequence[Any]) -> Tensor | None:
+    """Logits of a plugin's head or of the reducer; None where the backbone's head is asked.
+
+    Args:
+        model: Whose.
+        t: Tokens before the final norm.
+        memories: Of the plugins.
+    """
+    for plugin, memory in zip(model.plugins, memories, strict=True):
         logits = plugin.head(model.backbone, t, memory)
         if logits is not None:
             return logits  # type: ignore[no-any-return]
     if isinstance(model.reducer, OwnAnswer):
-        logits = model.reducer.logits(model.backbone, t)
-        if logits is not None:
-            return logits
-    t = t._replace(x=model.tower.norm(model.backbone, t.x))
-    return model.tower.leave(model.backbone, t)
+        return model.reducer.logits(model.backbone, t)
+    return None

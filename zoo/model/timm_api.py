@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from reduction.mixins.learned import Learned
@@ -26,6 +28,7 @@ class TimmContract(nn.Module):
     reducer: Reducer | None
     schedule: Schedule | None
     backbone_args: dict[str, Any]
+    forward_intermediates: Any
 
     def unwrap(self) -> nn.Module:
         """The untouched timm model."""
@@ -102,6 +105,61 @@ class TimmContract(nn.Module):
         """Width of the features."""
         return int(self.backbone.num_features)
 
+    @property
+    def feature_info(self) -> Any:
+        """timm's account of the feature maps of every block."""
+        return self.backbone.feature_info
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> Any:
+        """Features of chosen blocks by DINO's name for them, see `forward_intermediates`.
+
+        Args:
+            images: `(B, 3, H, W)`.
+            n: So many last blocks, or which.
+            reshape: Give maps `(B, C, rows, columns)` in place of `(B, rows * columns, C)`.
+            return_prefix_tokens: Give `(features, prefix tokens)` in place of each.
+            norm: Apply the final norm.
+        """
+        return self.forward_intermediates(
+            images,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what features of chosen blocks do not need; what timm's feature wrapper calls.
+
+        All blocks stay: a schedule says for each of them what it keeps, and would say something
+        else for fewer. `stop_early` spares their time.
+
+        Args:
+            indices: As in `forward_intermediates`.
+            prune_norm: Remove the final norm.
+            prune_head: Remove the classifier.
+
+        Returns:
+            The chosen blocks.
+        """
+        taken, _ = take_indices(len(self.backbone.blocks), indices)
+        if prune_norm:
+            self.backbone.norm = nn.Identity()
+        if prune_head:
+            self.backbone.fc_norm = nn.Identity()
+            self.reset_classifier(0, "")
+        return taken
+
     def get_classifier(self) -> nn.Module:
         """The backbone's classifier."""
         return self.backbone.get_classifier()
@@ -134,6 +192,22 @@ class TimmContract(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's layer groups, for layer-wise learning rates."""
         return {key: _prefixed(value) for key, value in self.backbone.group_matcher(coarse).items()}
+
+
+def take_indices(depth: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """The blocks that timm would take, and the last of them.
+
+    Raises:
+        ZooError: If there is no such block.
+    """
+    try:
+        taken, last = feature_take_indices(depth, indices)  # type: ignore[arg-type]  # any sequence
+    except (AssertionError, ValueError):
+        raise ZooError(
+            f"indices must be a number of last blocks, 1 to {depth}, or a list of blocks, "
+            f"{-depth} to {depth - 1}; got {indices!r}"
+        ) from None
+    return taken, last
 
 
 _ANCHOR = r"(?<![\[\\])\^"

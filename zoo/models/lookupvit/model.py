@@ -274,6 +274,7 @@ class LookupViT(nn.Module):
         self,
         x: Tensor,
         indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -286,6 +287,7 @@ class LookupViT(nn.Module):
         Args:
             x: Images `(B, C, H, W)`.
             indices: Blocks; an int takes the last so many, None takes all.
+            return_prefix_tokens: timm's; there are none.
             norm: Apply the stream's final norm.
             stop_early: Do not run the blocks after the last that was chosen.
             output_fmt: "NCHW" for maps, "NLC" for tokens.

@@ -1,0 +1,46 @@
+"""Batches without images, as an uneven data loader hands them out: they get an empty answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from reduction.eager import traced
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def for_any_batch(method: _F) -> _F:
+    """Let a method that takes images answer a batch without any.
+
+    One blank image goes through in their place, and what is returned holds nothing of it. So no
+    method has to mind a case in which there is no largest score and nothing to take a mean of.
+    """
+
+    @wraps(method)
+    def whole(self: Any, images: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # A tracer would fix the size of the batch.
+        if traced() or images.dim() != 4 or images.shape[0]:
+            return method(self, images, *args, **kwargs)
+        blank = images.new_zeros((1, *images.shape[1:]))
+        return nothing_of(method(self, blank, *args, **kwargs))
+
+    return whole  # type: ignore[return-value]  # wraps keeps the signature, which mypy cannot see
+
+
+def nothing_of(answer: Any) -> Any:
+    """The same, with no image in any of its tensors."""
+    if isinstance(answer, Tensor):
+        rows = answer[:0]
+        rows.__dict__.update({name: nothing_of(value) for name, value in vars(answer).items()})
+        return rows
+    if isinstance(answer, Mapping):
+        return {name: nothing_of(value) for name, value in answer.items()}
+    if isinstance(answer, tuple) and hasattr(answer, "_fields"):
+        return type(answer)(*map(nothing_of, answer))
+    if isinstance(answer, tuple | list):
+        return type(answer)(map(nothing_of, answer))
+    return answer

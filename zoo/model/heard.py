@@ -1,0 +1,48 @@
+"""Who waits in vain: hooks on modules that are never called, and a `forward` that never runs."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from torch import nn
+
+from zoo.adapters.blocks import block_adapter
+from zoo.adapters.hooks import awaited
+
+if TYPE_CHECKING:
+    from zoo.model.reduced import ReducedViT
+
+_TOLD: WeakSet[nn.Module] = WeakSet()
+
+
+def warn_unheard(model: ReducedViT) -> None:
+    """Say once per model which hooks and replaced `forward`s the wrapper passes by.
+
+    Blocks, attentions and everything inside them are heard, see `zoo.adapters.hooks`.
+
+    Args:
+        model: About to run block by block.
+    """
+    backbone, blocks = model.backbone, model.tower.blocks(model.backbone)
+    own = {"backbone": backbone, "reducer": model.reducer}
+    own |= {"backbone.blocks": blocks if isinstance(blocks, nn.Module) else None}
+    own |= {f"plugins[{i}]": plugin for i, plugin in enumerate(model.plugins)}
+    for name, module in own.items():
+        if module is not None and awaited(module):
+            _warn(model, f"the hooks on {name} are not called: the wrapper runs its parts")
+    for i, block in enumerate(blocks):
+        if "forward" in vars(block) or "forward" in vars(block_adapter(block).attn(block)):
+            _warn(model, f"the forward that was put into block {i} may not be called")
+
+
+def _warn(model: ReducedViT, what: str) -> None:
+    if model not in _TOLD:
+        _TOLD.add(model)
+        warnings.warn(
+            f"{what}. Hook the model, a block or an attention instead; tokens behind every block "
+            'are in model(images, return_info="trace"), attention in zoo.attention_maps(model, '
+            "images)",
+            stacklevel=2,
+        )

@@ -1,0 +1,93 @@
+"""Attention as it happened: the weights of every block over the tokens that were there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from reduction.tokens import Tokens
+from zoo.model.empty import for_any_batch
+from zoo.model.reduced import ReducedViT
+from zoo.model.stream import flow
+
+
+class AttentionMap(NamedTuple):
+    """Attention of one block.
+
+    Attributes:
+        weights: `(B, H, Q, K)` after the softmax: what each token pays to each, prefix tokens
+            first. Q and K differ only where a method removes tokens inside the attention or adds
+            keys to it; keys that it adds stand last.
+        source: Token that stands for each input patch, `(B, N0)`, counted among the K behind the
+            prefix; -1 where the patch was dropped.
+        prefix: Number of prefix tokens P.
+        grid: Patch grid `(rows, columns)`.
+    """
+
+    weights: Tensor
+    source: Tensor
+    prefix: int
+    grid: tuple[int, int]
+
+    def on_patches(self, query: int = 0) -> Tensor:
+        """What one token pays to every input patch, `(B, H, rows, columns)`.
+
+        The patches of a merged token share its weight evenly; dropped ones get nothing. So all
+        patches together get what the token pays to tokens behind the prefix.
+
+        Args:
+            query: Row of `weights`: 0 is the class token of a model that has one.
+        """
+        row = self.weights[:, :, query, self.prefix :]
+        held = self.source >= 0
+        place = self.source.clamp_min(0)
+        members = row.new_zeros(row.shape[0], row.shape[2])
+        members = members.scatter_add(1, place, held.to(row.dtype))
+        share = row / members.clamp_min(1).unsqueeze(1)
+        index = place.unsqueeze(1).expand(-1, row.shape[1], -1)
+        patches = share.gather(2, index) * held.unsqueeze(1)
+        return patches.unflatten(2, self.grid)
+
+
+def attention_maps(model: nn.Module, images: Tensor) -> list[AttentionMap]:
+    """The attention of every block, over the tokens that are there when it happens.
+
+    The pass is the one that `model(images)` makes, by the plain kernel that computes the weights
+    one by one: equal to rounding. Memory grows with the square of the tokens; wrap the call in
+    `torch.no_grad()` unless gradients are wanted.
+
+    Args:
+        model: A `ReducedViT`, or a supported timm model.
+        images: `(B, 3, H, W)`.
+
+    Returns:
+        One map per block, in order.
+
+    Raises:
+        UnsupportedModel: If the model cannot be run block by block.
+        ZooError: If the images do not fit, or a method does not show its attention.
+
+    Examples:
+        >>> maps = zoo.attention_maps(model, images)
+        >>> maps[3].weights.shape  # (B, H, tokens, tokens)
+        >>> maps[3].on_patches().mean(1)  # attention of the class token on the image
+    """
+    wrapped = model if isinstance(model, ReducedViT) else ReducedViT(model)
+    return _maps(wrapped, images)
+
+
+@for_any_batch
+def _maps(model: ReducedViT, images: Tensor) -> list[AttentionMap]:
+    model.checked(images, {"zoo.attention_maps": True})
+    found: list[tuple[Tokens, Tensor]] = []
+
+    def watch(block: int, t: Tokens, weights: Tensor) -> None:
+        found.append((t, weights))
+
+    grid = flow(model, images, track=True, watch=watch).info.grid
+    maps = []
+    for t, weights in found:
+        assert t.source is not None
+        maps.append(AttentionMap(weights, t.source, t.prefix, grid))
+    return maps
