@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from zoo.model.runtime import Runtime
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model
 from zoo.run.costs import has_weights, sample_costs
+from zoo.run.images import image_names
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -207,25 +207,6 @@ def measure_accuracy(
         "ci95": list(wilson_interval(top1, images)),
         **({} if sampler is None else sampled_costs(sampler.profile())),
     }
-
-
-def image_names(data: ImageData) -> Callable[[int], str | None]:
-    """Returns a function that names the images of the test split by their place, if they are files.
-
-    Places are of the images that could be read.
-    """
-
-    def name(place: int) -> str | None:
-        from zoo.data.images import Images
-
-        images = data.dataset("test")
-        if not isinstance(images, Images):
-            return None
-        left_out = data.damaged.found
-        read = (i for i in range(len(images)) if not left_out or images.name(i) not in left_out)
-        return images.file(next(itertools.islice(read, place, None)))
-
-    return name
 
 
 def measure_throughput(

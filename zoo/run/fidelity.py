@@ -15,6 +15,7 @@ from torch import Tensor
 from zoo.adapters.standalone import as_standalone
 from zoo.measure.describe import dense_of
 from zoo.measure.fidelity import compare_answers
+from zoo.run.images import image_names
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -50,8 +51,6 @@ def measure_fidelity(
         NotFinite: One of the two answers an image with NaN or infinity.
         ZooError: There are no images.
     """
-    from zoo.run.evaluate import image_names
-
     if as_standalone(model.backbone) is not None:
         return {"fidelity": None}
     dense: Any = dense_of(model)
