@@ -197,7 +197,7 @@ def test_optimisers_know_the_clr_and_the_unused_head() -> None:
 
 
 def test_the_summary_of_a_run_names_the_plugin() -> None:
-    from zoo.results.rows import summary_line
+    from zoo.report.words import summary_line
 
     m = plugged("clca", "evit")
     row = {"backbone": "vit", "method": "evit", "schedule": STAGES, "recipe": m.recipe}

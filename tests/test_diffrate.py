@@ -23,7 +23,8 @@ from reduction.methods.diffrate import DiffRate
 from tests.cases import backbone, images
 from zoo.errors import UnsupportedModel, ZooError
 from zoo.published import config_folder
-from zoo.results.rows import new_row, summary_line
+from zoo.report.words import summary_line
+from zoo.results.rows import new_row
 
 PUBLISHED = json.loads(
     (Path(__file__).parent / "golden/diffrate_compression_rates.json").read_text()

@@ -11,7 +11,7 @@ import reduction
 from tests.parity.runner import main, methods_of, recorded
 from zoo.cli import catalogue, docs
 from zoo.errors import ZooError
-from zoo.results import evidence
+from zoo.report import evidence
 
 GOLDEN = Path(__file__).parent / "golden"
 

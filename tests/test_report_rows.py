@@ -13,15 +13,8 @@ import pytest
 
 import zoo.results.rows
 from zoo.errors import ZooError
-from zoo.report.words import describe_budget, describe_tokens, format_gmacs
-from zoo.results.rows import (
-    FIELDS,
-    append_row,
-    new_row,
-    read_rows,
-    summary_line,
-    wilson_interval,
-)
+from zoo.report.words import describe_budget, describe_tokens, format_gmacs, summary_line
+from zoo.results.rows import FIELDS, append_row, new_row, read_rows, wilson_interval
 
 ROOT = Path(zoo.results.rows.__file__).resolve().parents[1]
 

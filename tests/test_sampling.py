@@ -14,7 +14,8 @@ from zoo.cli.main import main
 from zoo.errors import ZooError
 from zoo.report.compare import compare
 from zoo.report.tables import csv_table, table
-from zoo.results.rows import new_row, read_rows, summary_line
+from zoo.report.words import summary_line
+from zoo.results.rows import new_row, read_rows
 
 ADAPTIVE = [r for r in METHODS if isinstance(reduction.create(**r.reducer()), reduction.Adaptive)]
 rows = pytest.mark.parametrize("row", ADAPTIVE, ids=lambda r: r.id)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.parity.runner import main
-from zoo.results.evidence import RESULTS
+from zoo.report.evidence import RESULTS
 
 if __name__ == "__main__":
     words = sys.argv[1:]

@@ -15,7 +15,7 @@ from reduction.base import Reducer
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.attention import OwnAttention
 from reduction.registry import method
-from zoo.results import evidence
+from zoo.report import evidence
 
 _SIGNALS = {
     "k": "keys",

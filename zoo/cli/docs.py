@@ -1,7 +1,7 @@
 """The parts of the documentation that follow from the code: `python -m zoo.cli.docs` writes them.
 
 The table of methods in README.md (between two marker lines) and docs/methods/index.md come from the
-cards of the registered methods and from `zoo.results.evidence`; zoo/report/links.json, the links of
+cards of the registered methods and from `zoo.report.evidence`; zoo/report/links.json, the links of
 a report, comes from the cards. `python -m zoo.cli.docs --check`
 writes nothing and fails if they are out of date.
 """
@@ -37,7 +37,7 @@ def methods_table(pages: str) -> str:
         pages: Folder of the method pages as seen from the table, e.g. ``docs/methods/``.
     """
     import reduction
-    from zoo.results import evidence
+    from zoo.report import evidence
 
     measured = evidence.digits()
     lines = [
@@ -65,7 +65,7 @@ def full_table() -> str:
     """Return the Markdown table of all methods with everything that is known of them."""
     import reduction
     from zoo.cli import catalogue
-    from zoo.results import evidence
+    from zoo.report import evidence
 
     passed, measured = evidence.fixtures(), evidence.digits()
     lines = [

@@ -26,8 +26,6 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from zoo.report.words import summary_line
-
 __all__ = [
     "FIELDS",
     "Row",
@@ -35,7 +33,6 @@ __all__ = [
     "new_row",
     "plain",
     "read_rows",
-    "summary_line",
     "wilson_interval",
 ]
 

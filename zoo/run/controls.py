@@ -78,7 +78,8 @@ def add_controls(config: DictConfig, rows: Path) -> None:
         config: The sweep's configuration, its part `hydra` included.
         rows: The sweep's file of rows.
     """
-    from zoo.results.rows import append_row, new_row, summary_line
+    from zoo.report.words import summary_line
+    from zoo.results.rows import append_row, new_row
     from zoo.run.messages import explain
 
     jobs = [job for job in saved_jobs(Path(str(config.hydra.sweep.dir))) if "control" in job.cfg]

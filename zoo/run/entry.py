@@ -146,7 +146,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
     row["command"] = command_line()
     if not _is_first_process():
         return row
-    from zoo.results.rows import summary_line
+    from zoo.report.words import summary_line
 
     print(summary_line(row), flush=True)
     try:
