@@ -69,9 +69,13 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[AttentionMap]:
         ZooError: If the images do not fit, or a method does not show its attention.
 
     Examples:
-        >>> maps = zoo.attention_maps(model, images)
+        >>> import torch, zoo
+        >>> model = zoo.load("vit_digits", reducer="tome")
+        >>> maps = zoo.attention_maps(model, torch.zeros(1, 1, 16, 16))
         >>> maps[3].weights.shape  # (B, H, tokens, tokens)
-        >>> maps[3].on_patches().mean(1)  # attention of the class token on the image
+        torch.Size([1, 4, 45, 45])
+        >>> maps[3].on_patches().shape  # attention of the class token on the image
+        torch.Size([1, 4, 8, 8])
     """
     wrapped = model if isinstance(model, ReducedViT) else ReducedViT(model)
     return _maps(wrapped, images)
