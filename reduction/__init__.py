@@ -13,6 +13,7 @@ from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.attention import AttentionInput, AttentionOutput, ExtraKeys, OwnAttention
 from reduction.mixins.entry import AtInput
 from reduction.mixins.following import Extends, Follows, Remembers
+from reduction.mixins.images import SeesImages
 from reduction.mixins.learned import Learned, Queries, Staged
 from reduction.mixins.masking import Masked
 from reduction.mixins.parking import Parks
@@ -66,6 +67,7 @@ __all__ = [
     "Remembers",
     "Schedule",
     "ScoreReducer",
+    "SeesImages",
     "Signals",
     "Spec",
     "Staged",

@@ -36,13 +36,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zoo.model",),
     ("zoo.plugins", "zoo.models"),
     ("zoo.adapters",),
+    ("zoo.published",),
     ("zoo.errors", "zoo.version"),
     ("reduction",),
 )
 #: Rooms beside the stairs: who may use them, and which rooms they may use themselves.
 BESIDE: dict[str, tuple[str, ...]] = {
     "zoo.data": ("zoo.errors", "reduction"),
-    "zoo.results": ("zoo.errors", "zoo.version"),
+    # Rows are refused in the words of the tables, which import nothing.
+    "zoo.results": ("zoo.errors", "zoo.version", "zoo.report.words"),
     "zoo.report": ("zoo.results", "zoo.errors", "zoo.version"),
 }
 #: Inside `reduction`, likewise from top to bottom.

@@ -20,7 +20,8 @@ from reduction import (
     create_schedule,
     list_schedules,
 )
-from reduction.methods.heuristic import Radius, ring_counts
+from reduction.functional.patterns import ring_counts
+from reduction.schedules.radius import Radius
 from tests.cases import backbone
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reduction.base import Reducer
-from reduction.counts import Step
 from reduction.tokens import Signals, Tokens
 
 
@@ -31,17 +29,6 @@ def append(t: Tokens, x: Tensor) -> Tokens:
         policy=_extend(t.policy, batch, added, 1),
         mask=_extend(t.mask, batch, added, 1),
     )
-
-
-def reduce_sparing(
-    reducer: Reducer | None, t: Tokens, s: Signals, step: Step | None, spared: int
-) -> Tokens:
-    """Let a reducer have all tokens but the last `spared`, which stay behind what is left."""
-    assert reducer is not None and step is not None
-    if not spared:
-        return reducer.reduce(t, s, step)
-    body, rest = split_tail(t, spared)
-    return join_tail(reducer.reduce(body, trim(s, body.x.shape[1]), step), rest)
 
 
 def split_tail(t: Tokens, count: int) -> tuple[Tokens, Tokens]:

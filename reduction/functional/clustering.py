@@ -96,6 +96,25 @@ def spread(distance: Tensor, k: int) -> Tensor:
     return order[:, :k].sort(dim=1).values
 
 
+def farthest_reach(distance: Tensor, start: int, k: int) -> Tensor:
+    """k points, each after the first the one with the largest distance to any point so far.
+
+    Args:
+        distance: `(B, N, N)`.
+        start: The first point of every image.
+        k: How many.
+
+    Returns:
+        `(B, K)` int64, perhaps with repetitions.
+    """
+    points = [torch.full(distance.shape[:1], start, device=distance.device)]
+    reach = distance[:, start]
+    for _ in range(k - 1):  # each choice depends on the one before
+        points.append(reach.argmax(1))
+        reach = torch.maximum(reach, take_rows(distance, points[-1].unsqueeze(1)).squeeze(1))
+    return torch.stack(points, dim=1)
+
+
 @torch.no_grad()
 def kmedoids(
     distance: Tensor, leader: Tensor, weight: Tensor | None = None, iterations: int = 5
@@ -141,9 +160,13 @@ def nearest(distance: Tensor, leader: Tensor) -> Tensor:
     Returns:
         Clusters `(B, N)` int64 in `[0, K)`.
     """
+    return _own(nearest_row(distance, leader), leader)
+
+
+def nearest_row(distance: Tensor, leader: Tensor) -> Tensor:
+    """Nearest of some points for each point; of equal ones the first. Arguments as of `nearest`."""
     # Whole rows of a symmetric matrix: much faster than gathering columns.
-    slot = take_rows(distance, leader).min(dim=1).indices
-    return _own(slot, leader)
+    return take_rows(distance, leader).min(dim=1).indices
 
 
 @torch.no_grad()

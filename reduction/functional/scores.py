@@ -67,6 +67,20 @@ def inverse(t: Tokens, s: Signals, draw: Draw) -> Tensor:
     return _shares((a.amax(1, keepdim=True) + a.amin(1, keepdim=True) - a).clamp_min(0))
 
 
+def significance(attention: Tensor, v: Tensor) -> Tensor:
+    """Share of each token in the attention of the class token, weighed by its value, `(B, N)`.
+
+    Args:
+        attention: Attention to each token `(B, N)`, up to a factor.
+        v: Values `(B, H, N, d)`; their length is over all heads together.
+    """
+    exact = torch.promote_types(v.dtype, torch.float32)
+    length = torch.linalg.vector_norm(v, dim=(1, 3), dtype=exact)
+    score = attention.to(exact) * length
+    share: Tensor = score / score.sum(1, keepdim=True).clamp_min(torch.finfo(exact).tiny)
+    return share
+
+
 class Score(NamedTuple):
     """A score and the signals that it reads."""
 

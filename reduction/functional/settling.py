@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Fuse, Merge
-from reduction.functional.matching import most_similar
+from reduction.functional.matching import Matching, most_similar
 from reduction.tokens import Tokens, take_rows
 
 
@@ -37,3 +37,52 @@ def join_nearest(t: Tokens, kept: Tensor, rest: Tensor) -> Merge:
         gone, stay = take_rows(t.x, rest + t.prefix), take_rows(t.x, kept + t.prefix)
         host, _ = most_similar(gone, stay)
     return Merge(None, kept, pairs=(rest, host))
+
+
+def join_closest(x: Tensor, order: Tensor, keep: int) -> Merge:
+    """Of the less important half, the tokens closest to one of the other half join it.
+
+    Args:
+        x: What is compared by cosine, of the tokens in `order`, `(B, M, d)`.
+        order: Tokens by falling importance, `(B, M)`; all others are dropped.
+        keep: Tokens that are left, at least half of M.
+    """
+    left = order.shape[1]
+    upper = left - left // 2
+    with torch.no_grad():
+        target, similarity = most_similar(x[:, upper:], x[:, :upper])
+        rank = similarity.argsort(dim=1, descending=True)
+    lower = order[:, upper:]
+    gone, stay = rank[:, : left - keep], rank[:, left - keep :]
+    return Merge(
+        None,
+        torch.cat([order[:, :upper], lower.gather(1, stay)], 1),
+        pairs=(lower.gather(1, gone), target.gather(1, gone)),
+    )
+
+
+def prune_or_pool(pool: Tensor, order: Tensor, match: Matching, keep: int) -> tuple[Tensor, Tensor]:
+    """Groups of images that pool matched pairs, and of others that drop what comes last.
+
+    Args:
+        pool: Whether an image pools, `(B, N)` bool, the same in a row.
+        order: Tokens by falling importance, `(B, N)`.
+        match: Pairs that leave `keep` tokens.
+        keep: Tokens that are left, K.
+
+    Returns:
+        Group of each token `(B, N)`, -1 for dropped ones, and leaders `(B, K)`.
+    """
+    rows = torch.arange(keep, device=order.device).expand(order.shape[0], -1)
+    kept = torch.full_like(order, -1).scatter(1, order[:, :keep], rows)
+    pooled = torch.zeros_like(order).scatter(1, match.leader, rows)
+    pooled = pooled.scatter(1, match.source, match.target)
+    leader = torch.where(pool[:, :keep], match.leader, order[:, :keep])
+    return torch.where(pool, pooled, kept), leader
+
+
+def plain_shares(slot: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """One over the members of its group for each token, `(B, N)`; slot -1 is in none."""
+    held = slot.clamp_min(0)
+    members = slot.new_zeros(slot.shape[0], k).scatter_add(1, held, (slot >= 0).long())
+    return members.gather(1, held).to(dtype).reciprocal()

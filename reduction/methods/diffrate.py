@@ -47,9 +47,8 @@ class DiffRate(Learned, Masked, OwnAnswer, ScoreReducer):
             Changes no output, only the order of tokens inside.
         search: Null, or `{"granularity": g, "uncompressed": [blocks]}` while the counts are being
             searched: in training mode tokens are then masked, not removed, through `rates`.
-        score: Rank by another score: "class", "column", "norm", "random" or "inverse"; None is
-            `score_from`. See `reduction.functional.scores`.
-        seed: Of the score "random"; None is torch's own seed when the reducer is made.
+        score: Rank by another score, see `ranked`; None is `score_from`.
+        seed: Of the score "random", see `random`.
 
     Raises:
         ZooError: If an argument is out of range.

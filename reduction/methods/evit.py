@@ -50,9 +50,8 @@ class EViT(ScoreReducer):
         fuse: Append the fused token. Without it EViT is Top-K.
         score_from: "class" (the paper's) or "column_mean" (attention received from all tokens;
             ours, for models without a class token).
-        score: Rank by another score: "class", "column", "norm", "random" or "inverse"; None is
-            `score_from`. See `reduction.functional.scores`.
-        seed: Of the score "random"; None is torch's own seed when the reducer is made.
+        score: Rank by another score, see `ranked`; None is `score_from`.
+        seed: Of the score "random", see `random`.
 
     References:
         Liang et al., ICLR 2022, arXiv 2202.07800; official code github.com/youweiliang/evit

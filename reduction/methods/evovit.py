@@ -59,7 +59,7 @@ class EvoViT(Learned, Trains, Follows, Parks, ScoreReducer):
         score: Rank by another score: "class", "column", "norm", "random" or "inverse"; None is
             `score_from`. See `reduction.functional.scores`. What reads no attention is not
             followed but taken at each step.
-        seed: Of the score "random"; None is torch's own seed when the reducer is made.
+        seed: Of the score "random", see `random`.
 
     Raises:
         ZooError: If an argument is unknown or out of range.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from reduction.assignment import Assignment, Keep, Merge
+from reduction.assignment import Assignment, Keep
 from reduction.base import Card
 from reduction.checks import boolean, one_of, share
 from reduction.counts import Dims, Step
-from reduction.functional.matching import head_sum, most_similar
+from reduction.functional.matching import head_sum
+from reduction.functional.settling import join_closest
 from reduction.mixins.ranking import ScoreReducer
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
@@ -37,9 +37,8 @@ class ImportanceThenSimilarity(ScoreReducer):
         metric: What is compared by cosine: "feature" (the residual stream) or "key" (sum over
             heads; cheaper, and worse on digits).
         prop_attn: Proportional attention.
-        score: Rank by another score: "class", "column", "norm", "random" or "inverse"; None is
-            `score_from`. See `reduction.functional.scores`.
-        seed: Of the score "random"; None is torch's own seed when the reducer is made.
+        score: Rank by another score, see `ranked`; None is `score_from`.
+        seed: Of the score "random", see `random`.
 
     Raises:
         ZooError: If an argument is out of range.
@@ -94,26 +93,10 @@ class ImportanceThenSimilarity(ScoreReducer):
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Assignment:
         order = self.order(t, self.score(t, s, step).detach(), step)
-        keep, left = step.keep, order.shape[1]
-        if left == keep:
+        if order.shape[1] == step.keep:
             return Keep(order)
-        upper = left - left // 2
-        with torch.no_grad():
-            x = take_rows(self._metric(t, s), order)
-            target, similarity = most_similar(x[:, upper:], x[:, :upper])
-            rank = similarity.argsort(dim=1, descending=True)
-        lower = order[:, upper:]
-        gone, stay = rank[:, : left - keep], rank[:, left - keep :]
-        return Merge(
-            None,
-            torch.cat([order[:, :upper], lower.gather(1, stay)], 1),
-            pairs=(lower.gather(1, gone), target.gather(1, gone)),
-        )
-
-    def _metric(self, t: Tokens, s: Signals) -> Tensor:
-        if self.metric == "feature":
-            return t.patches.detach()
-        return head_sum(s.need("k")[:, :, t.prefix :].detach())
+        x = t.patches if self.metric == "feature" else head_sum(s.need("k")[:, :, t.prefix :])
+        return join_closest(take_rows(x.detach(), order), order, step.keep)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         left = self.survivors(n, step)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import random
 
 import torch
-from torch import Tensor
 
 from reduction.assignment import Keep
 from reduction.base import Card, Reducer
 from reduction.checks import boolean, count
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
-from reduction.functional.clustering import least_of_cluster, squared_distances
+from reduction.functional.clustering import (
+    farthest_reach,
+    least_of_cluster,
+    nearest_row,
+    squared_distances,
+)
 from reduction.functional.lots import seed_or_torchs
 from reduction.mixins.learned import Learned
 from reduction.registry import register
-from reduction.tokens import Signals, Tokens, take_rows
+from reduction.tokens import Signals, Tokens
 
 
 @register("kmedoids_haurum")
@@ -78,18 +82,15 @@ class KMedoidsHaurum(Learned, Reducer):
                 "reduce in block 0; choose others, e.g. schedule=keep_rate 'schedule.blocks=[3,6]'"
             )
 
-    def assign(self, t: Tokens, s: Signals, step: Step) -> Keep:
-        return self.medoids(t, s, step)
-
     @torch.no_grad()
-    def medoids(self, t: Tokens, s: Signals, step: Step) -> Keep:
+    def assign(self, t: Tokens, s: Signals, step: Step) -> Keep:
         """Medoids in the order in which the official code produces them, and the last groups."""
         distance = squared_distances(t.patches).sqrt()
         weight = None if s.column is None else s.column[:, t.prefix :]
         # The sum is over all tokens, so it never changes.
         cost = distance.sum(2)
         if self.equal_weight:
-            medoid = self._far_apart(distance, step)
+            medoid = farthest_reach(distance, self.first(t.n, step), step.keep)
         else:
             if weight is None:
                 raise ZooError(f"{self.name} needs the attention of the block before; see setup")
@@ -97,27 +98,12 @@ class KMedoidsHaurum(Learned, Reducer):
             medoid = weight.topk(step.keep, dim=1).indices
         zero = torch.zeros_like(medoid)
         for _ in range(self.iterations):
-            medoid = least_of_cluster(cost, _nearest(distance, medoid), zero)
-        return Keep(medoid, slot=_nearest(distance, medoid))
+            medoid = least_of_cluster(cost, nearest_row(distance, medoid), zero)
+        return Keep(medoid, slot=nearest_row(distance, medoid))
 
     def first(self, n: int, step: Step) -> int:
         """The first of the medoids that start far apart, drawn from the seed."""
         return random.Random(f"{self.seed}/{step.block}/{n}").sample(range(n), 1)[0]
 
-    def _far_apart(self, distance: Tensor, step: Step) -> Tensor:
-        batch, n = distance.shape[:2]
-        start = self.first(n, step)
-        medoids = [torch.full((batch,), start, device=distance.device)]
-        reach = distance[:, start]
-        for _ in range(step.keep - 1):  # each choice depends on the one before
-            medoids.append(reach.argmax(1))
-            reach = torch.maximum(reach, take_rows(distance, medoids[-1].unsqueeze(1)).squeeze(1))
-        return torch.stack(medoids, dim=1)
-
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         return n * n * dims.width
-
-
-def _nearest(distance: Tensor, medoid: Tensor) -> Tensor:
-    """Nearest medoid of each token; of equal ones the first."""
-    return take_rows(distance, medoid).min(dim=1).indices

@@ -10,23 +10,11 @@ from reduction.base import Card
 from reduction.checks import boolean, count, number
 from reduction.counts import Dims, Step
 from reduction.functional.matching import bipartite_matching, head_sum, split_sizes
+from reduction.functional.scores import significance
+from reduction.functional.settling import plain_shares, prune_or_pool
 from reduction.mixins.ranking import ScoreReducer
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
-
-
-def significance(attention: Tensor, v: Tensor) -> Tensor:
-    """Share of each token in the attention of the class token, weighed by its value, `(B, N)`.
-
-    Args:
-        attention: Attention to each token `(B, N)`, up to a factor.
-        v: Values `(B, H, N, d)`; their length is over all heads together.
-    """
-    exact = torch.promote_types(v.dtype, torch.float32)
-    length = torch.linalg.vector_norm(v, dim=(1, 3), dtype=exact)
-    score = attention.to(exact) * length
-    share: Tensor = score / score.sum(1, keepdim=True).clamp_min(torch.finfo(exact).tiny)
-    return share
 
 
 @register("ppt")
@@ -52,9 +40,8 @@ class PPT(ScoreReducer):
             code, which then forgets the sizes before every stage.
         score_from: "class" (the paper's) or "column_mean" (attention received from all tokens;
             ours, for models without a class token).
-        score: Another score in place of attention: "class", "column", "norm", "random" or
-            "inverse"; None is `score_from`. See `reduction.functional.scores`.
-        seed: Of the score "random"; None is torch's own seed when the reducer is made.
+        score: Another score than attention, see `ranked`; None is `score_from`.
+        seed: Of the score "random", see `random`.
 
     Raises:
         ZooError: If an argument is out of range.
@@ -106,28 +93,16 @@ class PPT(ScoreReducer):
     def score(self, t: Tokens, s: Signals, step: Step) -> Tensor:
         return significance(super().score(t, s, step), s.need("v")[:, :, t.prefix :])
 
-    def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
-        return score.argsort(dim=1, descending=True, stable=True)
-
     @torch.no_grad()
     def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
         score = self.score(t, s, step)
         # An image pools where its scores are flat.
         pool = (score.var(1, keepdim=True) < self.threshold_at(step.grid)).expand(-1, t.n)
-        order = self.order(t, score, step)
+        order = score.argsort(dim=1, descending=True, stable=True)
         metric = head_sum(s.need("k")[:, :, t.prefix :])
         match = bipartite_matching(metric, t.n - step.keep, t.prefix)
-        rows = torch.arange(step.keep, device=order.device).expand(order.shape[0], -1)
-        kept = torch.full_like(order, -1).scatter(1, order[:, : step.keep], rows)
-        pooled = torch.zeros_like(order).scatter(1, match.leader, rows)
-        pooled = pooled.scatter(1, match.source, match.target)
-        slot = torch.where(pool, pooled, kept)
-        leader = torch.where(pool[:, : step.keep], match.leader, order[:, : step.keep])
-        if self.prop_attn:
-            return Merge(slot, leader)
-        held = slot.clamp_min(0)
-        members = torch.zeros_like(leader).scatter_add(1, held, (slot >= 0).long())
-        coef = members.gather(1, held).to(score.dtype).reciprocal()
+        slot, leader = prune_or_pool(pool, order, match, step.keep)
+        coef = None if self.prop_attn else plain_shares(slot, step.keep, score.dtype)
         return Merge(slot, leader, coef=coef)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:

@@ -9,6 +9,7 @@ from reduction.base import Card
 from reduction.checks import boolean, one_of, positive
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
+from reduction.functional.scores import SCORES
 from reduction.functional.settling import fuse, join_nearest
 from reduction.functional.squeezing import squeeze
 from reduction.mixins.ranking import ScoreReducer
@@ -31,9 +32,8 @@ class Ranked(ScoreReducer):
             "norm" (length of the features), "random" or "inverse" (what the class token pays least
             comes first).
         settle: What becomes of the tokens that are not kept. "drop": they are gone; "fuse": they
-            become one more token, the sum weighted by their scores; "squeeze": each joins the kept
-            one that it resembles most, weighted by `exp(cosine)`; "nearest": likewise, but in a
-            size-weighted mean.
+            become one more token, their sum weighted by scores; "squeeze": each joins the kept one
+            most like it, weighted by `exp(cosine)`; "nearest": so too, in a size-weighted mean.
         temperature: Of "squeeze": divides the cosines; None is 1.
         prop_attn: Proportional attention: later attentions see log(size).
         seed: Of the score "random"; None is torch's own seed when the reducer is made.
@@ -67,7 +67,7 @@ class Ranked(ScoreReducer):
         prop_attn: bool = False,
         seed: int | None = None,
     ) -> None:
-        super().__init__(score=score, seed=seed)
+        super().__init__(score=one_of("score", score, SCORES), seed=seed)
         self.settled = one_of("settle", settle, SETTLES)
         self.temperature = positive("temperature", temperature, null=True)
         self.prop_attn = boolean("prop_attn", prop_attn)

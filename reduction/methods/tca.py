@@ -45,9 +45,8 @@ class TCA(Learned, ExtraKeys, ScoreReducer):
             block, takes part in the attention; see `set_anchors`.
         score_from: "class" (the paper's) or "column_mean" (attention received from all tokens;
             ours, for models without a class token).
-        score: Rank by another score: "class", "column", "norm", "random" or "inverse"; None is
-            `score_from`. See `reduction.functional.scores`.
-        seed: Of the score "random"; None is torch's own seed when the reducer is made.
+        score: Rank by another score, see `ranked`; None is `score_from`.
+        seed: Of the score "random", see `random`.
 
     Raises:
         ZooError: If an argument is out of range.

@@ -16,6 +16,8 @@ from reduction.functional.scores import ATTENTION, Draw, score_named
 from reduction.mixins.images import SeesImages
 from reduction.tokens import Signals, Tokens
 
+_OWN: Any = object()
+
 
 class ScoreReducer(SeesImages, Reducer):
     """Keep the tokens with the highest score, and settle what becomes of the others.
@@ -26,7 +28,7 @@ class ScoreReducer(SeesImages, Reducer):
 
     Args:
         score_from: "class" (what the class token pays) or "column_mean" (what a token receives from
-            all, for models without a class token). None: the method has a score of its own.
+            all, for models without a class token). Left out: the method has a score of its own.
         score: Name of another score, see `reduction.functional.scores`; None is `score_from`.
         seed: Of the score "random"; None is torch's own seed when the reducer is made.
 
@@ -37,21 +39,20 @@ class ScoreReducer(SeesImages, Reducer):
 
     def __init__(
         self,
-        score_from: str | None = None,
+        score_from: str = _OWN,
         score: str | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if score_from is not None:
-            one_of("score_from", score_from, ATTENTION)
-        self.score_from = score_from
-        if score is not None and score_from == "column_mean" != score:
+        own = score_from is _OWN
+        self.score_from = None if own else one_of("score_from", score_from, ATTENTION)
+        if score is not None and self.score_from == "column_mean" != score:
             raise ZooError(f"give either score or score_from, got {score!r} and {score_from!r}")
         if seed is not None and score != "random":
             raise ZooError(f"seed={seed!r} belongs to score='random', got score={score!r}")
         self.score_name = score
         self.seed = seed_or_torchs(seed) if score == "random" else None
-        chosen = score or score_from
+        chosen = self.score_from if score is None else score
         self._ranks = None if chosen is None else score_named(chosen)
         if self._ranks is not None:
             self.needs = self._ranks.needs
