@@ -9,7 +9,7 @@ from reduction.assignment import Keep, apply
 from reduction.base import Card, Reducer
 from reduction.checks import count, one_of
 from reduction.counts import Dims, Step
-from reduction.functional.attention import attention, class_row
+from reduction.functional.attention import class_row
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.registry import register
@@ -107,9 +107,7 @@ class ATS(Adaptive, OwnAttention, Reducer):
         batch, heads, _, width = a.q.shape
         q = take_rows(a.q.transpose(1, 2).flatten(2), rows)
         q = q.view(batch, rows.shape[1], heads, width).transpose(1, 2)
-        out, _ = attention(
-            q, a.k, a.v, scale=a.scale, bias=a.bias, dropout=a.dropout, fused=a.fused, drop=a.drop
-        )
+        out, _ = a._replace(q=q, need=frozenset()).usual()
         return AttentionOutput(out, Signals(), kept)
 
     def _longest(self, valid: Tensor) -> int:

@@ -13,7 +13,7 @@ from reduction.checks import boolean, number, one_of, positive, share
 from reduction.counts import Dims, Spec, Step
 from reduction.eager import traced
 from reduction.functional import thresholds
-from reduction.functional.attention import attention, column_mean
+from reduction.functional.attention import column_mean
 from reduction.functional.matching import head_sum, split_sizes, unit
 from reduction.functional.pooling import masked_average_head
 from reduction.mixins.adaptive import Adaptive
@@ -128,9 +128,7 @@ class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Train
             return self._masked_attention(a, t.policy)
         if "column" not in a.need:
             return None
-        out, _ = attention(
-            a.q, a.k, a.v, scale=a.scale, bias=a.bias, dropout=a.dropout, fused=a.fused, drop=a.drop
-        )
+        out, _ = a._replace(need=frozenset()).usual()
         return AttentionOutput(
             out, Signals(column=column_mean(a.q, a.k, a.scale, a.bias, live=t.mask))
         )

@@ -10,7 +10,7 @@ from reduction.assignment import Merge, apply
 from reduction.base import Card, Reducer, Site
 from reduction.checks import boolean, count, number, one_of, share
 from reduction.counts import Budget, Dims, Step
-from reduction.functional.attention import attention, column_mean
+from reduction.functional.attention import column_mean
 from reduction.functional.clustering import mean_shares
 from reduction.functional.fusion import fuse_map, two_way_matching
 from reduction.functional.matching import split_sizes, unit
@@ -206,16 +206,7 @@ class MCTF(OwnAttention, Trains, Reducer):
                 column = column_mean(a.q, a.k, a.scale, a.bias)
             new = self._fused(t, self._grouped(t, column, step))
             b = a.again(new, False)
-            out, _ = attention(
-                b.q,
-                b.k,
-                b.v,
-                scale=b.scale,
-                bias=b.bias,
-                dropout=b.dropout,
-                fused=a.fused,
-                drop=a.drop,
-            )
+            out, _ = b._replace(fused=a.fused, drop=a.drop).usual()
             return AttentionOutput(out, Signals(), new)
         logits = (a.q * a.scale) @ a.k.transpose(-2, -1)
         if a.bias is not None:

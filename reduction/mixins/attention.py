@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reduction.counts import Step
+from reduction.functional.attention import attention
 from reduction.tokens import Signals, Tokens
 
 
@@ -46,6 +47,26 @@ class AttentionInput(NamedTuple):
         """Scaled products of queries and keys with the bias added, `(B, H, P+N, P+N)`."""
         logits = (self.q * self.scale) @ self.k.transpose(-2, -1)
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+
+    def usual(self, policy: Tensor | None = None) -> tuple[Tensor, Signals]:
+        """What a block without a method of its own computes: output `(B, H, P+N, d)` and signals.
+
+        Args:
+            policy: Keep mask `(B, P+N)` for the masked softmax.
+        """
+        return attention(
+            self.q,
+            self.k,
+            self.v,
+            scale=self.scale,
+            bias=self.bias,
+            dropout=self.dropout,
+            fused=self.fused,
+            need=self.need,
+            policy=policy,
+            class_tokens=self.class_tokens,
+            drop=self.drop,
+        )
 
     def dropped(self, map_: Tensor) -> Tensor:
         """Attention weights as they meet the values: the one way there, so that they can be seen.

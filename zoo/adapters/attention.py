@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from timm.layers import DropPath, apply_rot_embed_cat
 from torch import Tensor, nn
 
-from reduction.functional.attention import attention
 from reduction.mixins.attention import AttentionInput, AttentionOutput
 from reduction.tokens import Signals, Tokens
 from zoo.adapters.families import load_families
@@ -272,16 +271,4 @@ def _dropped(attn: Any, dropout: float, tap: Tap | None, map_: Tensor) -> Tensor
 
 def run_attention(a: AttentionInput, policy: Tensor | None = None) -> tuple[Tensor, Signals]:
     """The usual attention for `a`."""
-    return attention(
-        a.q,
-        a.k,
-        a.v,
-        scale=a.scale,
-        bias=a.bias,
-        dropout=a.dropout,
-        fused=a.fused,
-        need=a.need,
-        policy=policy,
-        class_tokens=a.class_tokens,
-        drop=a.drop,
-    )
+    return a.usual(policy)
