@@ -270,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.check:
             print(f"out of date: {path}; run `python -m zoo.cli.docs`", file=sys.stderr)
         else:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(pages[path], encoding="utf-8")
             print(f"wrote {path}")
     return 1 if stale and arguments.check else 0
