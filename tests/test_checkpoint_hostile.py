@@ -193,7 +193,7 @@ def test_recipes_that_ask_for_too_much(saved: Path, parts: dict[str, Any], words
         ('{"format": ' + "9" * 10_000 + "}", "not valid JSON"),
         ('{"format": 1e999}', "inf"),
         ('"' + "x" * (9 << 20) + '"', "MB"),
-        ("[" + "1," * (1 << 20) + "1]", "refused"),
+        ("[" + "1," * (1 << 18) + "1]", "refused"),
         ("\ufeff{}", "not valid JSON"),
         ("", "not valid JSON"),
     ],
@@ -299,6 +299,6 @@ def test_checkpoints_that_refer_to_themselves(tmp_path: Path) -> None:
     body["head.weight"] = torch.zeros(1).expand(1 << 40)
     torch.save(body, tmp_path / "c.ckpt")
     assert "1099511627776 classes" in weights_refusal(make(), tmp_path / "c.ckpt")
-    names = {f"a{i}.pos_embed": torch.ones(1) for i in range(20_000)}
+    names = {f"a{i}.pos_embed": torch.ones(1) for i in range(2000)}
     torch.save({**names, **make().unwrap().state_dict()}, tmp_path / "d.ckpt")
     assert "d.ckpt" in weights_refusal(make(), tmp_path / "d.ckpt")

@@ -10,7 +10,7 @@ from typing import Any
 from zoo.errors import BadCheckpoint
 
 MOST_BYTES = 1 << 23  # of a JSON file; names of 20 000 classes take a tenth
-_MOST_VALUES = 1 << 20
+_MOST_VALUES = 1 << 18
 _MOST_LEVELS = 16
 _MOST_DIGITS = 1 << 63
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -21,6 +21,9 @@ from zoo.data.loader import NO_IMAGE
 from zoo.errors import ZooError
 from zoo.lit import optim, schedules
 from zoo.lit.divergence import check_answers, check_step
+
+if TYPE_CHECKING:
+    from zoo.model.reduced import ReducedViT
 
 
 class Classifier(pl.LightningModule):
@@ -46,12 +49,13 @@ class Classifier(pl.LightningModule):
             left to train.
     """
 
+    net: ReducedViT
     #: Parts of the recipe that training itself changes: a resumed run may differ in them.
     volatile: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
-        net: nn.Module,
+        net: ReducedViT,
         optimizer: Callable[..., Optimizer] | None = None,
         lr_schedule: Callable[..., Any] | None = None,
         loss: nn.Module | None = None,
@@ -106,8 +110,8 @@ class Classifier(pl.LightningModule):
 
     # -- training ---------------------------------------------------------------------------------
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of one batch."""
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+        """Return the loss of one batch; None trains nothing."""
         images, labels = self.mixed(batch)
         extra: Mapping[str, Tensor] = {}
         if self.has_aux:
@@ -256,7 +260,7 @@ def _freeze_others(net: nn.Module, patterns: Sequence[str]) -> None:
         parameter.requires_grad_(parameter.requires_grad and name in kept)
 
 
-def _dense_copy(net: nn.Module) -> nn.Module:
+def _dense_copy(net: ReducedViT) -> ReducedViT:
     """The same backbone, frozen as it is now, with nothing reduced."""
     from zoo.model.reduced import ReducedViT
 

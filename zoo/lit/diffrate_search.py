@@ -91,6 +91,7 @@ class DiffRateSearch(Classifier):
         net.backbone.requires_grad_(False)
         super().__init__(net, **options)
         dense = profile(net, convention="diffrate").dense
+        assert dense is not None  # a reduced model is always profiled beside the dense one
         asked = net.target.gmacs
         self.target = asked if asked is not None else net.target.fraction * dense
         self.weight, self.warmup_epochs = float(weight), int(warmup_epochs)
@@ -158,7 +159,7 @@ class DiffRateSearch(Classifier):
     def finish(self, folder: Path, write: bool) -> dict[str, Any]:
         """Write schedule.json and leave a model that removes tokens at the counts found."""
         self.follow()
-        schedule = self.net.schedule
+        schedule = self.reducer.searched_schedule(self.net.prefix)
         found = profile(self.net, convention="diffrate")
         report = {
             "keep": schedule.keep,

@@ -55,7 +55,7 @@ class SearchedSchedule(Classifier):
         check_searchable(net)
         super().__init__(net, **options)
         self.images, self.cache = int(images), cache
-        self.options = {
+        self.options: dict[str, Any] = {
             "objective": objective,
             "evaluations": evaluations,
             "seconds": seconds,
@@ -89,7 +89,8 @@ class SearchedSchedule(Classifier):
     def _calibration(self) -> list[Tensor]:
         found: list[Tensor] = []
         missing = self.images
-        for images, _ in self.trainer.datamodule.train_dataloader():
+        data: Any = getattr(self.trainer, "datamodule")  # noqa: B009  (Lightning hides it)
+        for images, _ in data.train_dataloader():
             found.append(images[:missing].to(self.device))
             missing -= len(found[-1])
             if missing <= 0:

@@ -65,7 +65,7 @@ class TokenCompensation(Classifier):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the distillation loss of one batch at a merge rate drawn for it."""
         images, _ = self.mixed(batch)
-        plugin: ToCom = self.net.plugins[self._plugin]  # type: ignore[index, assignment]
+        plugin: ToCom = self.net.plugins[self._plugin]
         drawn = self.rates[int(torch.randint(len(self.rates), ()))]
         with torch.no_grad():
             teacher = self._logits(images, plugin.source)
@@ -78,7 +78,7 @@ class TokenCompensation(Classifier):
 
     def _logits(self, images: Tensor, rate: float) -> Tensor:
         """Logits at a merge rate; where tokens run out less is merged."""
-        before: Schedule | None = self.net.schedule  # type: ignore[assignment]
+        before: Schedule | None = self.net.schedule
         self.net.schedule = ConstantR(rate, strict=False)
         try:
             return self.net(images)
