@@ -19,6 +19,7 @@ from reduction.errors import ZooError
 from reduction.functional.attention import attention, column_mean
 from reduction.functional.matching import head_sum, split_sizes, unit
 from reduction.functional.pooling import masked_average_head
+from reduction.functional.sorting import stable_order
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
@@ -300,7 +301,7 @@ class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Train
         live = t.policy[:, p:].detach() > 0.5
         if live_only:
             # The split of removal: places of masked tokens do not count.
-            order = (~live).to(torch.int8).argsort(dim=1, stable=True)
+            order = stable_order((~live).to(torch.int8))
             t, metric, live = apply(t, Keep(order)), take_rows(metric, order), live.gather(1, order)
             score = None if score is None else score.gather(1, order)
             best, host = _best(metric, live, first)
@@ -344,7 +345,7 @@ def _live_first(t: Tokens) -> tuple[Tensor, Tensor]:
         rows = torch.arange(t.n, device=t.x.device).expand(t.x.shape[0], -1)
         return rows, torch.ones_like(rows, dtype=torch.bool)
     live = t.mask[:, t.prefix :]
-    rows = (~live).to(torch.int8).argsort(dim=1, stable=True)
+    rows = stable_order((~live).to(torch.int8))
     return rows, live.gather(1, rows)
 
 

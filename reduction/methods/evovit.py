@@ -242,7 +242,7 @@ class EvoViT(Learned, Trains, Follows, Parks, Reducer):
         body = t.patches
         if "rep" in memory:
             parked = parked + (body[:, count : count + 1] - memory.pop("rep"))
-        tail = count + (self.fast == "update")
+        tail = count + int(self.fast == "update")  # a tracer cannot add a Boolean
         back = torch.cat([slow, rest], dim=1).argsort(dim=1)
         patches = take_rows(torch.cat([body[:, :count], parked], dim=1), back)
         ones = t.size.new_ones(t.size.shape[0], back.shape[1])

@@ -10,6 +10,7 @@ from reduction.base import Card, Reducer
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.matching import bipartite_matching, head_sum, split_sizes
+from reduction.functional.sorting import stable_order
 from reduction.mixins.ranking import attention_score, score_signal
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
@@ -109,7 +110,7 @@ class PPT(Reducer):
         score = significance(attention_score(s, self.score_from, t.prefix), s.v[:, :, t.prefix :])
         # An image pools where its scores are flat.
         pool = (score.var(1, keepdim=True) < self.threshold_at(step.grid)).expand(-1, t.n)
-        order = score.argsort(dim=1, descending=True, stable=True)
+        order = stable_order(score, descending=True)
         match = bipartite_matching(head_sum(s.k[:, :, t.prefix :]), t.n - step.keep, t.prefix)
         rows = torch.arange(step.keep, device=order.device).expand(order.shape[0], -1)
         kept = torch.full_like(order, -1).scatter(1, order[:, : step.keep], rows)
