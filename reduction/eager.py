@@ -17,6 +17,11 @@ def traced() -> bool:
     )
 
 
+def exporting() -> bool:
+    """Whether `torch.export` records this, for itself or for ONNX."""
+    return torch.compiler.is_exporting()
+
+
 def eager_on_cpu(x: Tensor) -> bool:
     """Whether this runs op by op on a CPU, not compiled, exported or traced."""
     return x.is_cpu and not traced()

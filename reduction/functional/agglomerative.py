@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reduction.functional.matching import unit
+from reduction.functional.sorting import stable_order
 
 LINKAGES = ("average", "complete", "single")
 
@@ -82,5 +83,5 @@ def agglomerate(distance: Tensor, k: int, linkage: str = "average") -> Partition
         members = members.scatter_add(1, i, members.gather(1, j))
         slot = torch.where(slot == j, i, slot)
     first = slot == place
-    leader = (~first).to(torch.int8).argsort(dim=1, stable=True)[:, :k]
+    leader = stable_order((~first).to(torch.int8))[:, :k]
     return Partition((first.long().cumsum(1) - 1).gather(1, slot), leader)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reduction.eager import autocasting, eager_on_cpu
+from reduction.eager import autocasting, eager_on_cpu, exporting
+from reduction.functional.sorting import stable_order
 from reduction.tokens import take_rows
 
 #: Exponentials of numbers up to this one can be added up by the million in float32.
@@ -54,6 +55,9 @@ def squared_distances(x: Tensor) -> Tensor:
     with no_autocast(x):
         distance = torch.baddbmm(square.unsqueeze(1), x, x.transpose(1, 2), alpha=-2)
     distance = distance.add_(square.unsqueeze(2)).clamp_min_(0)
+    if exporting():  # no exporter follows a write into a view
+        own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        return distance.masked_fill(own, 0.0)
     distance.diagonal(dim1=1, dim2=2).zero_()
     return distance
 
@@ -68,7 +72,7 @@ def heaviest(weight: Tensor, k: int) -> Tensor:
     Returns:
         `(B, K)` int64.
     """
-    order = weight.argsort(dim=1, descending=True, stable=True)
+    order = stable_order(weight, descending=True)
     return order[:, :k].sort(dim=1).values
 
 
@@ -87,12 +91,12 @@ def spread(distance: Tensor, k: int) -> Tensor:
     Returns:
         `(B, K)` int64, ascending.
     """
-    rank = distance.sum(2).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    rank = stable_order(distance.sum(2), descending=True).argsort(dim=1)
     not_higher = rank.unsqueeze(1) >= rank.unsqueeze(2)
     gap = distance.masked_fill(not_higher, torch.inf).amin(2)
     # Among equals (blank images), the higher rank wins.
     order = rank.argsort(dim=1)
-    order = order.gather(1, gap.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    order = order.gather(1, stable_order(gap.gather(1, order), descending=True))
     return order[:, :k].sort(dim=1).values
 
 
@@ -267,7 +271,7 @@ def _fill_empty(slot: Tensor, gap: Tensor, weight: Tensor, k: int) -> Tensor:
     keeper = least_of_cluster(gap, slot, slot.new_full((batch, k), n))
     kept = slot.new_zeros(batch, n + 1).scatter(1, keeper, 1)[:, :n] > 0
     price = (gap * weight).masked_fill(kept, -torch.inf)
-    order = price.argsort(dim=1, descending=True, stable=True)
+    order = stable_order(price, descending=True)
     place = (empty.long().cumsum(1) - 1).clamp_min(0)
     # Clusters that are not empty write into a column that is cut off.
     taken = torch.where(empty, order.gather(1, place), n)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reduction.functional.sorting import stable_order
+
 
 class Groups(NamedTuple):
     """Groups of tokens, in output order.
@@ -49,13 +51,13 @@ def two_way_matching(weight: Tensor, r: int, first: int, both: bool = True) -> G
     place_b = torch.arange(1 - first, n, 2, device=device)
     from_a = r // 2 if both else r
     best, to_b = weight.max(2)
-    order = best.argsort(dim=1, descending=True, stable=True)
+    order = stable_order(best, descending=True)
     gone_a, stay_a = order[:, :from_a], order[:, from_a:].sort(1).values
     kept = stay_a.shape[1]
     if both:
         rows = weight.gather(1, stay_a.unsqueeze(2).expand(batch, kept, size_b))
         best, to_a = rows.max(1)
-        order = best.argsort(dim=1, descending=True, stable=True)
+        order = stable_order(best, descending=True)
         gone_b, stay_b = order[:, : r - from_a], order[:, r - from_a :]
     else:
         stay_b = torch.arange(size_b, device=device).expand(batch, size_b)

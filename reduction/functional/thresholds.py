@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Assignment, Keep, Merge
+from reduction.functional.sorting import stable_order
 from reduction.tokens import Tokens
 
 #: Keeps rows of the masked softmax finite.
@@ -139,7 +140,7 @@ def live_first(t: Tokens) -> tuple[Tensor, Tensor]:
         rows = torch.arange(t.n, device=t.x.device).expand(t.x.shape[0], -1)
         return rows, torch.ones_like(rows, dtype=torch.bool)
     live = t.mask[:, t.prefix :]
-    rows = (~live).to(torch.int8).argsort(dim=1, stable=True)
+    rows = stable_order((~live).to(torch.int8))
     return rows, live.gather(1, rows)
 
 

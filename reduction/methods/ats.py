@@ -10,6 +10,7 @@ from reduction.base import Card, Reducer
 from reduction.checks import count, one_of
 from reduction.counts import Dims, Step
 from reduction.functional.attention import class_row
+from reduction.functional.sorting import stable_order
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.registry import register
@@ -39,7 +40,7 @@ def unique_sorted(index: Tensor) -> tuple[Tensor, Tensor]:
     """
     fresh = torch.ones_like(index, dtype=torch.bool)
     fresh[:, 1:] = index[:, 1:] != index[:, :-1]
-    order = (~fresh).to(torch.int8).argsort(dim=1, stable=True)
+    order = stable_order((~fresh).to(torch.int8))
     return index.gather(1, order), fresh.gather(1, order)
 
 

@@ -11,6 +11,7 @@ from reduction.assignment import Keep, apply
 from reduction.base import Card, Reducer
 from reduction.checks import number, one_of, positive, share
 from reduction.counts import Spec, Step
+from reduction.functional.sorting import stable_order
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.learned import Learned
@@ -195,7 +196,7 @@ class AViT(Adaptive, Learned, OwnAnswer, Trains, Reducer):
         key = torch.where(stays, total[:, prefix:], torch.inf)
         # Behind them those that stop here, which the last block still shows, then padding.
         key = torch.where(stopping, torch.finfo(key.dtype).max, key)
-        index = key.argsort(dim=1, stable=True)[:, :keep]
+        index = stable_order(key)[:, :keep]
         return index, stays.gather(1, index)
 
     def _answer(self, answer: Tensor, rows: Tensor, weight: Tensor, t: Tokens) -> Tensor:

@@ -14,6 +14,7 @@ from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import no_autocast
 from reduction.functional.matching import bipartite_matching, split_sizes, unit
+from reduction.functional.sorting import stable_order
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.mixins.learned import Learned
 from reduction.mixins.masking import Masked
@@ -249,7 +250,7 @@ class DTEM(Learned, Masked, OwnAttention, Reducer):
         # Sources first: a stable sort then breaks ties as the concatenation would.
         size = torch.cat([s_a * left, s_b + gain], 1)
         x = torch.cat([x_a, x_b], 1).to(t.x.dtype)
-        order = size.detach().argsort(dim=1, descending=True, stable=True)
+        order = stable_order(size.detach(), descending=True)
         place = torch.cat([a, b])
         end = t.prefix + active
         moved = apply(t, Keep(torch.cat([place, torch.arange(active, t.n, device=a.device)])))

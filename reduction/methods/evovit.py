@@ -235,7 +235,7 @@ class EvoViT(Learned, Trains, Follows, Parks, ScoreReducer):
         if "rep" in memory:
             rows = [rows[0] + (t.patches[:, count : count + 1] - memory.pop("rep"))]
         t = t._replace(unit=True, memory=memory)
-        return unpark(t, in_place(t, rows), count + (self.fast == "update"))
+        return unpark(t, in_place(t, rows), count + int(self.fast == "update"))
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         # The token that stands for the others.

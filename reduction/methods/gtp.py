@@ -13,6 +13,7 @@ from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.attention import class_row_of
 from reduction.functional.graphs import neighbour_graph
+from reduction.functional.sorting import kth_smallest, stable_order
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.mixins.following import Remembers
 from reduction.registry import register
@@ -176,7 +177,7 @@ class GTP(OwnAttention, Remembers, Reducer):
         if step is None or zeros < 1:
             return None
         map_ = a.logits().softmax(-1)
-        least = map_.detach().float().flatten(2).kthvalue(zeros, dim=2).values
+        least = kth_smallest(map_.detach().float().flatten(2), zeros)
         sparse = torch.where(map_ >= least[..., None, None], map_, 0.0)
         out = a.dropped(sparse) @ a.v
         # Many scores of the sparse map are exactly zero; the full one decides among them.
@@ -199,9 +200,9 @@ class GTP(OwnAttention, Remembers, Reducer):
             row = class_row_of(s.attn, 1)
         score = importance(self.selection, t.prefix, s.attn, row)
         if rest is None:
-            return score.argsort(dim=1, descending=True, stable=True)
-        order = rest[:, : t.n].argsort(dim=1, descending=True, stable=True)
-        again = score.gather(1, order).argsort(dim=1, descending=True, stable=True)
+            return stable_order(score, descending=True)
+        order = stable_order(rest[:, : t.n], descending=True)
+        again = stable_order(score.gather(1, order), descending=True)
         return order.gather(1, again)
 
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:

@@ -16,6 +16,7 @@ from reduction.functional import thresholds
 from reduction.functional.attention import column_mean
 from reduction.functional.matching import head_sum, split_sizes, unit
 from reduction.functional.pooling import masked_average_head
+from reduction.functional.sorting import stable_order
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
@@ -215,7 +216,7 @@ class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Train
         live = t.policy[:, p:].detach() > 0.5
         if live_only:
             # The split of removal: places of masked tokens do not count.
-            order = (~live).to(torch.int8).argsort(dim=1, stable=True)
+            order = stable_order((~live).to(torch.int8))
             t, metric, live = apply(t, Keep(order)), take_rows(metric, order), live.gather(1, order)
             score = None if score is None else score.gather(1, order)
             best, host = thresholds.best_receiver(metric, live, first)

@@ -14,6 +14,7 @@ from reduction.checks import boolean, finite, is_list, one_of
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.matching import head_sum, unit
+from reduction.functional.sorting import stable_order
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
 
@@ -144,7 +145,7 @@ class PiToMe(Reducer):
         u = unit(head_sum(s.need("k")[:, :, t.prefix :]))
         similarity = u @ u.transpose(1, 2)
         score = energy(similarity, self.margin_of(step.block, step.depth), self.energy)
-        rank = score.argsort(dim=1, descending=True, stable=True)
+        rank = stable_order(score, descending=True)
         r = t.n - step.keep
         only_top = self.mode_of(step.block, step.depth) == "pitome"
         top = rank[:, : 2 * r] if only_top else rank
@@ -156,7 +157,7 @@ class PiToMe(Reducer):
         if only_top:
             source, stay = senders, rank[:, 2 * r :]
         else:
-            order = best.argsort(dim=1, descending=True, stable=True)
+            order = stable_order(best, descending=True)
             stay = senders.gather(1, order[:, r:])
             source, target = senders.gather(1, order[:, :r]), target.gather(1, order[:, :r])
         leader = torch.cat([stay, receivers], dim=1)

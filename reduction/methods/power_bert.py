@@ -10,6 +10,7 @@ from torch import nn
 
 from reduction.base import Reducer
 from reduction.counts import Step
+from reduction.functional.sorting import stable_order
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.mixins.following import Remembers
@@ -66,7 +67,7 @@ class SoftExtract(OwnAttention, OwnAnswer, Remembers, Reducer):
             paid = attn.mean(1) * t.policy.unsqueeze(2)
             own = paid.diagonal(dim1=1, dim2=2)
             received = (paid.sum(1) - own)[:, t.prefix :]
-            place = received.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            place = stable_order(received, descending=True).argsort(dim=1)
         kept = t.policy[:, t.prefix :] * self.retention[step.block][place]
         return t._replace(policy=torch.cat([t.policy[:, : t.prefix], kept], dim=1))
 

@@ -12,6 +12,7 @@ from reduction.counts import Dims, Step
 from reduction.functional.matching import bipartite_matching, head_sum, split_sizes
 from reduction.functional.scores import significance
 from reduction.functional.settling import plain_shares, prune_or_pool
+from reduction.functional.sorting import stable_order
 from reduction.mixins.ranking import ScoreReducer
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
@@ -98,7 +99,7 @@ class PPT(ScoreReducer):
         score = self.score(t, s, step)
         # An image pools where its scores are flat.
         pool = (score.var(1, keepdim=True) < self.threshold_at(step.grid)).expand(-1, t.n)
-        order = score.argsort(dim=1, descending=True, stable=True)
+        order = stable_order(score, descending=True)
         metric = head_sum(s.need("k")[:, :, t.prefix :])
         match = bipartite_matching(metric, t.n - step.keep, t.prefix)
         slot, leader = prune_or_pool(pool, order, match, step.keep)

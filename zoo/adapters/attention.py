@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, apply_rot_embed_cat
 from torch import Tensor, nn
 
+from reduction.eager import traced
 from reduction.mixins.attention import AttentionInput, AttentionOutput
 from reduction.tokens import Signals, Tokens
 from zoo.adapters.families import load_families
@@ -147,7 +148,9 @@ def separable(attn: Any) -> bool:
     if type(attn).forward not in _SEPARABLE:
         return False
     layer = attn.qkv
-    return layer is None or (type(layer) in (nn.Linear, FastLinear) and not awaited(layer))
+    # The hooks of a tracer only keep its books.
+    watched = layer is not None and awaited(layer) and not traced()
+    return layer is None or (type(layer) in (nn.Linear, FastLinear) and not watched)
 
 
 def _rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:

@@ -54,7 +54,7 @@ class TimmTower(Tower):
 
     def patch_size(self, m: Any) -> tuple[int, int]:
         """See `Tower`."""
-        height, width = m.patch_embed.patch_size
+        height, width = m.patch_embed.feat_ratio(as_scalar=False)
         return int(height), int(width)
 
     def grid_of(self, m: Any, images: Tensor) -> tuple[int, int]:
@@ -65,7 +65,7 @@ class TimmTower(Tower):
     def input_size(self, m: Any) -> tuple[int, int, int]:
         """See `Tower`."""
         height, width = m.patch_embed.img_size
-        return m.patch_embed.proj.in_channels, height, width
+        return channels(m), height, width
 
     def check_images(self, m: Any, images: Tensor) -> None:
         """See `Tower`."""
@@ -99,17 +99,25 @@ class TimmTower(Tower):
         return head(m, t, pre_logits)
 
 
+def channels(m: Any) -> int:
+    """Channels of the images; a convolutional stem stands before the projection to patches."""
+    proj = m.patch_embed.proj
+    if getattr(m.patch_embed, "backbone", None) is None:
+        return int(proj.in_channels)
+    return next(c.in_channels for c in m.patch_embed.modules() if isinstance(c, nn.Conv2d))
+
+
 def check_images(m: Any, images: Tensor) -> None:
     """Refuse images that timm's patch embedding cannot take, in words.
 
     Raises:
         ZooError: If the shape, channels or size do not fit.
     """
-    channels = m.patch_embed.proj.in_channels
-    if images.dim() != 4 or images.shape[1] != channels:
-        raise ZooError(f"expected images of shape (B, {channels}, H, W), got {tuple(images.shape)}")
+    wanted = channels(m)
+    if images.dim() != 4 or images.shape[1] != wanted:
+        raise ZooError(f"expected images of shape (B, {wanted}, H, W), got {tuple(images.shape)}")
     height, width = images.shape[-2:]
-    patch, size = m.patch_embed.patch_size, m.patch_embed.img_size
+    patch, size = m.patch_embed.feat_ratio(as_scalar=False), m.patch_embed.img_size
     strict = m.patch_embed.strict_img_size and size is not None
     if strict and (height, width) != tuple(size):
         raise ZooError(

@@ -230,10 +230,8 @@ class _Clock:
             schedule,
             copy.deepcopy(list(self.anatomy.plugins)),
         ).eval()
-        embed: Any = self.backbone.patch_embed
-        images = torch.randn(
-            target.batch, embed.proj.in_channels, *embed.img_size, device=self.device
-        )
+        size = self.anatomy.tower.input_size(self.backbone)
+        images = torch.randn(target.batch, *size, device=self.device)
         models = [reduced.to(self.device), self.plain]
         times, threads = interleaved(models, images, target.rounds, target.threads)
         ratios = [a / b for a, b in zip(*times, strict=True)]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.adapters.timm_tower import channels
 from zoo.build import OFFERED
 from zoo.checkpoint import config as cfg
 from zoo.checkpoint.card import MARKER, model_card
@@ -124,8 +125,7 @@ def describe_data(backbone: Any) -> dict[str, Any]:
     embed = getattr(backbone, "patch_embed", None)
     size = getattr(embed, "img_size", None)
     if size is not None:
-        channels = getattr(getattr(embed, "proj", None), "in_channels", 3)
-        data["input_size"] = [channels, *size]
+        data["input_size"] = [channels(backbone), *size]
     return {**data, **(known.get("zoo_data") or {})}
 
 

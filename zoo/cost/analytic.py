@@ -9,9 +9,11 @@ attention on a CPU unless told otherwise, which `fvcore_gmacs` and `torch_gmacs`
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from reduction.counts import BlockCost, Dims
 from reduction.mixins.attention import OwnAttention
@@ -21,6 +23,7 @@ from zoo.adapters.blocks import block_adapter
 from zoo.adapters.heads import first_pooled
 from zoo.adapters.split_qkv import part_weights
 from zoo.adapters.standalone import Standalone
+from zoo.adapters.tower import tower_of
 from zoo.cost.types import Gmacs, Profile
 from zoo.model.anatomy import Anatomy
 from zoo.model.plan import Plan, dense_plan, make_plan
@@ -31,10 +34,37 @@ def _weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def patch_embed_macs(backbone: Any, patches: int) -> int:
-    """Multiply-accumulates of the patch embedding for so many patches."""
-    convs = [m for m in backbone.patch_embed.modules() if isinstance(m, nn.Conv2d)]
-    return sum(c.weight.numel() for c in convs) * patches + _weights(backbone.patch_embed) * patches
+def patch_embed_macs(backbone: Any, grid: tuple[int, int]) -> int:
+    """Multiply-accumulates of the patch embedding for a grid `(rows, columns)` of patches."""
+    embed = backbone.patch_embed
+    rows, columns = grid
+    if getattr(embed, "backbone", None) is not None:
+        return _stem_macs(backbone, grid)
+    convs = [m for m in embed.modules() if isinstance(m, nn.Conv2d)]
+    return (sum(c.weight.numel() for c in convs) + _weights(embed)) * rows * columns
+
+
+def _stem_macs(backbone: Any, grid: tuple[int, int]) -> int:
+    """Of a convolutional stem, whose layers have maps of different sizes.
+
+    The sizes come from a copy without data; what a layer costs follows from its weights.
+    """
+    stem = copy.deepcopy(backbone.patch_embed).to("meta").eval()
+    macs = []
+
+    def note(layer: Any, _: Any, out: Tensor) -> None:
+        macs.append(out.numel() * layer.weight[0].numel())
+
+    for module in stem.modules():
+        module._forward_hooks.clear()  # nobody shall see the copy
+        module._forward_pre_hooks.clear()
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(note)
+    tower = tower_of(backbone)
+    size = [n * p for n, p in zip(grid, tower.patch_size(backbone), strict=True)]
+    with torch.no_grad():
+        stem(torch.empty(1, tower.input_size(backbone)[0], *size, device="meta"))
+    return sum(macs)
 
 
 def head_macs(backbone: Any, tokens: int) -> tuple[int, int]:
@@ -136,15 +166,15 @@ def block_cost(anatomy: Anatomy, i: int, p: Plan) -> BlockCost:
 
 def patch_and_head_gmacs(backbone: Any) -> tuple[int, int]:
     """Patches of the backbone's own grid and the cost of embedding them, reduction apart."""
-    rows, columns = backbone.patch_embed.grid_size
-    return int(rows * columns), patch_embed_macs(backbone, int(rows * columns))
+    rows, columns = tower_of(backbone).grid(backbone)
+    return rows * columns, patch_embed_macs(backbone, (rows, columns))
 
 
 def count(
     anatomy: Anatomy,
     plans: list[Plan],
     patches: int,
-    embedding: int | None = None,
+    embedding: int,
     with_plugins: bool = True,
     schedule: Schedule | None = None,
 ) -> tuple[int, int, int, list[BlockCost]]:
@@ -154,7 +184,7 @@ def count(
         anatomy: The parts of the model.
         plans: One per block.
         patches: Patches of an image.
-        embedding: Cost of the patch embedding, where it is known.
+        embedding: Cost of the patch embedding.
         with_plugins: Whether plugins take part.
         schedule: Of the model, for plugins.
     """
@@ -163,8 +193,7 @@ def count(
     linear = attention = 0
     if not any(p.replaces_head for p in plugins):
         linear, attention = head_macs(anatomy.backbone, plans[-1].leaving)
-    linear += patch_embed_macs(anatomy.backbone, patches) if embedding is None else embedding
-    linear += sum(b.linear + b.mlp for b in blocks)
+    linear += embedding + sum(b.linear + b.mlp for b in blocks)
     attention += sum(b.attention for b in blocks)
     own = sum(b.reducer for b in blocks) + sum(p.macs(anatomy.backbone) for p in plugins)
     if (entry := plans[0].entry) is not None and anatomy.reducer is not None:
@@ -206,14 +235,17 @@ def counted(
     plans = make_plan(anatomy, schedule, grid, last_block=last_block)
     dense: int | None = None
     if anatomy.alone is None:
-        linear, attention, own, blocks = count(anatomy, plans, patches, schedule=schedule)
+        embedding = patch_embed_macs(anatomy.backbone, grid)
+        linear, attention, own, blocks = count(
+            anatomy, plans, patches, embedding, schedule=schedule
+        )
         # Run with the same options: they are no merit of the reduction.
         whole = dense_plan(anatomy, grid, last_block)
-        dense = sum(count(anatomy, whole, patches, None, False)[:2])
+        dense = sum(count(anatomy, whole, patches, embedding, False)[:2])
     else:
         linear, attention, own, blocks = count_alone(anatomy.alone, grid)
     if convention == "diffrate":
-        extra = patch_embed_macs(anatomy.backbone, anatomy.prefix)
+        extra = patch_embed_macs(anatomy.backbone, grid) * anatomy.prefix // patches
         linear, dense, own = linear + extra, None if dense is None else dense + extra, 0
     total = linear + attention + own
     return Profile(

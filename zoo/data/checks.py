@@ -35,9 +35,9 @@ def data_config(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
     config = dict(resolve_data_config(pretrained_cfg=dict(published)))
     embed: Any = getattr(getattr(model, "backbone", model), "patch_embed", None)
     channels, height, width = config["input_size"]
-    proj = getattr(embed, "proj", None)
-    if isinstance(proj, nn.Conv2d):
-        channels = proj.in_channels
+    first = [m for m in embed.modules() if isinstance(m, nn.Conv2d)] if embed is not None else []
+    if first:  # before the projection there may be a convolutional stem
+        channels = first[0].in_channels
     if getattr(embed, "img_size", None):
         height, width = embed.img_size
     if "img_size" in given:

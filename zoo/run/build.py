@@ -153,7 +153,7 @@ def _set_runtime(cfg: DictConfig, model: ReducedViT) -> ReducedViT:
 def _checked(model: ReducedViT) -> ReducedViT:
     # timm builds such a model and fails at the first image.
     embed: Any = model.backbone.patch_embed
-    size, patch = embed.img_size, embed.patch_size
+    size, patch = embed.img_size, model.tower.patch_size(model.backbone)
     if size and any(s % p for s, p in zip(size, patch, strict=True)):
         fits = max(patch[0], round(size[0] / patch[0]) * patch[0])
         raise ZooError(

@@ -146,7 +146,7 @@ def _controls(dense: Job, kinds: Sequence[str]) -> Iterator[Job]:
         yield dense
     if "resolution" in kinds:
         embed: Any = model.backbone.patch_embed
-        sides, patch = embed.img_size, embed.patch_size
+        sides, patch = embed.img_size, model.tower.patch_size(model.backbone)
         if sides[0] == sides[1] and patch[0] == patch[1]:
             for pixels in lower_sizes(sides[0], patch[0], list(dense.cfg.resolutions)):
                 yield _at_size(dense, pixels)

@@ -1,0 +1,30 @@
+"""Sorting in a way that every exporter understands."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from reduction.eager import exporting
+
+
+def stable_order(x: Tensor, dim: int = 1, descending: bool = False) -> Tensor:
+    """Indices that sort `x` along a dimension; equal entries stay in their order.
+
+    ONNX knows no sort that is stable by name, but the one it has is: of equal entries the one with
+    the lower index comes first.
+
+    Args:
+        x: Any tensor.
+        dim: Along which dimension.
+        descending: Largest first.
+    """
+    if exporting():
+        return x.argsort(dim=dim, descending=descending)
+    return x.argsort(dim=dim, descending=descending, stable=True)
+
+
+def kth_smallest(x: Tensor, k: int) -> Tensor:
+    """The k-th smallest entry along the last dimension, k from 1."""
+    if exporting():  # ONNX has no `kthvalue`
+        return x.topk(k, dim=-1, largest=False).values[..., -1]
+    return x.kthvalue(k, dim=-1).values
