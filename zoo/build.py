@@ -140,8 +140,10 @@ def create_model(
             raise ZooError(f"timm cannot load the weights of {what}: {reason}") from error
         raise ZooError(f"timm cannot build {what}: {reason}") from error
     overlay = backbone_kwargs.get("pretrained_cfg_overlay") or {}
-    # The tag belongs to timm's own weights, not to what another file holds.
-    if not pretrained or _SOURCES & set(overlay) or backbone_kwargs.get("checkpoint_path"):
+    # The tag belongs to timm's own weights, not to what another file holds. A model on the meta
+    # device has none that it could be taken for.
+    others = bool(_SOURCES & set(overlay) or backbone_kwargs.get("checkpoint_path"))
+    if (others or not pretrained) and not next(model.parameters()).is_meta:
         set_tag(model, None)
     wrapped = assemble(model, built, sched, parts, last_block, fast_linear)
     wrapped.backbone_args = _lasting(backbone, model, backbone_kwargs)
