@@ -117,7 +117,7 @@ def words(hint: Any, many: bool = False) -> str:
     """An annotation in words: "a whole number or null"."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(words(one, many) for one in inner)
+        return (" and " if many else ", or ").join(words(one, many) for one in inner)
     if origin is Literal:
         return "one of " + ", ".join(map(str, inner))
     if origin in (list, tuple, collections.abc.Sequence):

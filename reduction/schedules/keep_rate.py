@@ -58,6 +58,8 @@ class KeepRate(Schedule):
             blocks = [
                 count("blocks", b, 0) for b in listed("blocks", blocks, "a list, null or 'all'")
             ]
+            if not blocks:
+                raise ZooError("blocks is an empty list: nothing would be reduced; name some")
             if sorted(set(blocks)) != blocks:
                 raise ZooError(f"blocks must be increasing and distinct, got {blocks}")
             if len(rates) not in (1, len(blocks)):

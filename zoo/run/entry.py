@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.run.messages import explain, unknown_flag
 from zoo.run.outcome import FAILED, INTERRUPTED, State, complain
+from zoo.run.overrides import prepare
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -60,7 +61,8 @@ def _guarded(main: Callable[[], Any], argv: list[str] | None, shown: list[str] |
     State.argv, State.full_error = shown or argv or original, before == "1"
     State.failed_jobs, State.report_failed, State.rows_path = 0, False, None
     sys.argv = list(argv or original)
-    if message := unknown_flag(sys.argv[1:]):
+    if message := unknown_flag(sys.argv[1:]) or prepare(sys.argv[1:]):
+        sys.argv = original
         return complain(message)
     # With this set Hydra raises its errors instead of printing them with a trace and a hint.
     os.environ[_FULL_ERROR] = "1"
@@ -107,6 +109,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from zoo.run.schema import check_config
     from zoo.run.sweep import refuse_subprocess_ddp
 
     # Lightning starts the other processes of a DDP run from sys.argv, and those need the
@@ -119,7 +122,10 @@ def job(kind: str, cfg: DictConfig) -> Row:
     if sweep:
         refuse_subprocess_ddp(cfg)
     try:
+        check_config(cfg, kind, _typed(sweep))
         _check_writable(_results(cfg))
+        if kind == "train":
+            os.makedirs(str(cfg.output_dir), exist_ok=True)
         if kind == "train":
             from zoo.run.train import train as work
         else:
@@ -177,6 +183,15 @@ def command_line() -> str:
     if argv[1:2] and argv[1] in ("train", "eval"):
         start.append(argv[1])
     return shlex.join([*start, *HydraConfig.get().overrides.task])
+
+
+def _typed(sweep: bool) -> list[str]:
+    """The overrides of this run; those of the whole sweep where it is a job of one."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not sweep:
+        return list(HydraConfig.get().overrides.task)
+    return [text for text in (State.argv or sys.argv)[1:] if "=" in text or text[:1] == "~"]
 
 
 def _results(cfg: DictConfig) -> str:
