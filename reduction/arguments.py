@@ -43,7 +43,7 @@ def check_arguments(build: Callable[..., Any], args: Mapping[str, Any], where: s
             raise ZooError(f"{where}{name} must be {words(hints[name])}, got {value!r}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def argument_hints(build: Callable[..., Any]) -> Mapping[str, Any]:
     """Annotations of a constructor's or function's arguments, by name.
 
@@ -110,7 +110,28 @@ def is_number(value: Any) -> bool:
     """Whether a value is a finite number that float32 holds; a Boolean is none."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
+    if isinstance(value, numbers.Integral):
+        return is_whole(value)
     return math.isfinite(value) and abs(value) <= _LARGEST
+
+
+def check_range(low: float, high: float | None = None, **values: Any) -> None:
+    """Refuses numbers outside a range, ends included; None is no number and passes.
+
+    Args:
+        low: The least.
+        high: The most; None is no limit.
+        **values: Numbers or lists of numbers, by the name of the argument.
+
+    Raises:
+        ZooError: For the first one outside, or that is no finite number.
+    """
+    for name, value in values.items():
+        for one in value if _is_list(value) else [value]:
+            if one is None or (is_number(one) and one >= low and (high is None or one <= high)):
+                continue
+            wanted = f"{low:g} or more" if high is None else f"in [{low:g}, {high:g}]"
+            raise ZooError(f"{name} must be {wanted}, got {value!r}")
 
 
 def words(hint: Any, many: bool = False) -> str:

@@ -83,7 +83,7 @@ def _works_here() -> list[str]:
     return [*set(registered).intersection(stored.works), *(n for n in fresh if not problem(n))]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def problem(name: str) -> str:
     """Why a model cannot be wrapped, or does not run then; empty if it does."""
     import timm

@@ -52,7 +52,7 @@ class KeepRate(Schedule):
         if isinstance(blocks, str):
             if blocks != "all":
                 raise ZooError(f"blocks must be a list, null or 'all', got {blocks!r}")
-            if len(rates) > 1:
+            if not isinstance(rate, int | float):
                 raise ZooError("a list of rates needs blocks=[...]")
         elif blocks is not None:
             blocks = [
@@ -64,7 +64,8 @@ class KeepRate(Schedule):
                 raise ZooError(f"blocks must be increasing and distinct, got {blocks}")
             if len(rates) not in (1, len(blocks)):
                 raise ZooError(f"{len(rates)} rates for {len(blocks)} blocks; give one or as many")
-        elif len(rates) > 1:
+            rates = rates * len(blocks) if len(rates) == 1 else rates
+        elif not isinstance(rate, int | float):
             raise ZooError("a list of rates needs blocks=[...]")
         self.blocks: list[int] | str | None = blocks
         self.rounding = one_of("rounding", rounding, sorted(_ROUNDING))

@@ -24,7 +24,9 @@ def pick_device(name: str, option: str = "device") -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ZooError(f"{option}={name} cannot be used here: {reason}; type {option}=cpu") from error
+        raise ZooError(
+            f"{option}={name} cannot be used here: {reason}; type {option}=cpu"
+        ) from error
     if device.type == "meta":
         raise ZooError(f"{option}=meta computes nothing; type {option}=cpu")
     return device

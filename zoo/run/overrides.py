@@ -74,7 +74,9 @@ def _check_group(group: str, value: Any) -> str | None:
         several = ",".join(map(str, value)) or "NAME,NAME"
         return f"{group}={_typed(value)}: expected one name; to run several: -m {group}={several}"
     if isinstance(value, dict):
-        return f"{group}={_typed(value)}: expected one of {_options(group)}, then {group}.NAME=VALUE"
+        return (
+            f"{group}={_typed(value)}: expected one of {_options(group)}, then {group}.NAME=VALUE"
+        )
     return f"{group}={_typed(value)}: no such {group}; {group} is one of {_options(group)}"
 
 
