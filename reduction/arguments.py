@@ -115,25 +115,6 @@ def is_number(value: Any) -> bool:
     return math.isfinite(value) and abs(value) <= _LARGEST
 
 
-def check_range(low: float, high: float | None = None, **values: Any) -> None:
-    """Refuses numbers outside a range, ends included; None is no number and passes.
-
-    Args:
-        low: The least.
-        high: The most; None is no limit.
-        **values: Numbers or lists of numbers, by the name of the argument.
-
-    Raises:
-        ZooError: For the first one outside, or that is no finite number.
-    """
-    for name, value in values.items():
-        for one in value if _is_list(value) else [value]:
-            if one is None or (is_number(one) and one >= low and (high is None or one <= high)):
-                continue
-            wanted = f"{low:g} or more" if high is None else f"in [{low:g}, {high:g}]"
-            raise ZooError(f"{name} must be {wanted}, got {value!r}")
-
-
 def words(hint: Any, many: bool = False) -> str:
     """An annotation in words: "a whole number or null"."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from reduction.checks import boolean, count, listed, one_of, shares
+from reduction.checks import boolean, count, is_list, listed, one_of, shares
 from reduction.counts import Budget
 from reduction.errors import ZooError
 from reduction.schedules.base import Schedule
@@ -52,7 +52,7 @@ class KeepRate(Schedule):
         if isinstance(blocks, str):
             if blocks != "all":
                 raise ZooError(f"blocks must be a list, null or 'all', got {blocks!r}")
-            if not isinstance(rate, int | float):
+            if is_list(rate):
                 raise ZooError("a list of rates needs blocks=[...]")
         elif blocks is not None:
             blocks = [
@@ -64,8 +64,9 @@ class KeepRate(Schedule):
                 raise ZooError(f"blocks must be increasing and distinct, got {blocks}")
             if len(rates) not in (1, len(blocks)):
                 raise ZooError(f"{len(rates)} rates for {len(blocks)} blocks; give one or as many")
-            rates = rates * len(blocks) if len(rates) == 1 else rates
-        elif not isinstance(rate, int | float):
+            if is_list(rate):
+                self.rate = rates * len(blocks) if len(rates) == 1 else rates
+        elif is_list(rate):
             raise ZooError("a list of rates needs blocks=[...]")
         self.blocks: list[int] | str | None = blocks
         self.rounding = one_of("rounding", rounding, sorted(_ROUNDING))

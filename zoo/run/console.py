@@ -1,4 +1,4 @@
-"""A terminal, pipe or file that stops taking output ends nothing: the work goes on, rows are kept."""
+"""A terminal, pipe or file that takes no more output ends nothing: the work goes on."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _steady() -> Iterator[Steady]:
 
 
 def _fill_closed() -> None:
-    """Opens what the shell has closed (`>&-`): else the next file would take the place of stdout."""
+    """Opens what the shell has closed (`>&-`): else the next file would become stdout."""
     for number in range(3):
         try:
             os.fstat(number)

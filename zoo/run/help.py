@@ -55,7 +55,12 @@ def page(kind: str, arguments: Sequence[str]) -> str:
         choices = dict(cfg.hydra.runtime.choices)
         values: Any = OmegaConf.to_container(cfg, resolve=False)
     del values["hydra"]
-    lines = [f"zoo {kind}: {_HEADS[kind]}", "", "Choose an option of a group with GROUP=OPTION:", ""]
+    lines = [
+        _wrapped(f"zoo {kind}: {_HEADS[kind]}", "  "),
+        "",
+        "Choose an option of a group with GROUP=OPTION:",
+        "",
+    ]
     for group in command_groups(kind):
         names = ", ".join(sorted(p.stem for p in (config_folder() / group).glob("*.yaml")))
         if group == "backbone":
@@ -68,7 +73,10 @@ def page(kind: str, arguments: Sequence[str]) -> str:
     ]
     notes = _notes(kind, choices)
     for name, value in _options(values, choices):
-        lines.append(_line(name, value, notes.get(name, "")))
+        # What stands inside one line, {a: 1, b: 2}, shares the comment of that line.
+        above = name.rpartition(".")[0]
+        note = notes.get(name) or ("" if above in choices else notes.get(above, ""))
+        lines.append(_line(name, value, note))
     return "\n".join([*lines, "", _FOOT])
 
 
