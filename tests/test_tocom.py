@@ -26,7 +26,9 @@ def plugged(
     m = backbone(name)
     torch.manual_seed(3)
     schedule = {"name": "constant_r", "r": r, "strict": False}
-    made = zoo.wrap(m, reducer, schedule if reducer else None, [{"name": "tocom", "scale": 1.0, **args}])
+    made = zoo.wrap(
+        m, reducer, schedule if reducer else None, [{"name": "tocom", "scale": 1.0, **args}]
+    )
     with torch.no_grad():
         for parameter in made.plugins.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
