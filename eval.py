@@ -14,4 +14,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(guarded(main, "eval"))

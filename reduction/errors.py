@@ -22,7 +22,9 @@ class UnknownName(ZooError):
         near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {known}"
         if not near and len(known) > 40:
-            hint = f"{len(known)} names are known; list them with `zoo list`"
+            hint = f"{len(known)} names are known, such as {', '.join(known[:: len(known) // 5])}"
+            if command := {"reducer": "zoo list", "backbone": "zoo list --models"}.get(kind):
+                hint = f"{len(known)} names are known; list them with `{command}`"
         super().__init__(f"unknown {kind} {str(name)!r}; {hint}")
 
 

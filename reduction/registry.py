@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
+from reduction.arguments import check_arguments
 from reduction.base import Card, Reducer, check_needs
 from reduction.errors import UnknownName, ZooError
 from reduction.schedules.base import SCHEDULES, Schedule
@@ -99,10 +100,7 @@ class Registry(Generic[_T]):
             ZooError: If an argument is unknown or has a bad value.
         """
         cls = self.get(name, also)
-        try:
-            return cls(**args)
-        except TypeError as error:
-            raise ZooError(f"{self.kind} {name!r}: {argument_error(cls, error)}") from error
+        return checked(cls, args, f"{self.kind} {name!r}: ")
 
     def parse(
         self, spec: str | Mapping[str, Any] | _T, also: Sequence[str] = ()
@@ -134,10 +132,34 @@ def check_name(name: str) -> None:
         raise ValueError(f"expected a name like 'token_pooling', got {name!r}")
 
 
-def argument_error(cls: type, error: TypeError) -> str:
+def checked(cls: Callable[..., _T], args: Mapping[str, Any], where: str) -> _T:
+    """Call a constructor with arguments that somebody typed.
+
+    Args:
+        cls: The class, or a function.
+        args: Its arguments.
+        where: Put before what is said about an argument.
+
+    Raises:
+        ZooError: If an argument is unknown, of another type than annotated, or has a bad value.
+    """
+    try:
+        built = cls(**args)
+    except ZooError:
+        raise  # it knows better than the annotations what it wants
+    except Exception as error:
+        check_arguments(cls, args, where)
+        if not isinstance(error, TypeError):
+            raise ZooError(f"{where}{error}") from error
+        raise ZooError(f"{where}{argument_error(cls, error)}") from error
+    check_arguments(cls, args, where)
+    return built
+
+
+def argument_error(cls: Callable[..., Any], error: TypeError) -> str:
     """What is wrong with the arguments of a constructor, and which it takes."""
     accepted = list(inspect.signature(cls).parameters)
-    text = re.sub(r"^.*__init__\(\) ", "", str(error))
+    text = re.sub(r"^.*?\w+\(\) (?=got|missing|takes)", "", str(error))
     return f"{text}; it takes {accepted or 'no arguments'}"
 
 

@@ -20,11 +20,15 @@ from zoo.published import config_folder
 FAMILIES = ["plain", "gap", "registers", "qk_norm", "eva02", "eva02_fused", "dinov3", "rope_mixed"]
 
 
-def plugged(r: float = 6, name: str = "plain", reducer: str = "tome", **args: object) -> ReducedViT:
+def plugged(
+    r: float = 6, name: str = "plain", reducer: str | None = "tome", **args: object
+) -> ReducedViT:
     m = backbone(name)
     torch.manual_seed(3)
     schedule = {"name": "constant_r", "r": r, "strict": False}
-    made = zoo.wrap(m, reducer, schedule, [{"name": "tocom", "scale": 1.0, **args}])
+    made = zoo.wrap(
+        m, reducer, schedule if reducer else None, [{"name": "tocom", "scale": 1.0, **args}]
+    )
     with torch.no_grad():
         for parameter in made.plugins.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)

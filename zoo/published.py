@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import UnknownName, ZooError
-
 
 def config_folder() -> Path:
     """The folder of the configuration tree: installed as zoo.configs, or a checkout's."""
@@ -38,6 +36,9 @@ def published(spec: Any) -> Any:
     name = spec.get("name") if isinstance(spec, Mapping) else spec
     if not isinstance(name, str) or "/" not in name:
         return spec
+    # The command line asks this module for its folder and must not wait for torch.
+    from zoo.errors import UnknownName, ZooError
+
     if name not in list_published():
         raise UnknownName("published schedule", name, list_published())
     from omegaconf import OmegaConf

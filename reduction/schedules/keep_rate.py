@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from reduction.checks import boolean, count, listed, one_of, shares
+from reduction.checks import boolean, count, is_list, listed, one_of, shares
 from reduction.counts import Budget
 from reduction.errors import ZooError
 from reduction.schedules.base import Schedule
@@ -52,17 +52,21 @@ class KeepRate(Schedule):
         if isinstance(blocks, str):
             if blocks != "all":
                 raise ZooError(f"blocks must be a list, null or 'all', got {blocks!r}")
-            if len(rates) > 1:
+            if is_list(rate):
                 raise ZooError("a list of rates needs blocks=[...]")
         elif blocks is not None:
             blocks = [
                 count("blocks", b, 0) for b in listed("blocks", blocks, "a list, null or 'all'")
             ]
+            if not blocks:
+                raise ZooError("blocks is an empty list: nothing would be reduced; name some")
             if sorted(set(blocks)) != blocks:
                 raise ZooError(f"blocks must be increasing and distinct, got {blocks}")
             if len(rates) not in (1, len(blocks)):
                 raise ZooError(f"{len(rates)} rates for {len(blocks)} blocks; give one or as many")
-        elif len(rates) > 1:
+            if is_list(rate):
+                self.rate = rates * len(blocks) if len(rates) == 1 else rates
+        elif is_list(rate):
             raise ZooError("a list of rates needs blocks=[...]")
         self.blocks: list[int] | str | None = blocks
         self.rounding = one_of("rounding", rounding, sorted(_ROUNDING))

@@ -14,6 +14,7 @@ from reduction.errors import UnreachableBudget, ZooError
 from reduction.schedules.base import Schedule
 from reduction.schedules.target import Target
 from zoo.cost.analytic import block_costs
+from zoo.measure.device import pick_device
 from zoo.measure.throughput import interleaved
 from zoo.model.anatomy import Anatomy
 from zoo.model.plan import make_plan
@@ -86,6 +87,8 @@ class TargetTime(Target):
         for name, value in (("batch", batch), ("rounds", rounds), ("threads", threads or 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ZooError(f"{self.name}.{name} must be a whole number from 1, got {value!r}")
+        if (threads or 1) > 1024:
+            raise ZooError(f"{self.name}.threads must be at most 1024, got {threads!r}")
         if not 0 < tolerance < 1:
             raise ZooError(f"{self.name}.tolerance must be in (0, 1), got {tolerance!r}")
         self.batch, self.rounds, self.threads = batch, rounds, threads
@@ -212,11 +215,7 @@ class _Clock:
     def __init__(self, anatomy: Anatomy, target: TargetTime, last_block: str) -> None:
         self.anatomy, self.target, self.last_block = anatomy, target, last_block
         self.whole = sum(c.linear + c.mlp + c.attention for c in block_costs(anatomy, None))
-        self.device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu")
-            if target.device == "auto"
-            else target.device
-        )
+        self.device = pick_device(target.device, "schedule.device")
         self.backbone = copy.deepcopy(anatomy.backbone).eval().to(self.device)
         self.plain = ReducedViT(self.backbone)
         self.dense = float("nan")

@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f"options come after the command: zoo eval {command}"
         print(f"error: no command {command!r}; {hint}", file=sys.stderr)
         return 2
-    from zoo.run.entry import written_out
+    from zoo.run.console import written_out
 
     return written_out(lambda: _plain(command, rest))
 
 
 def _say(text: str) -> int:
-    from zoo.run.entry import written_out
+    from zoo.run.console import written_out
 
     return written_out(lambda: sys.stdout.write(text) * 0)
 
@@ -76,7 +76,7 @@ def _hydra(program: str, command: str, rest: list[str]) -> int:
     def run(cfg: Any) -> Any:
         return job(command, cfg)
 
-    return guarded(run, [program, *rest], shown=[program, command, *rest])
+    return guarded(run, command, [program, *rest], shown=[program, command, *rest])
 
 
 def _complete(program: str, rest: list[str]) -> int:
@@ -110,8 +110,6 @@ def _plain(command: str, rest: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        raise
     except Exception as error:
         message = explain(error)
         if message is None:

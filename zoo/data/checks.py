@@ -45,8 +45,14 @@ def data_config(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
         height, width = (size, size) if isinstance(size, int) else tuple(size)
     config["input_size"] = (channels, height, width)
     for key in ("mean", "std"):
+        typed = key in given
         value = given.pop(key, config[key])
         value = (value,) if isinstance(value, int | float) else tuple(value)
+        if typed and len(value) not in (1, channels):
+            raise ZooError(
+                f"data.{key} holds {len(value)} numbers, expected 1 or {channels}: the model takes "
+                f"images of {channels} channels"
+            )
         if len(value) not in (1, channels):
             # Three published channel means for a one-channel model (or one for three).
             value = (sum(value) / len(value),)

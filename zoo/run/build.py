@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from reduction.arguments import check_arguments
 from zoo.errors import BadCheckpoint, ZooError
 
 if TYPE_CHECKING:
@@ -44,6 +46,9 @@ def build_model(
         )
         if part is not _ABSENT
     }
+    # In a sweep over reducers the dense model is among them, and has no use for their schedule.
+    if parts.get("reducer", _ABSENT) is None and "schedule" in parts:
+        parts["schedule"] = None
     args = {**_arguments(backbone), **backbone_args}
     if backbone is None or "name" not in backbone.keys():  # `in` is false for a missing value
         if weights is None:
@@ -113,8 +118,12 @@ def _load_into(model: ReducedViT, weights: str, new_head: bool | Literal["auto"]
         ) from error
 
 
-def instantiate(node: Any) -> Any:
+def instantiate(node: Any, name: str = "") -> Any:
     """Calls a node's `_target_`; a mistake in it comes out as one line.
+
+    Args:
+        node: A mapping with a `_target_`, or None.
+        name: Of the option that it is the value of, for messages.
 
     Raises:
         ZooError: The constructor refused its arguments, or there is nothing at that import path.
@@ -125,12 +134,31 @@ def instantiate(node: Any) -> Any:
     from zoo.run.messages import explain
 
     try:
-        return hydra.utils.instantiate(node)
+        built = hydra.utils.instantiate(node)
     except InstantiationException as error:
+        cause = error.__cause__
+        if not isinstance(cause, ZooError):  # which would know better
+            _check_types(node, name)
         message = explain(error)
         if message is None:
-            raise error.__cause__ or error from None
+            raise cause or error from None
         raise ZooError(message) from error
+    _check_types(node, name)
+    return built
+
+
+def _check_types(node: Any, name: str) -> None:
+    """Refuses arguments of other types than a constructor of ours says that it takes."""
+    plain = _plain(node)
+    target = plain.get("_target_") if isinstance(plain, Mapping) else None
+    if not isinstance(target, str) or not target.startswith(("reduction.", "zoo.")):
+        return
+    try:
+        build = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError):
+        return  # the builder says that there is nothing of that name
+    given = {key: value for key, value in plain.items() if not key.startswith("_")}
+    check_arguments(build, given, f"{name}." if name else "")
 
 
 def _load(weights: str, parts: dict[str, Any], backbone_args: Mapping[str, Any]) -> ReducedViT:
@@ -166,7 +194,7 @@ def _checked(model: ReducedViT) -> ReducedViT:
 def _part(cfg: DictConfig, name: str) -> Any:
     """What a group describes: an instance, None for its option `none`, absent for null."""
     node = cfg.get(name)
-    return _ABSENT if node is None else instantiate(node)
+    return _ABSENT if node is None else instantiate(node, name)
 
 
 def _schedule(cfg: DictConfig) -> Any:

@@ -18,8 +18,11 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from zoo.run import help
+from zoo.run.console import written_out
 from zoo.run.messages import explain, unknown_flag
 from zoo.run.outcome import FAILED, INTERRUPTED, State, complain
+from zoo.run.overrides import prepare
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -31,41 +34,39 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def guarded(
-    main: Callable[[], Any], argv: list[str] | None = None, shown: list[str] | None = None
+    main: Callable[[], Any],
+    kind: str,
+    argv: list[str] | None = None,
+    shown: list[str] | None = None,
 ) -> int:
     """Runs a `@hydra.main` function and returns the exit code of the command.
 
     Args:
         main: The decorated function; it reads `sys.argv` by itself.
+        kind: "train" or "eval".
         argv: The arguments that Hydra shall see (program name first); default `sys.argv`.
         shown: The arguments as they were typed, where Hydra shall not see all of them.
     """
-    return written_out(lambda: _guarded(main, argv, shown))
+    return written_out(lambda: _guarded(main, kind, argv, shown))
 
 
-def written_out(command: Callable[[], int]) -> int:
-    """Runs a command; ends quietly when nobody reads its output any more (`zoo list | head`)."""
-    try:
-        code = command()
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # Python would complain once more when it flushes stdout at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-
-
-def _guarded(main: Callable[[], Any], argv: list[str] | None, shown: list[str] | None) -> int:
+def _guarded(
+    main: Callable[[], Any], kind: str, argv: list[str] | None, shown: list[str] | None
+) -> int:
     original, before = list(sys.argv), os.environ.get(_FULL_ERROR)
     State.argv, State.full_error = shown or argv or original, before == "1"
     State.failed_jobs, State.report_failed, State.rows_path = 0, False, None
     sys.argv = list(argv or original)
-    if message := unknown_flag(sys.argv[1:]):
+    if message := unknown_flag(sys.argv[1:]) or prepare(sys.argv[1:]):
+        sys.argv = original
         return complain(message)
     # With this set Hydra raises its errors instead of printing them with a trace and a hint.
     os.environ[_FULL_ERROR] = "1"
     try:
-        main()
+        if help.asked(sys.argv[1:]):
+            print(help.page(kind, sys.argv[1:]))
+        else:
+            main()
     except KeyboardInterrupt:
         kept = f"; the rows so far are in {State.rows_path}" if State.rows_path else ""
         print(f"interrupted{kept}", file=sys.stderr)
@@ -74,8 +75,6 @@ def _guarded(main: Callable[[], Any], argv: list[str] | None, shown: list[str] |
         if isinstance(end.code, str):
             return complain(end.code)
         return int(end.code or 0)
-    except BrokenPipeError:
-        raise
     except Exception as error:
         message = explain(error)
         if message is None or State.full_error:
@@ -107,6 +106,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from zoo.run.schema import check_config
     from zoo.run.sweep import refuse_subprocess_ddp
 
     # Lightning starts the other processes of a DDP run from sys.argv, and those need the
@@ -119,7 +119,10 @@ def job(kind: str, cfg: DictConfig) -> Row:
     if sweep:
         refuse_subprocess_ddp(cfg)
     try:
+        check_config(cfg, kind, _typed(sweep))
         _check_writable(_results(cfg))
+        if kind == "train":
+            os.makedirs(str(cfg.output_dir), exist_ok=True)
         if kind == "train":
             from zoo.run.train import train as work
         else:
@@ -148,13 +151,14 @@ def job(kind: str, cfg: DictConfig) -> Row:
         return row
     from zoo.report.words import summary_line
 
-    print(summary_line(row), flush=True)
+    # First the row, then what is said about it: whoever reads along may have gone.
     try:
         path = _record(row, cfg)
     except Exception as error:
         # The disk filled up, or the folder went away: what was measured is still on the screen.
-        print(json.dumps(row))
+        print(f"{summary_line(row)}\n{json.dumps(row)}", flush=True)
         raise SystemExit(complain(explain(error) or str(error))) from error
+    print(summary_line(row), flush=True)
     if not sweep:
         print(f"row: {path}", flush=True)
     if row.get("status") == "failed":  # it ran, and what it measured is no number
@@ -177,6 +181,15 @@ def command_line() -> str:
     if argv[1:2] and argv[1] in ("train", "eval"):
         start.append(argv[1])
     return shlex.join([*start, *HydraConfig.get().overrides.task])
+
+
+def _typed(sweep: bool) -> list[str]:
+    """The overrides of this run; those of the whole sweep where it is a job of one."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not sweep:
+        return list(HydraConfig.get().overrides.task)
+    return [text for text in (State.argv or sys.argv)[1:] if "=" in text or text[:1] == "~"]
 
 
 def _results(cfg: DictConfig) -> str:

@@ -19,6 +19,7 @@ from zoo.errors import ZooError
 from zoo.measure.accuracy import top_k
 from zoo.measure.costs import count_costs, sampled_costs
 from zoo.measure.describe import dense_of, describe, method_name
+from zoo.measure.device import pick_device
 from zoo.model.answers import NotFinite
 from zoo.model.runtime import Runtime
 from zoo.results.rows import new_row, wilson_interval
@@ -250,23 +251,6 @@ def measure_throughput(
         "threads": found[0].threads,
         "notes": f"spread of the throughput rounds {100 * spread:.0f} %" if spread > 0.1 else None,
     }
-
-
-def pick_device(name: str) -> torch.device:
-    """Returns the device of that name; "auto" is the accelerator if there is one.
-
-    Raises:
-        ZooError: There is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ZooError(f"device={name} cannot be used here: {reason}; type device=cpu") from error
-    return device
 
 
 def pick_dtype(name: str) -> torch.dtype:

@@ -41,7 +41,7 @@ def unknown_flag(arguments: Iterable[str]) -> str | None:
 
 def explain(error: BaseException) -> str | None:
     """Returns one line for an error that the user can mend, None for what may be a bug."""
-    text = _explain_hydra(error)
+    text = _explain_hydra(error) or _explain_memory(error)
     if text is None:
         # reduction.errors imports torch; an error of that kind cannot exist before it is loaded.
         errors = sys.modules.get("reduction.errors")
@@ -50,9 +50,9 @@ def explain(error: BaseException) -> str | None:
     return None if text is None else " ".join(text.split())
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
+def nearest(word: str, known: Iterable[str], most: int = 3) -> str | None:
     """Returns "did you mean ...?" for the nearest known words, or None when none is near."""
-    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(word, list(known), n=most, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else None
 
 
@@ -88,9 +88,25 @@ def _explain_hydra(error: BaseException) -> str | None:
         return _explain_composition(str(error) or str(cause or type(error).__name__))
     if isinstance(error, OmegaConfBaseException):
         return str(error).splitlines()[0]
+    if type(error).__name__ == "MisconfigurationException":
+        return f"the trainer cannot run this: {error}"
+    if isinstance(error, ValueError) and _raised_by(error, "lightning"):
+        return f"the trainer cannot run this: {error}"
     # Hydra's own checks of the command line ("Only one of --run, --multirun ...").
     if isinstance(error, ValueError) and _raised_by(error, "hydra"):
         return str(error).splitlines()[0]
+    return None
+
+
+def _explain_memory(error: BaseException) -> str | None:
+    """Too large a batch, image or model; torch raises a plain RuntimeError for it on a CPU."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    small = "type a smaller batch (throughput.batch, data.batch_size), image or model"
+    if isinstance(error, MemoryError):
+        return f"out of memory; {small}"
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in words):
+        reason = str(error).splitlines()[0].partition("] . ")[2] or str(error).splitlines()[0]
+        return f"out of memory ({reason}); {small}"
     return None
 
 
@@ -132,6 +148,8 @@ def _unknown_key(cause: BaseException, message: str) -> str:
     key = str(getattr(cause, "full_key", "") or "")
     typed = re.search(r"Could not override '([^']*)'", message)
     typed_key = typed.group(1) if typed else key
+    if key.startswith(f"{typed_key}."):  # inside a mapping that was typed as a whole
+        typed_key = key
     parent = getattr(cause, "parent_node", None)
     root = parent._get_root() if parent is not None else None
     above, _, last = typed_key.rpartition(".")
@@ -143,7 +161,7 @@ def _unknown_key(cause: BaseException, message: str) -> str:
     if above:
         owner = OmegaConf.select(root, above, default=None)
         # OmegaConf has turned a null into an empty mapping by now.
-        if OmegaConf.is_dict(owner) and not (len(owner) == 0 and above in _groups()):
+        if OmegaConf.is_dict(owner) and not (len(owner) == 0 and above in groups()):
             if near := nearest(last, [str(name) for name in owner if str(name)[0] != "_"]):
                 return f"{start}; {near}"
             if options := list(_options_with(above, last)):
@@ -151,12 +169,12 @@ def _unknown_key(cause: BaseException, message: str) -> str:
             inside = [str(name) for name in owner if str(name)[0] != "_"]
             has = f"{above} has {', '.join(inside)}" if inside else f"{above} is empty"
             return f"{start}; {has}; a leading + adds an option: +{typed_key}=VALUE"
-        if above in _groups():
+        if above in groups():
             other = f", or did you mean {' or '.join(same[:3])}?" if same else ""
             return f"{start}: no {above} is chosen; {_choose(above, last)}{other}"
-    if near := nearest(typed_key, {*keys, *_groups()}):
+    if near := nearest(typed_key, {*keys, *groups()}):
         return f"{start}; {near}"
-    for group in _groups():
+    for group in groups():
         same += [f"{group}={option} {group}.{last}" for option in _options_with(group, last)]
     if same:
         return f"{start}; did you mean {' or '.join(same[:3])}?"
@@ -174,6 +192,9 @@ def _explain_composition(message: str) -> str:
         return f"{sweep.group(1)}: several values; add -m to run each"
     if lines[0].startswith("Could not append"):
         return f"{lines[0]} {lines[1]}"
+    if merging := re.match(r"Error merging override (.*)", lines[0]):
+        reason = lines[1] if len(lines) > 1 else "the value is of another type than the option"
+        return f"{merging.group(1)}: {reason}"
     return lines[0]
 
 
@@ -191,10 +212,10 @@ def _explain_instantiation(error: BaseException) -> str | None:
         return f"{place}{cause}"
     if isinstance(cause, (ValueError, OSError)):
         return str(cause)
-    if cause is None or isinstance(cause, ImportError):
-        # An import that fails names the missing module in its own message.
-        reason = f": {str(cause).splitlines()[-1]}" if cause is not None else ""
-        return place + str(error).splitlines()[0].partition(", set env var")[0] + reason
+    if isinstance(cause, ImportError):
+        return place + " ".join(str(cause).split())
+    if cause is None:
+        return place + str(error).splitlines()[0].partition(", set env var")[0]
     return None
 
 
@@ -208,7 +229,8 @@ def _dotted(node: object, prefix: str = "") -> Iterator[str]:
         yield from _dotted(value, f"{prefix}{name!s}.")
 
 
-def _groups() -> list[str]:
+def groups() -> list[str]:
+    """Returns the names of the configuration groups."""
     folder = config_folder()
     return sorted(path.name for path in folder.iterdir() if any(path.glob("*.yaml")))
 

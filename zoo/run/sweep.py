@@ -89,8 +89,8 @@ class ReportCallback(Callback):
                 rows += [row for row in read_rows(Path(more)) if row["dataset"] in data]
             from zoo.report import table, write_report
 
-            print(table(rows))
             paths = write_report(rows, path.parent, title=_title(rows))
+            print(table(rows))
         except Exception as error:
             # Hydra would turn this into a warning with a type name; say what to do instead.
             message = explain(error) or f"{type(error).__name__}: {error}"

@@ -1,0 +1,107 @@
+"""What was typed, before Hydra sees it: values of groups, and backbones that are no option."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from zoo.published import config_folder
+from zoo.run.messages import groups, nearest
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+# Groups of parts that can be put together: callbacks=[default,multigrid].
+_MIXED = ("callbacks", "logger")
+
+
+def prepare(arguments: Sequence[str]) -> str | None:
+    """Looks at the values of groups, and offers timm's models as options of `backbone`.
+
+    Args:
+        arguments: Of the command line, without the program.
+
+    Returns:
+        The message for the first value of a group that is none, else None.
+    """
+    known = groups()
+    for override in _overrides(arguments):
+        group = override.key_or_group
+        if group not in known or override.is_delete() or override.package is not None:
+            continue
+        for value in _values(override):
+            if group == "backbone" and isinstance(value, str):
+                message = _offer(value)
+            else:
+                message = _check_group(group, value)
+            if message is not None:
+                return message
+    return None
+
+
+def _overrides(arguments: Sequence[str]) -> Iterator[Override]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for text in arguments:
+        if "=" in text and not text.startswith("-"):
+            try:
+                yield parser.parse_override(text)
+            except HydraException:
+                return  # Hydra is about to say so itself
+
+
+def _values(override: Override) -> Iterable[Any]:
+    from hydra.core.override_parser.types import ChoiceSweep, QuotedString
+
+    value = override._value
+    if isinstance(value, ChoiceSweep):
+        found = list(value.list)
+    elif override.is_sweep_override():
+        return []  # of what there is: glob(*)
+    else:
+        found = [value]
+    return [one.text if isinstance(one, QuotedString) else one for one in found]
+
+
+def _check_group(group: str, value: Any) -> str | None:
+    if isinstance(value, str) or (group in _MIXED and isinstance(value, list)):
+        return None
+    if value is None:
+        return f"{group}=null: expected one of {_options(group)}; leave {group} out for the default"
+    if isinstance(value, list):
+        several = ",".join(map(str, value)) or "NAME,NAME"
+        return f"{group}={_typed(value)}: expected one name; to run several: -m {group}={several}"
+    if isinstance(value, dict):
+        return (
+            f"{group}={_typed(value)}: expected one of {_options(group)}, then {group}.NAME=VALUE"
+        )
+    return f"{group}={_typed(value)}: no such {group}; {group} is one of {_options(group)}"
+
+
+def _typed(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value).replace("'", "")
+
+
+def _options(group: str) -> str:
+    return ", ".join(sorted(path.stem for path in (config_folder() / group).glob("*.yaml")))
+
+
+def _offer(name: str) -> str | None:
+    """Makes a model of timm an option of `backbone`; a message where there is none of that name."""
+    from zoo import backbones
+
+    stem = name.removesuffix(".yaml")
+    if "/" in name or (config_folder() / "backbone" / f"{stem}.yaml").is_file():
+        return None
+    if not backbones.exists(name):
+        known = [path.stem for path in (config_folder() / "backbone").glob("*.yaml")]
+        near = nearest(name, [*known, *backbones.works()])
+        hint = f"{near} or see" if near else "see"
+        return f"backbone={name}: no such backbone; {hint} zoo list --models"
+    from hydra.core.config_store import ConfigStore
+
+    node = {"name": name, "pretrained": False, "args": {}}
+    ConfigStore.instance().store(name=name, node=node, group="backbone", provider="timm")
+    return None

@@ -1,0 +1,327 @@
+"""The options of train.yaml, eval.yaml and their groups: what each may be.
+
+A mapping stands for a group of options, a `Kind` for one. Arguments of reducers, schedules and
+plugins are not here: their constructors know them, and their annotations (see `check`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Union
+
+from zoo.run.schema.kinds import (
+    Kind,
+    anything,
+    choice,
+    either,
+    flag,
+    list_of,
+    mapping,
+    maybe,
+    path,
+    real,
+    text,
+    whole,
+)
+
+Options = Mapping[str, Union[Kind, "Options"]]
+
+CONTROLS = ("dense", "resolution")
+
+_SHARE = real(0, 1)
+_POSITIVE = real(above=0)
+_PAIR = "a list of two numbers"
+_SIDE = whole(1, 8192)
+_SIZE = either(_SIDE, list_of(_SIDE, "[height, width]", 2, 2))
+_SEED = whole(0, 2**32 - 1)
+_THREADS = maybe(whole(1, 1024))
+_BATCH = whole(1, 2**20)
+_DEVICE = text("auto, cpu, cuda, cuda:1 or mps", r"auto|cpu|mps|cuda(:\d+)?")
+_WORDS = text()
+
+#: Arguments of timm's models that have a range; the others are left to timm.
+_BACKBONE_ARGS: Options = {
+    "img_size": _SIZE,
+    "patch_size": _SIZE,
+    "num_classes": whole(0),
+    "in_chans": whole(1, 4096),
+    "depth": whole(1, 1000),
+    "embed_dim": whole(1, 2**16),
+    "num_heads": whole(1, 2**16),
+    "mlp_ratio": _POSITIVE,
+    "drop_rate": real(0, below=1),
+    "pos_drop_rate": real(0, below=1),
+    "patch_drop_rate": real(0, below=1),
+    "proj_drop_rate": real(0, below=1),
+    "attn_drop_rate": real(0, below=1),
+    "drop_path_rate": real(0, below=1),
+    "qkv_bias": flag(),
+    "qk_norm": flag(),
+    "dynamic_img_size": flag(),
+    "dynamic_img_pad": flag(),
+    "class_token": flag(),
+}
+
+_RUNTIME: Options = {
+    "last_block": choice("full", "class_token"),
+    "fast_linear": either(choice("off", "auto", "on"), flag()),
+    "own_kernels": flag(),
+}
+
+_DATA: Options = {
+    "name": _WORDS,
+    "root": maybe(path()),
+    "train_split": _WORDS,
+    "val_split": _WORDS,
+    "test_split": maybe(_WORDS),
+    "num_classes": maybe(whole(1)),
+    "class_map": maybe(either(path("a file"), mapping())),
+    "class_order": maybe(choice("natural", "plain")),
+    "match_names": flag(),
+    "extensions": maybe(list_of(_WORDS, "a list of file name endings such as [jpg,png]")),
+    "strict": flag(),
+    "damaged": choice("skip", "fail"),
+    "upright": flag(),
+    "img_size": maybe(_SIZE),
+    "mean": maybe(either(real(), list_of(real(), "one number per channel", 1, 4))),
+    "std": maybe(
+        either(_POSITIVE, list_of(_POSITIVE, "one number above 0 per channel", 1, 4)),
+    ),
+    "interpolation": maybe(
+        choice("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos", "random")
+    ),
+    "crop_pct": maybe(real(0.05, 1)),
+    "crop_mode": maybe(choice("center", "squash", "border")),
+    "batch_size": _BATCH,
+    "eval_batch_size": maybe(_BATCH),
+    "num_workers": maybe(whole(0, 1024)),
+    "pin_memory": maybe(flag()),
+    "drop_last": flag(),
+    "download": flag(),
+    "mirror": flag(),
+    "options": {
+        "size": either(whole(2, 4096), list_of(whole(2, 4096), "[height, width]", 2, 2)),
+        "train_length": whole(1),
+        "eval_length": whole(1),
+    },
+}
+
+_AUGMENT: Options = {
+    "scale": list_of(_POSITIVE, f"{_PAIR} above 0", 2, 2),
+    "ratio": list_of(_POSITIVE, f"{_PAIR} above 0", 2, 2),
+    "hflip": _SHARE,
+    "vflip": _SHARE,
+    "color_jitter": maybe(
+        either(real(0), list_of(real(0), "three or four numbers from 0", 3, 4)),
+    ),
+    "auto_augment": maybe(
+        text(
+            "a policy of timm such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original",
+            r"(rand|augmix)(-[a-z]+[\d.]+|-t)*|(original|originalr|v0|v0r|3a)(-mstd[\d.]+)?",
+        )
+    ),
+    "re_prob": _SHARE,
+    "re_mode": choice("const", "rand", "pixel"),
+    "re_count": whole(1, 100),
+    "affine": {
+        "degrees": real(0, 180),
+        "translate": _SHARE,
+        "scale": real(0, below=1),
+        "shear": real(0, below=90),
+    },
+    "mixup": {
+        "mixup_alpha": real(0),
+        "cutmix_alpha": real(0),
+        "cutmix_minmax": maybe(list_of(_SHARE, f"{_PAIR} from 0 to 1", 2, 2)),
+        "prob": _SHARE,
+        "switch_prob": _SHARE,
+        "mode": choice("batch", "pair", "elem"),
+        "correct_lam": flag(),
+        "label_smoothing": real(0, below=1),
+    },
+}
+
+_OPTIM: Options = {
+    "opt": _WORDS,
+    "lr": _POSITIVE,
+    "weight_decay": real(0),
+    "layer_decay": maybe(real(above=0, high=1)),
+    "fused": maybe(flag()),
+    "lr_factors": maybe(mapping("a mapping {PATTERN: FACTOR} of numbers from 0", real(0))),
+    "betas": list_of(real(0, below=1), "a list of two numbers from 0 below 1", 2, 3),
+    "momentum": real(0, below=1),
+    "eps": maybe(real(0)),
+}
+
+_LR_SCHEDULE: Options = {
+    "warmup_epochs": real(0),
+    "warmup_start": _SHARE,
+    "decay": _SHARE,
+    "final": _SHARE,
+}
+
+_LOSS: Options = {
+    "label_smoothing": real(0, below=1),
+    "smoothing": real(0, below=1),
+    "target_threshold": maybe(_SHARE),
+    "reduction": choice("mean", "sum"),
+}
+
+_MODULE: Options = {
+    "train_only": maybe(
+        list_of(_WORDS, "a list of patterns of parameter names"),
+    ),
+    "weight": real(0),
+    "unit": maybe(_POSITIVE),
+    "granularity": whole(1),
+    "uncompressed": maybe(list_of(whole(0), "a list of blocks, from 0", 0)),
+    "warmup_epochs": whole(0),
+    "share": real(above=0, below=1),
+    "rate": _POSITIVE,
+    "penalty": real(0),
+    "images": whole(1),
+    "objective": choice("kl", "features"),
+    "evaluations": whole(1),
+    "seconds": maybe(_POSITIVE),
+    "seed": _SEED,
+    "cache": maybe(path()),
+}
+
+
+def _never(value: object) -> bool:
+    return False
+
+
+_PART = maybe(either(whole(0), real(0, 1)))
+
+_TRAINER: Options = {
+    "max_epochs": maybe(either(whole(1), Kind("-1", lambda v: v == -1 and type(v) is int))),
+    "max_steps": either(whole(1), Kind("-1", lambda v: v == -1 and type(v) is int)),
+    "accelerator": choice("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
+    "devices": either(
+        whole(1),
+        Kind("-1 or auto", lambda v: v in (-1, "-1", "auto") and not isinstance(v, float)),
+        list_of(whole(0), "a list of device numbers"),
+        text("numbers and commas", r"\d+(,\d+)*,?"),
+    ),
+    "strategy": _WORDS,
+    "precision": either(
+        choice(
+            *("64", "64-true", "32", "32-true", "16", "16-mixed", "16-true", "bf16"),
+            *("bf16-mixed", "bf16-true", "transformer-engine", "transformer-engine-float16"),
+        ),
+        Kind("16, 32 or 64", lambda v: v in (16, 32, 64) and type(v) is int),
+    ),
+    "accumulate_grad_batches": whole(1),
+    "gradient_clip_val": maybe(real(0)),
+    "check_val_every_n_epoch": maybe(whole(1)),
+    "limit_train_batches": _PART,
+    "limit_val_batches": _PART,
+    "limit_test_batches": _PART,
+    "fast_dev_run": either(flag(), whole(0)),
+    "deterministic": maybe(either(flag(), choice("warn"))),
+    "log_every_n_steps": whole(1),
+    "num_sanity_val_steps": whole(-1),
+    "enable_progress_bar": flag(),
+    "enable_model_summary": flag(),
+    "default_root_dir": maybe(path()),
+    "num_nodes": whole(1, 2**16),
+    "min_epochs": maybe(whole(0)),
+    "min_steps": maybe(whole(0)),
+    "val_check_interval": maybe(either(whole(1), real(above=0, high=1))),
+    "overfit_batches": either(whole(0), _SHARE),
+    "callbacks": Kind("nothing here: callbacks=NAME and callbacks.NAME choose them", _never),
+    "logger": Kind("nothing here: logger=NAME chooses one", _never),
+    "sync_batchnorm": flag(),
+}
+
+_MODEL: Options = {
+    "weights": maybe(path("a name, a path or hf-hub:ORG/NAME")),
+    "backbone": {
+        "name": _WORDS,
+        "pretrained": flag(),
+        "args": _BACKBONE_ARGS,
+    },
+    "reducer": anything(),
+    "schedule": anything(),
+    "plugin": anything(),
+    "seed": _SEED,
+    "data": _DATA,
+    "paths": {"outputs": path(), "results": path()},
+    "runtime": _RUNTIME,
+    "results": path("a file"),
+}
+
+EVAL: Options = {
+    **_MODEL,
+    # `evaluate` knows the names of the tasks.
+    "task": either(_WORDS, list_of(_WORDS, "a list of tasks such as [accuracy,flops]", 0)),
+    "device": _DEVICE,
+    "dtype": choice("float32", "bfloat16", "float16"),
+    "compile": flag(),
+    "deterministic": flag(),
+    "limit": maybe(whole(1)),
+    "control": maybe(
+        either(
+            choice(*CONTROLS),
+            list_of(choice(*CONTROLS), f"a list of {', '.join(CONTROLS)}", 0),
+        )
+    ),
+    "resolutions": maybe(
+        list_of(_POSITIVE, "a list of shares of the patches or of pixels, above 0", 0)
+    ),
+    "throughput": {
+        "batch": either(_BATCH, list_of(_BATCH, "a list of whole numbers, at least one")),
+        "rounds": whole(1, 10**6),
+        "min_time": real(above=0, high=3600),
+        "threads": _THREADS,
+    },
+}
+
+TRAIN: Options = {
+    **_MODEL,
+    "ckpt": maybe(path()),
+    "test": choice("best", "last"),
+    "test_start": flag(),
+    "aux_weight": real(0),
+    "threads": _THREADS,
+    "output_dir": path("a folder"),
+    "augment": _AUGMENT,
+    "module": _MODULE,
+    "loss": _LOSS,
+    "optim": _OPTIM,
+    "lr_schedule": _LR_SCHEDULE,
+    "trainer": _TRAINER,
+    "callbacks": anything(),
+    "logger": anything(),
+}
+
+#: Arguments of callbacks that have a range, whichever has them.
+CALLBACK: Options = {
+    "decay": real(0, below=1),
+    "start": real(0, below=1),
+    "end": real(0, below=1),
+    "refresh_rate": whole(0),
+    "seed": _SEED,
+    "save_top_k": whole(-1),
+    "every_n_epochs": maybe(whole(0)),
+    "every_n_train_steps": maybe(whole(0)),
+    "mode": choice("min", "max"),
+}
+
+TABLES: Mapping[str, Options] = {"eval": EVAL, "train": TRAIN}
+
+#: What a command cannot do without.
+REQUIRED = (
+    *("weights", "seed", "data", "paths", "results"),
+    *("task", "device", "dtype", "compile", "limit", "throughput"),
+    *("ckpt", "test", "test_start", "aux_weight", "threads", "output_dir"),
+    *("module", "loss", "optim", "lr_schedule", "trainer"),
+)
+#: Groups that may be null.
+OPTIONAL = (
+    *("backbone", "reducer", "schedule", "plugin", "runtime"),
+    *("augment", "callbacks", "logger", "data.options"),
+)
+#: Groups that take more names than the table has.
+OPEN = ("data", "loss", "module", "optim", "trainer", "callbacks", "logger")
