@@ -5,18 +5,14 @@ from __future__ import annotations
 import random
 
 import torch
+from torch import Tensor
 
 from reduction.assignment import Keep
 from reduction.base import Card, Reducer
 from reduction.checks import boolean, count
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
-from reduction.functional.clustering import (
-    farthest_reach,
-    least_of_cluster,
-    nearest_row,
-    squared_distances,
-)
+from reduction.functional import clustering
 from reduction.functional.lots import seed_or_torchs
 from reduction.mixins.learned import Learned
 from reduction.registry import register
@@ -85,12 +81,12 @@ class KMedoidsHaurum(Learned, Reducer):
     @torch.no_grad()
     def assign(self, t: Tokens, s: Signals, step: Step) -> Keep:
         """Medoids in the order in which the official code produces them, and the last groups."""
-        distance = squared_distances(t.patches).sqrt()
+        distance = clustering.squared_distances(t.patches).sqrt()
         weight = None if s.column is None else s.column[:, t.prefix :]
         # The sum is over all tokens, so it never changes.
         cost = distance.sum(2)
         if self.equal_weight:
-            medoid = farthest_reach(distance, self.first(t.n, step), step.keep)
+            medoid = self._far_apart(distance, step)
         else:
             if weight is None:
                 raise ZooError(f"{self.name} needs the attention of the block before; see setup")
@@ -98,12 +94,17 @@ class KMedoidsHaurum(Learned, Reducer):
             medoid = weight.topk(step.keep, dim=1).indices
         zero = torch.zeros_like(medoid)
         for _ in range(self.iterations):
-            medoid = least_of_cluster(cost, nearest_row(distance, medoid), zero)
-        return Keep(medoid, slot=nearest_row(distance, medoid))
+            medoid = clustering.least_of_cluster(
+                cost, clustering.nearest_row(distance, medoid), zero
+            )
+        return Keep(medoid, slot=clustering.nearest_row(distance, medoid))
 
     def first(self, n: int, step: Step) -> int:
         """The first of the medoids that start far apart, drawn from the seed."""
         return random.Random(f"{self.seed}/{step.block}/{n}").sample(range(n), 1)[0]
+
+    def _far_apart(self, distance: Tensor, step: Step) -> Tensor:
+        return clustering.farthest_reach(distance, self.first(distance.shape[1], step), step.keep)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         return n * n * dims.width
