@@ -99,11 +99,8 @@ def fits(value: Any, hint: Any) -> bool:
 
 def is_whole(value: Any) -> bool:
     """Whether a value is an integer that 64 bits hold; a Boolean is none."""
-    return (
-        isinstance(value, numbers.Integral)
-        and not isinstance(value, bool)
-        and -_MOST <= value < _MOST
-    )
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole and -_MOST <= int(value) < _MOST
 
 
 def is_number(value: Any) -> bool:
@@ -112,7 +109,7 @@ def is_number(value: Any) -> bool:
         return False
     if isinstance(value, numbers.Integral):
         return is_whole(value)
-    return math.isfinite(value) and abs(value) <= _LARGEST
+    return math.isfinite(value) and abs(float(value)) <= _LARGEST
 
 
 def words(hint: Any, many: bool = False) -> str:
@@ -127,7 +124,7 @@ def words(hint: Any, many: bool = False) -> str:
     if origin in (dict, collections.abc.Mapping):
         return f"{'mappings' if many else 'a mapping'} of {words(inner[1], many=True)}"
     one, several = _WORDS.get(hint, (getattr(hint, "__name__", str(hint)),) * 2)
-    return several if many else one
+    return str(several if many else one)
 
 
 def _is_list(value: Any) -> bool:

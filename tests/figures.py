@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zoo.cli", "zoo.__main__"),
     ("zoo.run",),
     ("zoo",),
-    ("zoo.api",),
+    ("zoo.api", "zoo.backbones"),
     ("zoo.checkpoint",),
     ("zoo.build", "zoo.lit"),
     ("zoo.budget",),
@@ -57,7 +57,13 @@ REDUCTION: tuple[tuple[str, ...], ...] = (
     ("reduction.functional",),
     ("reduction.assignment",),
     ("reduction.tokens",),
-    ("reduction.counts", "reduction.config", "reduction.checks", "reduction.eager"),
+    (
+        "reduction.counts",
+        "reduction.config",
+        "reduction.checks",
+        "reduction.arguments",
+        "reduction.eager",
+    ),
     ("reduction.errors",),
 )
 

@@ -23,10 +23,9 @@ class PPT(ScoreReducer):
     """Token Pruning and Pooling.
 
     Between attention and MLP, a token's significance is the attention that the class token pays it
-    times the length of its value, normalised over the patches. Where it varies much among the
-    patches of an image, some are clearly dispensable and the least significant are pruned; where it
-    is flat, similar tokens are pooled as in ToMe, into their size-weighted mean. Both leave the
-    same number of tokens, so one batch can do both.
+    times the length of its value, normalised over the patches. Where it varies much, some patches
+    are clearly dispensable and the least significant are pruned; where it is flat, similar tokens
+    are pooled as in ToMe, into their size-weighted mean. Both leave as many tokens.
 
     The order of rows is part of the algorithm: patches by descending significance after pruning,
     ToMe's order after pooling.
@@ -88,8 +87,8 @@ class PPT(ScoreReducer):
 
     def threshold_at(self, grid: tuple[int, int]) -> float:
         """Threshold for a patch grid."""
-        scale = 1.0 if self.patches is None else (self.patches / (grid[0] * grid[1])) ** 2
-        return self.threshold * scale
+        scale = 1.0 if self.patches is None else self.patches / (grid[0] * grid[1])
+        return self.threshold * scale**2
 
     def score(self, t: Tokens, s: Signals, step: Step) -> Tensor:
         return significance(super().score(t, s, step), s.need("v")[:, :, t.prefix :])
@@ -100,8 +99,8 @@ class PPT(ScoreReducer):
         # An image pools where its scores are flat.
         pool = (score.var(1, keepdim=True) < self.threshold_at(step.grid)).expand(-1, t.n)
         order = stable_order(score, descending=True)
-        metric = head_sum(s.need("k")[:, :, t.prefix :])
-        match = bipartite_matching(metric, t.n - step.keep, t.prefix)
+        keys = head_sum(s.need("k")[:, :, t.prefix :])
+        match = bipartite_matching(keys, t.n - step.keep, t.prefix)
         slot, leader = prune_or_pool(pool, order, match, step.keep)
         coef = None if self.prop_attn else plain_shares(slot, step.keep, score.dtype)
         return Merge(slot, leader, coef=coef)

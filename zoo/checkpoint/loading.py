@@ -16,6 +16,7 @@ from zoo.build import CONSUMED_ARGS, set_tag, wrap
 from zoo.checkpoint import config as cfg
 from zoo.checkpoint.containers import Tower
 from zoo.checkpoint.files import file_sha256, first_line, read_any, read_shapes
+from zoo.checkpoint.hub import HUB, download
 from zoo.checkpoint.positions import own_grid
 from zoo.checkpoint.rebuild import tuples, twin
 from zoo.checkpoint.untrusted import cut, short
@@ -46,7 +47,6 @@ KEEP: Any = _Keep()
 """Default of :func:`load`'s arguments: take what the model was saved with."""
 
 _ASSETS = Path(__file__).parents[1] / "assets"
-_HUB = "hf-hub:"
 # Numbers by which weights may differ from a recipe when an image size or classes are changed.
 _SLACK = 1 << 24
 
@@ -97,8 +97,8 @@ def find(name: str | Path) -> Path:
         UnknownName: the name is neither a path nor a shipped model.
     """
     text = str(name)
-    if text.startswith(_HUB):
-        return _download(text)
+    if text.startswith(HUB):
+        return download(text)
     if text in list_assets():
         return _ASSETS / text
     path = Path(name).expanduser()
@@ -432,34 +432,3 @@ def _set_data(backbone: Any, data: Mapping[str, Any], overrides: Mapping[str, An
         described["zoo_data"] = others
     backbone.pretrained_cfg = described
     backbone.default_cfg = described  # timm keeps both names for one dictionary
-
-
-def _download(text: str) -> Path:
-    """Fetch a model folder from the Hugging Face hub, or find it in the cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    repo, _, revision = text[len(_HUB) :].partition("@")
-    try:
-        return Path(
-            snapshot_download(repo, revision=revision or None, allow_patterns=list(cfg.OWN_FILES))
-        )
-    except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError) as error:
-        raise BadCheckpoint(
-            f"{text}: no such model on the hub, or it is private ({type(error).__name__}); "
-            "log in with `hf auth login` if it is yours"
-        ) from error
-    except HFValidationError as error:
-        raise BadCheckpoint(
-            f"{text}: expected hf-hub:ORG/NAME or hf-hub:ORG/NAME@REVISION"
-        ) from error
-    except Exception as error:  # requests, httpx, urllib, OSError: by version and kind of failure
-        raise BadCheckpoint(
-            f"{text}: could not be fetched and is not in the cache ({first_line(error)}); "
-            "connect to the network, or copy the model folder here and give its path"
-        ) from error

@@ -52,7 +52,8 @@ class Job:
     def dense(self) -> bool:
         """Whether it runs the dense model: nothing reduces, and the weights bring nothing along."""
         reducer, plugin = self.cfg.get("reducer"), self.cfg.get("plugin")
-        chosen = reducer is not None and reducer.get("_target_") == _NOTHING["reducer"]["_target_"]
+        nothing: Any = _NOTHING["reducer"]
+        chosen = reducer is not None and reducer.get("_target_") == nothing["_target_"]
         return chosen and (plugin is None or plugin == _NOTHING["plugin"])
 
 

@@ -55,7 +55,7 @@ def _overrides(arguments: Sequence[str]) -> Iterator[Override]:
 def _values(override: Override) -> Iterable[Any]:
     from hydra.core.override_parser.types import ChoiceSweep, QuotedString
 
-    value = override._value
+    value: Any = override._value
     if isinstance(value, ChoiceSweep):
         found = list(value.list)
     elif override.is_sweep_override():
