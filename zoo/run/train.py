@@ -28,6 +28,7 @@ from zoo.measure.costs import count_costs, sampled_costs
 from zoo.measure.describe import describe
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model, instantiate
+from zoo.run.notes import training_notes, unread_images
 from zoo.run.resume import options_to_store, resumed
 from zoo.run.training import training_of
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
 
 _DEMO_WEIGHTS = "vit_digits"
-_LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "fast_dev_run")
 _DEMO_REDUCER = {"_target_": "reduction.methods.tome.ToMe"}
 
 
@@ -99,8 +99,8 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
     seconds = _fit(trainer, module, data, cfg.ckpt)
     _pick_weights(trainer, module, str(cfg.test))
     [scores] = trainer.test(module, datamodule=data, verbose=False)
-    notes = _notes(cfg, trainer, seconds, done)
-    if unread := _unread(cfg, data, int(scores["test/images"])):
+    notes = training_notes(cfg, trainer, seconds, done)
+    if unread := unread_images(cfg, data, int(scores["test/images"])):
         notes += f", {unread}"
     run = {"top1_start": start, "notes": notes}
     return _finish(cfg, trainer, module, data, scores, run)
@@ -374,33 +374,6 @@ def _finish(
     if last is not None:
         _say(f"checkpoints: {os.path.relpath(os.path.dirname(last))}")
     return row
-
-
-def _notes(cfg: DictConfig, trainer: pl.Trainer, seconds: float, done: int | None) -> str:
-    start = cfg.weights or ("pretrained" if cfg.backbone and cfg.backbone.pretrained else "scratch")
-    val = trainer.callback_metrics
-    parts = [
-        f"{trainer.current_epoch} epochs from {start} in {seconds:.0f} s",
-        f"weights of the {cfg.test} epoch",
-    ]
-    if done is not None:
-        parts[0] += f", resumed after epoch {done}"
-    if any(cfg.trainer.get(name) for name in _LIMITS):
-        parts.append("on part of the data")
-    if "train/loss_epoch" in val:
-        parts.append(f"training loss {float(val['train/loss_epoch']):.4f}")
-    return ", ".join(parts)
-
-
-def _unread(cfg: DictConfig, data: ImageData, seen: int) -> str | None:
-    """How many test images are missing, in all processes; each knows its own alone."""
-    try:
-        whole = len(data.dataset("test"))
-    except TypeError:
-        return None  # a stream
-    if seen >= whole or any(cfg.trainer.get(name) for name in _LIMITS):
-        return None
-    return f"{whole - seen} of {whole} test images could not be read"
 
 
 def _preprocessing(data: ImageData) -> dict[str, Any]:
