@@ -119,7 +119,9 @@ def check_images(m: Any, images: Tensor) -> None:
     height, width = images.shape[-2:]
     patch, size = m.patch_embed.feat_ratio(as_scalar=False), m.patch_embed.img_size
     strict = m.patch_embed.strict_img_size and size is not None
-    if strict and (height, width) != tuple(size):
+    if strict and (height, width) == tuple(size):
+        return  # also where patches leave a margin, as in SigLIP's 384 with patches of 14
+    if strict:
         raise ZooError(
             f"expected images of {size[0]}x{size[1]}, got {height}x{width}; resize them, or build "
             f"the model with img_size=({height}, {width}) or dynamic_img_size=True"

@@ -59,6 +59,8 @@ def profile(
 
 def _grid(anatomy: Anatomy, img_size: int | tuple[int, int]) -> tuple[int, int]:
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if (height, width) == anatomy.tower.input_size(anatomy.backbone)[1:]:
+        return anatomy.grid
     patch = anatomy.tower.patch_size(anatomy.backbone)
     if height % patch[0] or width % patch[1]:
         raise ZooError(

@@ -58,16 +58,19 @@ def data_config(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
             value = (sum(value) / len(value),)
         config[key] = value * channels if len(value) == 1 else value
     config.update(given)
-    _check_size(embed, (height, width), type(getattr(model, "backbone", model)).__name__)
+    name = type(getattr(model, "backbone", model)).__name__
+    # Some published models leave a margin that no patch covers.
+    margin = (height, width) == tuple((published.get("input_size") or ())[1:])
+    _check_size(embed, (height, width), name, margin)
     return config
 
 
-def _check_size(embed: Any, size: tuple[int, int], name: str) -> None:
+def _check_size(embed: Any, size: tuple[int, int], name: str, margin: bool) -> None:
     patch = getattr(embed, "patch_size", None)
     if patch is None:
         return
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
-    padded = getattr(embed, "dynamic_img_pad", False)
+    padded = margin or getattr(embed, "dynamic_img_pad", False)
     if not padded and any(s % p for s, p in zip(size, patch, strict=True)):
         fits = max(patch[0], round(size[0] / patch[0]) * patch[0])
         raise ZooError(

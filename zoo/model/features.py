@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from reduction.assignment import unmerge
@@ -39,8 +38,8 @@ def features(model: ReducedViT, out: Outflow) -> Tensor:
     t = out.t
     x: Tensor = model.tower.norm(model.backbone, t.x)
     answers = bool(_who_answers(model))
-    if not (answers or _weighs(model)) or torch.compiler.is_dynamo_compiling():
-        return x  # a compiled graph hands out plain tensors
+    if not (answers or _weighs(model)):
+        return x
     known: dict[str, Any] = {name: getattr(t, name) for name in _KEPT}
     if answers:
         known |= {"x": t.x, "memory": dict(t.memory), "memories": list(out.memories)}

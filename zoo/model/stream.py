@@ -23,6 +23,7 @@ from zoo.adapters.tower import Embedded
 from zoo.errors import ZooError
 from zoo.model.heard import warn_unheard
 from zoo.model.lane import Frame, Watch
+from zoo.model.recorded import for_tracers
 from zoo.model.stage import checkpointed, run, run_hooked, stages
 
 if TYPE_CHECKING:
@@ -91,6 +92,10 @@ def flow(
         until: Stop behind this block; None runs all.
         watch: Wants the attention weights of every block.
     """
+    if traced():
+        images = for_tracers(images)
+    else:
+        warn_unheard(model)
     reducer, schedule = model.reducer, schedule or model.schedule
     m, tower = model.backbone, model.tower
     grid = tower.grid_of(m, images)
@@ -103,8 +108,6 @@ def flow(
     del embedded
     blocks = tower.blocks(m)
     block = run
-    if not traced():
-        warn_unheard(model)
     if hooked(*blocks):
         block = partial(run_hooked, blocks)
     if getattr(m, "grad_checkpointing", False) and torch.is_grad_enabled() and watch is None:

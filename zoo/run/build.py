@@ -182,7 +182,8 @@ def _checked(model: ReducedViT) -> ReducedViT:
     # timm builds such a model and fails at the first image.
     embed: Any = model.backbone.patch_embed
     size, patch = embed.img_size, model.tower.patch_size(model.backbone)
-    if size and any(s % p for s, p in zip(size, patch, strict=True)):
+    published = tuple((model.pretrained_cfg.get("input_size") or ())[1:])
+    if size and size != published and any(s % p for s, p in zip(size, patch, strict=True)):
         fits = max(patch[0], round(size[0] / patch[0]) * patch[0])
         raise ZooError(
             f"image size {size[0]}x{size[1]} is not a multiple of the patch size "
