@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,11 @@ from zoo.measure.costs import count_costs, sampled_costs
 from zoo.measure.describe import describe
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model, instantiate
+<<<<<<< HEAD
 from zoo.run.notes import training_notes, unread_images
+=======
+from zoo.run.evaluate import kernels_chosen
+>>>>>>> f-ckpt
 from zoo.run.resume import options_to_store, resumed
 from zoo.run.training import training_of
 
@@ -106,35 +110,25 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
     return _finish(cfg, trainer, module, data, scores, run)
 
 
-@contextlib.contextmanager
-def _repeatable(cfg: DictConfig) -> Iterator[None]:
+def _repeatable(cfg: DictConfig) -> contextlib.AbstractContextManager[None]:
     """Within, `trainer.deterministic` also holds for what is built and measured by itself.
 
     Raises:
         ZooError: The run cannot be repeated, because it depends on a clock.
     """
-    kernels.forget_used()
-    if not cfg.trainer.get("deterministic"):
-        yield
-        return
+    deterministic = cfg.trainer.get("deterministic")
     clocks = {
         "schedule": str(OmegaConf.select(cfg, "schedule._target_")).startswith("zoo.budget.time."),
         "module.seconds": OmegaConf.select(cfg, "module.seconds") is not None,
         "trainer.max_time": cfg.trainer.get("max_time") is not None,
     }
-    if asked := [name for name, given in clocks.items() if given]:
+    asked = [name for name, given in clocks.items() if given]
+    if deterministic and asked:
         raise ZooError(
-            f"trainer.deterministic={cfg.trainer.deterministic} goes without a clock, and "
-            f"{asked[0]} asks one; leave one of them out"
+            f"trainer.deterministic={deterministic} goes without a clock, and {asked[0]} asks one; "
+            "leave one of them out"
         )
-    was = torch.are_deterministic_algorithms_enabled()
-    warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    kernels.set_deterministic(True)
-    try:
-        yield
-    finally:
-        kernels.set_deterministic(False)
-        torch.use_deterministic_algorithms(was, warn_only=warned)
+    return kernels_chosen(bool(deterministic))
 
 
 # -- before ---------------------------------------------------------------------------------------
