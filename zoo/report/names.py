@@ -67,9 +67,11 @@ def name_entries(entries: Sequence[Entry], identity: Identity) -> None:
         _add(same, [", ".join(_options(entry)) for entry in same])
     for same in _grouped(entries, alike):
         _add(same, [precision(entry.row) for entry in same])
-    for same in _grouped(entries, alike):
-        keys = _differing([_mapping(identity.training(entry.row)) for entry in same])
-        _add(same, [training(entry, keys) for entry in same])
+    for digests in (False, True):  # which say little, so only where nothing else does
+        for same in _grouped(entries, alike):
+            keys = _differing([_mapping(identity.training(entry.row)) for entry in same])
+            keys = [key for key in keys if (key in ("options", "start_sha")) == digests]
+            _add(same, [training(entry, keys) for entry in same])
     for same in _grouped(entries, alike):
         _add(same, [weights(entry) for entry in same])
 
