@@ -109,7 +109,7 @@ def test_backbone_exists_and_can_be_wrapped(option):
     assert not tag or cfg.name in timm.list_pretrained()
     with torch.device("meta"):
         model = zoo.create_model(cfg.name, **cfg.args)
-    assert model.recipe["backbone"]["tag"] is None  # these weights are random
+    assert model.recipe["backbone"]["tag"] == (tag or None)
 
 
 def test_backbones_named_by_the_papers_are_there():
