@@ -28,11 +28,8 @@ from zoo.measure.costs import count_costs, sampled_costs
 from zoo.measure.describe import describe
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model, instantiate
-<<<<<<< HEAD
-from zoo.run.notes import training_notes, unread_images
-=======
 from zoo.run.evaluate import kernels_chosen
->>>>>>> f-ckpt
+from zoo.run.notes import training_notes, unread_images
 from zoo.run.resume import options_to_store, resumed
 from zoo.run.training import training_of
 
