@@ -271,6 +271,19 @@ def test_names_of_other_releases(tmp_path: Path) -> None:
     assert torch.equal(model.unwrap().cls_token, BODY["cls_token"])
 
 
+def test_a_folder_with_somebody_else_s_config(tmp_path: Path) -> None:
+    """As timm and the hub write folders of weights."""
+    from safetensors.torch import save_file
+
+    source = tower(num_classes=7)
+    save_file(source.state_dict(), str(tmp_path / "model.safetensors"))
+    (tmp_path / "config.json").write_text('{"architecture": "test_vit", "num_classes": 7}')
+    model = load_weights(make(), tmp_path)
+    assert torch.equal(model.unwrap().cls_token, source.cls_token)
+    with pytest.raises(ZooError, match="'backbone' must be a mapping"):
+        zoo.load(tmp_path)
+
+
 @pytest.mark.parametrize("change", ["meta", "sparse", "int8", "quantised"])
 def test_tensors_that_torch_would_copy_in_silence(tmp_path: Path, change: str) -> None:
     state = dict(tower(num_classes=7).state_dict())

@@ -6,7 +6,8 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,14 +88,14 @@ def load_weights(
     if path.is_dir():
         origin = path / cfg.MODEL
         tower = read_folder(path)
-        if told is None and (path / cfg.CONFIG).is_file():
-            told = grid_of_recipe(cfg.read_config(path)["backbone"])
+        told = _told_by(lambda: cfg.read_config(path)) if told is None else told
     elif path.suffix.lower() == ".npz":
         tower = Tower("", read_npz(path, backbone), {})
     else:
         loaded = read_any(path)
         tower = tower_of(loaded, backbone, path, ema=ema)
-        told = _grid_of_run(loaded, path) if told is None else told
+        if told is None:
+            told = _told_by(lambda: cfg.check_config(cfg.recipe_of_run(loaded) or {}, path))
     fit(model, tower, origin, adapt=True, new_head=new_head, told=told)
     return model
 
@@ -123,10 +124,17 @@ def tower_of(loaded: Any, backbone: nn.Module, path: Path, *, ema: bool = True) 
     return found
 
 
-def _grid_of_run(loaded: Any, path: Path) -> Grid | None:
-    """The patch grid of a Lightning checkpoint that holds a recipe."""
-    recipe = cfg.recipe_of_run(loaded)
-    return None if recipe is None else grid_of_recipe(cfg.check_config(recipe, path)["backbone"])
+def _told_by(read: Callable[[], dict[str, Any]]) -> Grid | None:
+    """The patch grid of the recipe beside the weights; None where it is no recipe of ours.
+
+    A folder of weights may well hold somebody else's config.json.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return grid_of_recipe(read()["backbone"])
+    except BadCheckpoint:
+        return None
 
 
 def fit(

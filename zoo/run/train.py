@@ -206,7 +206,7 @@ def _build(cfg: DictConfig, data: ImageData) -> ReducedViT:
         )
     model = build_model(cfg, new_head="auto", **given)
     if classes is not None and classes != model.num_classes and "num_classes" not in args:
-        _say(f"new classifier: {classes} classes, {cfg.weights} has {model.num_classes}")
+        _say(f"new classifier: {classes} classes, {cfg.weights} has {model.num_classes or 'none'}")
         model.reset_classifier(classes)
     return model
 
