@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 from typing import Any
 
-import timm
 from torch import nn
 
 import reduction
+from zoo import backbones
 from zoo.build import create_model as create_model
 from zoo.build import wrap as wrap
 from zoo.checkpoint import load as _load
@@ -47,17 +46,12 @@ def profile(model: nn.Module, **options: Any) -> Profile:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the ViT-family backbones that timm and this package register.
+    """Names of the backbones, of timm and of this package, that can be wrapped.
 
     Args:
         pattern: Shell pattern such as `"deit*"`.
     """
-    import zoo.models  # noqa: F401
-
-    families = ("vision_transformer", "deit", "eva")
-    names = {n for f in families for n in timm.list_models(module=f)}
-    names |= {n for m in zoo.models.MODULES for n in timm.list_models(module=m)}
-    return sorted(fnmatch.filter(names, pattern))
+    return backbones.works(pattern)
 
 
 def list_methods() -> list[str]:

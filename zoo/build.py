@@ -13,8 +13,10 @@ from reduction.base import Reducer
 from reduction.registry import create_reducer, create_schedule
 from reduction.schedules.base import Schedule
 from reduction.schedules.target import Target
+from zoo.adapters.foreign import why_no_model, why_shell
+from zoo.adapters.tower import check_backbone
 from zoo.budget.solve import solve
-from zoo.errors import UnknownName, ZooError
+from zoo.errors import UnknownName, UnsupportedModel, ZooError
 from zoo.model.anatomy import Anatomy
 from zoo.model.reduced import ReducedViT
 from zoo.plugins.base import Plugin, create_plugins
@@ -84,6 +86,9 @@ def wrap(
     """
     if isinstance(timm_model, ReducedViT):
         raise ZooError("the model is wrapped already; pass model.unwrap() to wrap it again")
+    if reason := why_no_model(timm_model) or why_shell(timm_model):
+        raise UnsupportedModel(reason)
+    check_backbone(timm_model)
     built = create_reducer(reducer)
     sched = create_schedule(published(schedule))
     parts = create_plugins(plugins)

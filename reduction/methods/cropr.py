@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from reduction.assignment import Keep, apply
 from reduction.base import Card, Reducer
-from reduction.checks import boolean, count, positive, share
+from reduction.checks import boolean, count, share
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.mixins.learned import Staged
@@ -194,7 +194,7 @@ class Cropr(Staged, Trains, Reducer):
         self.k_proj = boolean("k_proj", k_proj)
         self.v_proj = boolean("v_proj", v_proj)
         self.mlp = boolean("mlp", mlp)
-        self.mlp_ratio = positive("mlp_ratio", mlp_ratio)
+        self.mlp_ratio = share("mlp_ratio", mlp_ratio, zero=False, most=100)
         self.label_smoothing = share("label_smoothing", label_smoothing)
         # The block that brings tokens back needs a step whatever the schedule says about it.
         self.every_block = llf

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from reduction.assignment import Keep, Merge, apply
 from reduction.base import Card, Reducer
-from reduction.checks import boolean, count, finite, number, one_of
+from reduction.checks import boolean, count, finite, one_of, share
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.attention import class_row_of
@@ -138,7 +138,7 @@ class GTP(OwnAttention, Remembers, Reducer):
         self.propagation = one_of("propagation", propagation, PROPAGATIONS)
         self.graph = one_of("graph", graph, GRAPHS)
         self.neighbours = count("neighbours", neighbours, 0)
-        self.alpha = number("alpha", alpha)
+        self.alpha = share("alpha", alpha)
         if not (finite(sparsity) and 0 < sparsity <= 1):
             raise ZooError(f"sparsity is the share of entries kept, in (0, 1], got {sparsity!r}")
         self.sparsity = sparsity

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from reduction.tokens import Tokens
 from zoo.adapters.blocks import block_adapter
 from zoo.adapters.families import load_families
+from zoo.adapters.foreign import why_no_model, why_shell, why_unsupported
 from zoo.adapters.standalone import as_standalone
 from zoo.errors import UnsupportedModel, ZooError
 
@@ -155,14 +156,15 @@ def tower_of(m: nn.Module) -> Tower:
     """
     tower = find_tower(m)
     if tower is None:
-        cls = type(m)
-        hint = " (a hierarchical or windowed model has no single token sequence to reduce)"
-        raise UnsupportedModel(
-            f"backbone class {cls.__module__}.{cls.__name__} is not supported{hint}; supported are "
-            "timm's VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, MAE, registers, distilled) and "
-            "Eva (EVA-02, DINOv3), and subclasses that keep their forward"
-        )
+        if reason := why_no_model(m):
+            raise UnsupportedModel(reason)
+        inner = next((n for n, child in m.named_children() if _supported(child)), None)
+        raise UnsupportedModel(why_unsupported(m, inner))
     return tower
+
+
+def _supported(m: nn.Module) -> bool:
+    return find_tower(m) is not None
 
 
 def check_backbone(m: nn.Module) -> None:
@@ -176,6 +178,8 @@ def check_backbone(m: nn.Module) -> None:
     if as_standalone(m) is not None:
         return
     for block in tower_of(m).blocks(m):
+        if shell := why_shell(block, in_place=False):
+            raise UnsupportedModel(shell.replace("the model is", "a block is", 1))
         block_adapter(block)
 
 

@@ -1,21 +1,33 @@
-"""The methods as text and as data: what `zoo list` and `zoo show` print."""
+"""The methods as text and as data: what `zoo list` and `zoo show` print.
+
+`zoo list` answers at once: what it says of the methods that come along is stored in
+`assets/methods.json`, written by `python -m zoo.cli.docs`. Methods that somebody registers, or puts
+beside the others as a file, are asked themselves.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
+import importlib.util
 import inspect
 import json
+import re
+import sys
 import textwrap
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import reduction
-from reduction.base import Reducer
-from reduction.mixins.adaptive import Adaptive
-from reduction.mixins.attention import OwnAttention
-from reduction.registry import method
-from zoo.report import evidence
+from zoo.run.messages import nearest
+
+if TYPE_CHECKING:
+    from reduction import Card
+    from reduction.base import Reducer
+
+FILE = Path(__file__).parents[1] / "assets" / "methods.json"
+WIDTH = 80
 
 _SIGNALS = {
     "k": "keys",
@@ -30,21 +42,93 @@ _SIGNALS = {
 }
 
 
+class NoSuchMethod(LookupError):
+    """No method has that name; the message names the nearest ones."""
+
+
+# ---------------------------------------------------------------------------------- the facts
+
+
+def entries() -> dict[str, dict[str, Any]]:
+    """Returns what is known of every method, by name, sorted."""
+    stored = _stored()
+    if _modules() == stored["modules"]:
+        found = dict(stored["methods"])
+    else:
+        found = {}  # a file has come or gone
+    registry = sys.modules.get("reduction.registry")
+    if registry is not None or not found:
+        from reduction.registry import METHODS
+
+        known = METHODS.classes if found else METHODS.load()
+        found.update({name: describe(name) for name in known if name not in found})
+    return dict(sorted(found.items()))
+
+
+def stored_text() -> str:
+    """Returns what `FILE` should hold."""
+    import reduction
+
+    facts = {name: describe(name) for name in reduction.list_methods() if _ours(name)}
+    text = json.dumps({"modules": _modules(), "methods": facts}, indent=1, ensure_ascii=False)
+    return text + "\n"
+
+
+def _ours(name: str) -> bool:
+    from reduction.registry import method
+
+    return method(name).__module__.startswith("reduction.")
+
+
+@functools.lru_cache(maxsize=1)
+def _stored() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return found
+
+
+def _modules() -> list[str]:
+    """Files of methods. The package is looked up, not imported: it would bring torch along."""
+    spec = importlib.util.find_spec("reduction")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return sorted(p.stem for folder in folders or () for p in Path(folder, "methods").glob("*.py"))
+
+
 def select(pattern: str) -> list[str]:
     """Returns the names of the methods that match a shell pattern, or hold it as a part.
 
     Raises:
-        UnknownName: None does.
+        NoSuchMethod: None does.
     """
-    names = reduction.list_methods()
+    names = list(entries())
     found = fnmatch.filter(names, pattern) or [name for name in names if pattern in name]
     if not found:
-        raise reduction.UnknownName("reducer", pattern, names)
+        raise NoSuchMethod(_unknown(pattern, names))
     return found
+
+
+def entry(name: str) -> dict[str, Any]:
+    """Returns what is known of one method.
+
+    Raises:
+        NoSuchMethod: There is none of that name.
+    """
+    found = entries()
+    if name not in found:
+        raise NoSuchMethod(_unknown(name, list(found)))
+    return found[name]
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    hint = nearest(repr(name), map(repr, known)) or "zoo list names them all"
+    return f"unknown reducer {name!r}; {hint}"
 
 
 def describe(name: str) -> dict[str, Any]:
     """Returns the card, the arguments with their defaults, and what was shown of a method."""
+    import reduction
+    from reduction.registry import method
+    from zoo.report import evidence
+
     cls = method(name)
     parameters = inspect.signature(cls).parameters.values()
     made = reduction.create(name)
@@ -67,11 +151,14 @@ def describe(name: str) -> dict[str, Any]:
         "counts": counts(made),
         "fixtures": passed._asdict(),
         "digits_at_half_cost": top1._asdict(),
+        "doc": inspect.getdoc(cls) or "",
     }
 
 
 def attention_needs(reducer: Reducer) -> str:
     """Returns what a method, with its arguments as they are, needs from the attention."""
+    from reduction.mixins.attention import OwnAttention
+
     words = [text for signal, text in _SIGNALS.items() if signal in reducer.needs]
     if isinstance(reducer, OwnAttention):
         words.append("its own attention")
@@ -80,86 +167,140 @@ def attention_needs(reducer: Reducer) -> str:
 
 def counts(reducer: Reducer) -> str:
     """Returns whether every image keeps as many tokens."""
+    from reduction.mixins.adaptive import Adaptive
+
     return "adaptive" if isinstance(reducer, Adaptive) else "fixed"
 
 
-def paper(card: reduction.Card) -> str:
+def paper(card: Card) -> str:
     """Returns authors, venue and year; "ours" for what nobody published."""
     return "ours" if card.venue == "ours" else f"{card.authors}, {card.venue} {card.year}"
 
 
+# ---------------------------------------------------------------------------------- in words
+
+
 def methods_table(names: Sequence[str]) -> str:
-    """Returns one line per method, aligned for a terminal."""
-    shown, measured = evidence.fixtures(), evidence.digits()
-    rows = [
-        (
-            "method",
-            "kind",
-            "training",
-            "needs of attention",
-            "counts",
-            "licence",
-            "fixtures",
-            "digits",
-            "paper",
-        )
-    ]
-    for name in names:
-        card, reducer = reduction.card(name), reduction.create(name)
-        rows.append(
-            (
-                name,
-                card.kind,
-                card.training,
-                attention_needs(reducer),
-                counts(reducer),
-                card.licence or "-",
-                str(shown.get(name, "-")),
-                str(measured.get(name, "- / -")),
-                "ours" if card.venue == "ours" else f"{card.title} ({card.venue} {card.year})",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    lines = [
-        "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]])
-        for row in rows
-    ]
+    """Returns one line per method, aligned for a terminal of 80 columns."""
+    known = entries()
+    rows = [("method", "kind", "train", "digits", "paper"), *(_row(known[name]) for name in names)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    widths[1] = min(widths[1], 17)
+    lines = []
+    for row in rows:
+        cells = [_cut(cell, width).ljust(width) for cell, width in zip(row, widths, strict=False)]
+        left = WIDTH - sum(widths) - 2 * len(widths)
+        lines.append("  ".join([*cells, _cut(row[-1], left)]).rstrip())
     note = (
-        "licence: of the official code; fixtures: passed; digits: top-1 % at half the dense GMACs, "
-        "off the shelf / trained"
+        "train: whether the method has parts to train, or loses much without fine-tuning; digits: "
+        "top-1 % of vit_digits at half the dense GMACs, off the shelf / trained. zoo show METHOD "
+        "says more; --json says all."
     )
-    return "\n".join([*lines, "", note])
+    return "\n".join([*lines, "", textwrap.fill(note, WIDTH)])
+
+
+def _row(facts: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    words = ("no", "none"), ("maybe", "fine-tuning recommended")
+    train = next((short for short, long in words if facts["training"].startswith(long)), "yes")
+    numbers = facts["digits_at_half_cost"]
+    pair = numbers["untrained"], numbers["trained"]
+    digits = "/".join("-" if n is None else f"{n:.1f}" for n in pair)
+    venue = f"{facts['venue']} {facts['year']}"
+    venue = {"ours": "ours", "none": facts["authors"]}.get(facts["venue"], venue)
+    return facts["name"], facts["kind"], train, digits, venue
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def page(name: str) -> str:
-    """Returns everything about one method, for a terminal."""
-    facts = describe(name)
-    card = reduction.card(name)
-    lines = [f"{name}: {card.title}", f"  {card.authors}, {card.venue} {card.year}"]
-    if card.arxiv:
-        lines.append(f"  https://arxiv.org/abs/{card.arxiv}")
-    if card.code:
-        lines.append(f"  official code: {card.code} (licence: {card.licence})")
-    lines += [f"  kind: {card.kind}; training: {card.training}"]
+    """Returns everything about one method, for a terminal of 80 columns.
+
+    Raises:
+        NoSuchMethod: There is none of that name.
+    """
+    facts = entry(name)
+    lines = [
+        f"{name}: {facts['title']}",
+        f"  {facts['authors']}, {facts['venue']} {facts['year']}",
+    ]
+    if facts["arxiv"]:
+        lines.append(f"  https://arxiv.org/abs/{facts['arxiv']}")
+    if facts["code"]:
+        lines.append(f"  official code: {facts['code']} (licence: {facts['licence']})")
+    lines += [f"  kind: {facts['kind']}; training: {facts['training']}"]
+    lines += [f"  needs of the attention: {facts['attention']}; counts: {facts['counts']}"]
     if facts["needs_class_token"]:
         lines.append("  needs a class token")
-    if card.note:
-        lines.append(f"  note: {card.note}")
-    lines += ["", textwrap.indent(inspect.getdoc(method(name)) or "", "  "), ""]
-    arguments = " ".join(f"reducer.{key}={value}" for key, value in facts["arguments"].items())
+    if facts["note"]:
+        lines.append(f"  note: {facts['note']}")
+    lines = [textwrap.fill(line, WIDTH, subsequent_indent="    ") for line in lines]
+    text = "\n".join(reflowed(facts["doc"], WIDTH - 2)).rstrip()
+    lines += ["", textwrap.indent(text, "  "), ""]
     budget = (
         "schedule.r=8"
         if facts["family"] == "constant_r"
         else "schedule=keep_rate schedule.rate=0.7"
     )
-    lines.append("Command line:")
-    lines.append(f"  zoo eval weights=vit_digits reducer={name} schedule=target_gmacs")
-    lines.append(f"  zoo eval backbone=deit_small reducer={name} {budget} task=flops")
-    if arguments:
-        lines.append(f"  its arguments and their defaults: {arguments}")
-    lines.append("Python:")
-    lines.append(f'  zoo.create_model("deit_small_patch16_224", reducer="{name}")')
+    lines += [
+        "Command line:",
+        f"  zoo eval weights=vit_digits reducer={name} \\\n    schedule=target_gmacs",
+        f"  zoo eval backbone=deit_small reducer={name} task=flops \\\n    {budget}",
+    ]
+    if facts["arguments"]:
+        lines.append("  its arguments and their defaults:")
+        lines += [f"    reducer.{key}={_typed(one)}" for key, one in facts["arguments"].items()]
+    lines += [
+        "Python:",
+        f'  zoo.create_model("deit_small_patch16_224", "{name}")',
+    ]
     return "\n".join(lines)
+
+
+def _typed(value: Any) -> str:
+    from zoo.run.schema.check import shown
+
+    return shown(value)
+
+
+def reflowed(text: str, width: int) -> Iterator[str]:
+    """Fills the paragraphs of a docstring anew; what is aligned by hand stays as it is."""
+    paragraph: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        indent = len(line) - len(line.lstrip())
+        aligned = re.search(r"\S {2,}\S", line) is not None
+        starts = re.match(r"\s*\*{0,2}\w+: ", line) is not None  # an argument
+        goes_on = (
+            paragraph
+            and line.strip()
+            and not (aligned or (starts and indent == _indent(paragraph[0])))
+            and indent >= _indent(paragraph[0])
+            and (len(paragraph) == 1 or indent == _indent(paragraph[-1]))
+            and len(paragraph[-1]) > 60
+        )
+        if goes_on:
+            paragraph.append(line)
+            continue
+        yield from _filled(paragraph, width)
+        paragraph = [line] if line.strip() else []
+        if not line.strip():
+            yield ""
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _filled(paragraph: Sequence[str], width: int) -> list[str]:
+    if not paragraph:
+        return []
+    if len(paragraph) == 1 and len(paragraph[0]) <= width:
+        return list(paragraph)
+    first = " " * _indent(paragraph[0])
+    more = " " * (_indent(paragraph[1]) if len(paragraph) > 1 else len(first) + 4)
+    words = " ".join(line.strip() for line in paragraph)
+    return textwrap.wrap(words, width, initial_indent=first, subsequent_indent=more)
 
 
 def print_json(value: Any) -> None:

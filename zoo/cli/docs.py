@@ -2,8 +2,9 @@
 
 The table of methods in README.md (between two marker lines) and docs/methods/index.md come from the
 cards of the registered methods and from `zoo.report.evidence`; zoo/report/links.json, the links of
-a report, comes from the cards. `python -m zoo.cli.docs --check`
-writes nothing and fails if they are out of date.
+a report, comes from the cards, and so does zoo/assets/methods.json, from which `zoo list` answers.
+`python -m zoo.cli.docs --check` writes nothing and fails if they are out of date.
+`--backbones` tries every model of timm that may work and writes zoo/assets/backbones.json.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ END = "<!-- end of methods -->"
 _INDEX = Path("docs/methods/index.md")
 _README = Path("README.md")
 _LINKS = Path("zoo/report/links.json")
+_METHODS = Path("zoo/assets/methods.json")
 # Architectures that reduce tokens by themselves, whose name is the method of their rows.
 _ARCHITECTURES = ("lookupvit",)
 
@@ -243,6 +245,8 @@ def generated(root: Path) -> dict[Path, str]:
     Raises:
         ZooError: This is no checkout, or the README lost its markers.
     """
+    from zoo.cli.catalogue import stored_text
+
     readme = root / _README
     if not readme.is_file():
         raise ZooError(f"no {readme}; run this in a checkout, the installed package has no docs")
@@ -250,6 +254,7 @@ def generated(root: Path) -> dict[Path, str]:
         readme: readme_with_table(readme.read_text(encoding="utf-8")),
         root / _INDEX: index_page(),
         root / _LINKS: links(),
+        root / _METHODS: stored_text(),
     }
 
 
@@ -257,7 +262,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the generated parts, or check them; return the exit code."""
     parser = argparse.ArgumentParser("python -m zoo.cli.docs", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
+    parser.add_argument(
+        "--backbones", action="store_true", help="try timm's models on the meta device: minutes"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.backbones:
+        from zoo import backbones
+
+        backbones.FILE.write_text(backbones.tried(), encoding="utf-8")
+        print(f"wrote {backbones.FILE}")
+        return 0
     try:
         pages = generated(Path(__file__).resolve().parents[2])
     except ZooError as error:

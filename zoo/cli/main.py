@@ -100,6 +100,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _plain(command: str, rest: list[str]) -> int:
+    from zoo.cli.catalogue import NoSuchMethod
     from zoo.run.messages import explain
 
     try:
@@ -110,6 +111,9 @@ def _plain(command: str, rest: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except NoSuchMethod as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except Exception as error:
         message = explain(error)
         if message is None:
@@ -143,12 +147,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from zoo.cli.catalogue import methods_table, print_json, select
+    from zoo.cli.catalogue import entries, methods_table, print_json, select
 
     if arguments.models:
-        from zoo import list_models
+        from zoo import backbones
 
-        models = list_models(arguments.pattern)
+        models = backbones.works(arguments.pattern)
         if not models:
             print(f"error: no backbone matches {arguments.pattern!r}", file=sys.stderr)
             return 2
@@ -159,19 +163,22 @@ def _list(arguments: argparse.Namespace) -> int:
         return 0
     names = select(arguments.pattern)
     if arguments.json:
-        from zoo.cli.catalogue import describe
-
-        print_json([describe(name) for name in names])
+        known = entries()
+        print_json([_facts(known[name]) for name in names])
     else:
         print(methods_table(names))
     return 0
 
 
+def _facts(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "doc"}
+
+
 def _show(arguments: argparse.Namespace) -> int:
-    from zoo.cli.catalogue import describe, page, print_json
+    from zoo.cli.catalogue import entry, page, print_json
 
     if arguments.json:
-        print_json(describe(arguments.method))
+        print_json(_facts(entry(arguments.method)))
     else:
         print(page(arguments.method))
     return 0
