@@ -19,7 +19,7 @@ from reduction.errors import ZooError
 from reduction.functional.attention import attention, column_mean
 from reduction.functional.matching import head_sum, split_sizes, unit
 from reduction.functional.pooling import masked_average_head
-from reduction.functional.sorting import stable_order
+from reduction.functional.portable import stable_order
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
@@ -230,7 +230,7 @@ class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Train
         kept = live & (score > self.prune_threshold[step.block].clamp(0, 1))
         best = score.masked_fill(~live, -torch.inf).argmax(1, keepdim=True)
         lonely = ~kept.any(1, keepdim=True)
-        kept = torch.where(lonely, _marked(best, n), kept)
+        kept = (lonely & _marked(best, n)) | (~lonely & kept)  # ONNX chooses between no Booleans
         if limit and keep < n:
             top = score.masked_fill(~kept, -torch.inf).topk(keep, dim=1).indices
             kept = kept & _marked(top, n)

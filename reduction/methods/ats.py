@@ -10,7 +10,7 @@ from reduction.base import Card, Reducer
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.attention import attention, class_row
-from reduction.functional.sorting import stable_order
+from reduction.functional.portable import stable_order
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.registry import register

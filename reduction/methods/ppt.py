@@ -10,7 +10,7 @@ from reduction.base import Card, Reducer
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.matching import bipartite_matching, head_sum, split_sizes
-from reduction.functional.sorting import stable_order
+from reduction.functional.portable import stable_order
 from reduction.mixins.ranking import attention_score, score_signal
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
