@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reduction.functional.matching import unit
-from reduction.functional.sorting import stable_order
+from reduction.functional.portable import stable_order
 
 LINKAGES = ("average", "complete", "single")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reduction.eager import autocasting, eager_on_cpu, exporting
-from reduction.functional.sorting import stable_order
+from reduction.functional.portable import stable_order
 from reduction.tokens import take_rows
 
 #: Exponentials of numbers up to this one can be added up by the million in float32.

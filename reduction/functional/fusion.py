@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reduction.functional.sorting import stable_order
+from reduction.functional.portable import stable_order
 
 
 class Groups(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Assignment, Keep, Merge
-from reduction.functional.sorting import stable_order
+from reduction.functional.portable import stable_order
 from reduction.tokens import Tokens
 
 #: Keeps rows of the masked softmax finite.
@@ -93,7 +93,7 @@ def survivors(score: Tensor, live: Tensor, threshold: Tensor, keep: int | None) 
     kept = live & (score > threshold.clamp(0, 1))
     best = score.masked_fill(~live, -torch.inf).argmax(1, keepdim=True)
     lonely = ~kept.any(1, keepdim=True)
-    kept = torch.where(lonely, marked(best, n), kept)
+    kept = (lonely & marked(best, n)) | (~lonely & kept)  # ONNX chooses between no Booleans
     if keep is not None and keep < n:
         top = score.masked_fill(~kept, -torch.inf).topk(keep, dim=1).indices
         kept = kept & marked(top, n)

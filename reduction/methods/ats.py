@@ -10,7 +10,7 @@ from reduction.base import Card, Reducer
 from reduction.checks import count, one_of
 from reduction.counts import Dims, Step
 from reduction.functional.attention import class_row
-from reduction.functional.sorting import stable_order
+from reduction.functional.portable import stable_order
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.registry import register

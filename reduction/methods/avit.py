@@ -11,7 +11,7 @@ from reduction.assignment import Keep, apply
 from reduction.base import Card, Reducer
 from reduction.checks import number, one_of, positive, share
 from reduction.counts import Spec, Step
-from reduction.functional.sorting import stable_order
+from reduction.functional.portable import sigmoid, stable_order
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.learned import Learned
@@ -150,7 +150,7 @@ class AViT(Adaptive, Learned, OwnAnswer, Trains, Reducer):
         memory = dict(t.memory) if "sum" in t.memory else {**t.memory, **self._begin(t)}
         last = step.block == step.depth - 1
         alive = torch.ones_like(t.size, dtype=torch.bool) if t.mask is None else t.mask
-        raw = (self.scale * t.x[..., 0].float() - self.center).sigmoid()
+        raw = sigmoid(self.scale * t.x[..., 0].float() - self.center)
         p = torch.ones_like(raw) if last else raw
         total = memory["sum"] + p
         stop = alive & (total > 1 - self.eps)

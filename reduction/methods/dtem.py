@@ -14,7 +14,7 @@ from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import no_autocast
 from reduction.functional.matching import bipartite_matching, split_sizes, unit
-from reduction.functional.sorting import stable_order
+from reduction.functional.portable import stable_order
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.mixins.learned import Learned
 from reduction.mixins.masking import Masked

@@ -13,7 +13,7 @@ from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.attention import class_row_of
 from reduction.functional.graphs import neighbour_graph
-from reduction.functional.sorting import kth_smallest, stable_order
+from reduction.functional.portable import kth_smallest, stable_order
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.mixins.following import Remembers
 from reduction.registry import register

@@ -16,7 +16,7 @@ from reduction.functional import thresholds
 from reduction.functional.attention import column_mean
 from reduction.functional.matching import head_sum, split_sizes, unit
 from reduction.functional.pooling import masked_average_head
-from reduction.functional.sorting import stable_order
+from reduction.functional.portable import stable_order
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention

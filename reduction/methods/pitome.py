@@ -14,7 +14,7 @@ from reduction.checks import boolean, finite, is_list, one_of
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.matching import head_sum, unit
-from reduction.functional.sorting import stable_order
+from reduction.functional.portable import stable_order
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
 

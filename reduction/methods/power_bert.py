@@ -10,7 +10,7 @@ from torch import nn
 
 from reduction.base import Reducer
 from reduction.counts import Step
-from reduction.functional.sorting import stable_order
+from reduction.functional.portable import stable_order
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.mixins.following import Remembers

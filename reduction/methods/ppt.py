@@ -10,9 +10,9 @@ from reduction.base import Card
 from reduction.checks import boolean, count, number
 from reduction.counts import Dims, Step
 from reduction.functional.matching import bipartite_matching, head_sum, split_sizes
+from reduction.functional.portable import stable_order
 from reduction.functional.scores import significance
 from reduction.functional.settling import plain_shares, prune_or_pool
-from reduction.functional.sorting import stable_order
 from reduction.mixins.ranking import ScoreReducer
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens

@@ -1,4 +1,4 @@
-"""Sorting in a way that every exporter understands."""
+"""Operations spelt so that every exporter takes them and every runtime computes the same."""
 
 from __future__ import annotations
 
@@ -28,3 +28,9 @@ def kth_smallest(x: Tensor, k: int) -> Tensor:
     if exporting():  # ONNX has no `kthvalue`
         return x.topk(k, dim=-1, largest=False).values[..., -1]
     return x.kthvalue(k, dim=-1).values
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """The logistic function, also far down, where scores are still told apart by it."""
+    # ONNX Runtime answers 1.5e-8 for everything below -18.
+    return (-x).exp().add(1).reciprocal() if exporting() else x.sigmoid()

@@ -1,0 +1,147 @@
+"""Recorded models answer what the model answers: torch.jit.trace and ONNX, or they are refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zoo
+from tests.cases import CORE, METHODS, Row, images, model, refused
+from zoo.errors import ZooError
+
+FIRST = list({row.name: row for row in reversed(METHODS)}.values())[::-1]
+#: What differs in how tokens leave: pairs, a pattern, own attention with padding, parked tokens.
+FEW = [row for row in FIRST if row.name in ("tome", "topk", "ats", "evovit")]
+
+
+def batches(size: int = 32) -> list[Tensor]:
+    """Others than the one that is recorded, in number and content."""
+    return [images(2, size, seed=3), images(5, size, seed=7), images(1, size, seed=9) * 3]
+
+
+def gap(a: Any, b: Any, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((a(x) - b(x)).abs().max())
+
+
+# --------------------------------------------------------------------------------------- tracing
+
+
+def check_trace(row: Row, name: str) -> None:
+    m = model(row, name)
+    with torch.no_grad():
+        traced = torch.jit.trace(m, images(2), check_trace=False)
+    assert max(gap(traced, m, x) for x in batches()) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", FIRST, ids=lambda r: r.id)
+def test_tracing(row: Row) -> None:
+    check_trace(row, "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [n for n in CORE if n != "plain"])
+def test_tracing_on_every_family(name: str) -> None:
+    for row in METHODS:
+        if not refused(row, name):
+            check_trace(row, name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_takes_no_other_size() -> None:
+    m = model(METHODS[0], dynamic_img_size=True)
+    with torch.no_grad():
+        traced = torch.jit.trace(m, images(2))
+        for size in (48, 64):
+            assert m(images(4, size)).shape == (4, 10)
+            with pytest.raises(RuntimeError, match=r"expanded size of the tensor \(32\)"):
+                traced(images(4, size))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_trace_of_features_holds() -> None:
+    class Embedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model(METHODS[0], "gap")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model.forward_head(self.model.forward_features(x))
+
+    m = Embedding()
+    with torch.no_grad():
+        traced = torch.jit.trace(m, images(2))
+        exported = torch.export.export(m, (images(2),)).module()
+    assert max(gap(traced, m.model, x) for x in batches()) < 1e-4
+    assert gap(exported, m.model, batches()[0]) < 1e-4
+
+
+# ------------------------------------------------------------------------------------------ ONNX
+
+
+def check_onnx(m: Any, path: Path, x: Tensor, others: list[Tensor]) -> None:
+    """Export with a batch of any size, and run elsewhere."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    batch = torch.export.Dim("batch")
+    logging.disable(logging.WARNING)
+    try:
+        with torch.no_grad():
+            shapes = ({0: batch},)
+            torch.onnx.export(m, (x,), path, dynamo=True, verbose=False, dynamic_shapes=shapes)
+    finally:
+        logging.disable(logging.NOTSET)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    [name] = [node.name for node in session.get_inputs()]
+    for other in others:
+        [found] = session.run(None, {name: other.numpy()})
+        assert found.shape == (len(other), m.num_classes)
+        assert gap(m, lambda _, found=found: torch.from_numpy(found), other) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", FEW, ids=lambda r: r.id)
+def test_onnx(row: Row, tmp_path: Path) -> None:
+    m = model(row, depth=2)
+    assert m.token_counts()[-1][1] < 65 or row.restores
+    check_onnx(m, tmp_path / "model.onnx", images(2), batches())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
+def test_onnx_of_every_method(row: Row, tmp_path: Path) -> None:
+    check_onnx(model(row, depth=2), tmp_path / "model.onnx", images(2), batches())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [n for n in CORE if n != "plain"])
+def test_onnx_of_every_family(name: str, tmp_path: Path) -> None:
+    check_onnx(model(METHODS[0], name, depth=2), tmp_path / "m.onnx", images(2), batches())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["tome", "pitome", "diffrate", "token_pooling"])
+def test_onnx_of_a_trained_model(name: str, tmp_path: Path) -> None:
+    digits = torch.rand(9, 1, 16, 16)
+    m = zoo.load("vit_digits", reducer=name).eval()
+    check_onnx(m, tmp_path / "model.onnx", digits[:2], [digits, digits[3:5]])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_old_exporter_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    path = tmp_path / "model.onnx"
+    for row in FEW:
+        with pytest.raises(ZooError, match="dynamo=False writes models .* use dynamo=True"):
+            torch.onnx.export(model(row), (images(2),), path, dynamo=False, verbose=False)
+    assert not path.exists()
