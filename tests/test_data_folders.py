@@ -48,7 +48,7 @@ def save(root: Path, *names: str) -> Path:
 def labels(data: ImageData, part: str = "test") -> dict[str, int]:
     """Class number by name of the class folder."""
     source = data.dataset(part)
-    return {Path(source._name(i)).parent.name: source[i][1] for i in range(len(source))}
+    return {Path(source.name(i)).parent.name: source[i][1] for i in range(len(source))}
 
 
 def knowing(names: list[str] | None, outputs: int | None = None) -> torch.nn.Module:
