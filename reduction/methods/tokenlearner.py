@@ -144,7 +144,7 @@ class TokenLearner(Queries, Parks, Reducer):
 
     def __init__(
         self,
-        version: str = "1.1",
+        version: str | float = "1.1",
         pooling: str = "sum",
         fuser: bool = False,
         bottleneck: int = 64,
