@@ -60,7 +60,7 @@ def argument_hints(build: Callable[..., Any]) -> Mapping[str, Any]:
         kinds = [p.kind for p in inspect.signature(own).parameters.values()]
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             break
-    return found
+    return {**found, **getattr(build, "common_hints", {})}
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:

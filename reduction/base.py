@@ -12,9 +12,10 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from reduction.assignment import Assignment, apply
-from reduction.config import Configured, Revised
+from reduction.config import Revised
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
+from reduction.options import Optioned
 from reduction.tokens import SIGNALS, Signals, Tokens
 
 Site = Literal["input", "pre", "attn", "mid", "post"]
@@ -54,11 +55,16 @@ class Card:
     convention: str = "zoo"
 
 
-class Reducer(Configured, Revised, nn.Module):
+class Reducer(Optioned, Revised, nn.Module):
     """Base of all methods. A subclass writes `assign` and states what it needs.
 
     Constructor arguments must be stored under their own names: `config` reads them back, and with
     that a reducer can be written to disk and built again.
+
+    Every method also takes `prop_attn`: "paper" (as published, the default), True or False; and one
+    that drops tokens takes `settle`: "drop", or "nearest", which gives each dropped token to the
+    kept one most like it, in a size-weighted mean. Neither is an argument of a subclass; one that
+    answers with a plain `Keep` says `drops = True`.
 
     Attributes:
         card: Provenance of the method.
@@ -103,7 +109,7 @@ class Reducer(Configured, Revised, nn.Module):
 
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
         """Apply `assign`. Override only where no assignment can say what the method does."""
-        return apply(t, self.assign(t, s, step))
+        return apply(t, self.settled(t, self.assign(t, s, step)))
 
     def count(self, n: int, step: Step) -> int:
         """Reducible tokens that leave when `n` enter; `step.keep` unless a method adds some."""

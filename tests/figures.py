@@ -15,7 +15,8 @@ from typing import NamedTuple
 from torch import nn
 
 import reduction
-from reduction.config import Configured, Revised
+from reduction.config import Revised
+from reduction.options import Optioned
 from reduction.registry import method
 
 ROOT = Path(reduction.__file__).resolve().parents[1]
@@ -53,7 +54,7 @@ REDUCTION: tuple[tuple[str, ...], ...] = (
     ("reduction.methods",),
     ("reduction.registry",),
     ("reduction.mixins",),
-    ("reduction.base", "reduction.schedules"),
+    ("reduction.base", "reduction.options", "reduction.schedules"),
     ("reduction.functional",),
     ("reduction.assignment",),
     ("reduction.tokens",),
@@ -196,7 +197,7 @@ def climbs(graph: dict[str, set[str]]) -> list[str]:
 
 def overridable() -> list[str]:
     """Public names that an author of a method finds on `Reducer` and may override."""
-    given = {n for base in (nn.Module, Configured, Revised) for n in dir(base)}
+    given = {n for base in (nn.Module, Optioned, Revised) for n in dir(base)}
     stated = {*vars(reduction.Reducer), *reduction.Reducer.__annotations__}
     return sorted(n for n in stated if not n.startswith("_") and n not in given)
 

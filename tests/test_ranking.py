@@ -146,7 +146,6 @@ def test_what_makes_no_sense_is_refused_in_one_line() -> None:
         ("ranked", {"settle": "merge"}, "settle must be one of"),
         ("ranked", {"temperature": 0.5}, "belongs to settle='squeeze'"),
         ("ranked", {"settle": "squeeze", "temperature": 0}, "temperature must be positive"),
-        ("ranked", {"prop_attn": True}, "settle='drop' leaves all sizes at 1"),
         ("ranked", {"seed": 3}, "belongs to score='random'"),
         ("evit", {"seed": 3, "score": "norm"}, "belongs to score='random'"),
         ("evit", {"score": "random", "seed": 1.5}, "seed must be a whole number"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reduction.assignment import Fuse, Merge
 from reduction.functional.matching import Matching, most_similar
+from reduction.functional.portable import stable_order
 from reduction.tokens import Tokens, take_rows
 
 
@@ -37,6 +38,19 @@ def join_nearest(t: Tokens, kept: Tensor, rest: Tensor) -> Merge:
         gone, stay = take_rows(t.x, rest + t.prefix), take_rows(t.x, kept + t.prefix)
         host, _ = most_similar(gone, stay)
     return Merge(None, kept, pairs=(rest, host))
+
+
+def hand_on(t: Tokens, kept: Tensor) -> Merge:
+    """The tokens that are not kept join the kept ones that they resemble most.
+
+    Args:
+        t: Tokens with N reducible tokens.
+        kept: `(B, M)`, or `(M,)` where all images keep the same.
+    """
+    kept = kept.expand(t.x.shape[0], -1)
+    stays = torch.zeros(t.x.shape[0], t.n, device=t.x.device).scatter(1, kept, 1.0)
+    rest = stable_order(stays)[:, : t.n - kept.shape[1]]
+    return join_nearest(t, kept, rest)
 
 
 def join_closest(x: Tensor, order: Tensor, keep: int) -> Merge:

@@ -50,6 +50,7 @@ class DTPS(DynamicViT):
         training="predictors and backbone, with the dense model as teacher",
         note="An untrained predictor keeps arbitrary tokens.",
     )
+    drops = False  # they are absorbed
 
     def __init__(
         self,

@@ -109,6 +109,7 @@ class DynamicViT(Staged, Extends, Masked, Trains, ScoreReducer):
         note="An untrained predictor keeps arbitrary tokens.",
     )
     site = "pre"
+    drops = True
     needs_teacher = True
 
     def __init__(
@@ -152,7 +153,7 @@ class DynamicViT(Staged, Extends, Masked, Trains, ScoreReducer):
 
     def remove(self, t: Tokens, s: Signals, step: Step) -> Tokens:
         """Remove tokens, and their part in the predictor's context."""
-        chosen = self.assign(t, s, step)
+        chosen = self.settled(t, self.assign(t, s, step))
         out, context = apply(t, chosen), t.memory.get("context")
         if context is None:
             return out

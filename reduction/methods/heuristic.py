@@ -45,6 +45,7 @@ class Heuristic(Reducer):
         note="Ignores the image; for data with centred objects.",
     )
     site = "pre"
+    drops = True
     needs = frozenset({"origin"})
     # They stand nowhere, and whole rings are counted.
     added_tokens = "spare"

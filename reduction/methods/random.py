@@ -43,6 +43,7 @@ class Random(SeesImages, Reducer):
         note="A control, not a method.",
     )
     site = "mid"
+    drops = True
 
     def __init__(self, seed: int | None = None) -> None:
         super().__init__()

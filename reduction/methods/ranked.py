@@ -68,43 +68,41 @@ class Ranked(ScoreReducer):
         seed: int | None = None,
     ) -> None:
         super().__init__(score=one_of("score", score, SCORES), seed=seed)
-        self.settled = one_of("settle", settle, SETTLES)
+        self._settle = one_of("settle", settle, SETTLES)
         self.temperature = positive("temperature", temperature, null=True)
         self.prop_attn = boolean("prop_attn", prop_attn)
         if temperature is not None and settle != "squeeze":
             raise ZooError(
                 f"temperature={temperature!r} belongs to settle='squeeze', got settle={settle!r}"
             )
-        if prop_attn and settle == "drop":
-            raise ZooError("prop_attn=true weighs by size, and settle='drop' leaves all sizes at 1")
 
     def arguments(self) -> dict[str, object]:
         """Constructor arguments; `settle` is also the name of a method."""
-        return {**super().arguments(), "settle": self.settled}
+        return {**super().arguments(), "settle": self._settle}
 
     def count(self, n: int, step: Step) -> int:
-        return n if step.keep >= n else step.keep + (self.settled == "fuse")
+        return n if step.keep >= n else step.keep + (self._settle == "fuse")
 
     def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
-        if self.settled == "drop":
+        if self._settle == "drop":
             return super().order(t, score, step)
-        if self.settled == "fuse":
+        if self._settle == "fuse":
             return score.topk(step.keep + 1, dim=1).indices
         return score.argsort(dim=1, descending=True)
 
     def settle(
         self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step
     ) -> Assignment:
-        if self.settled == "drop":
+        if self._settle == "drop":
             return Keep(kept)
-        if self.settled == "fuse":
+        if self._settle == "fuse":
             return fuse(kept, rest, score)
-        if self.settled == "squeeze":
+        if self._settle == "squeeze":
             return squeeze(t, kept, rest, 1.0 if self.temperature is None else self.temperature)
         return join_nearest(t, kept, rest)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
-        if self.settled == "fuse":
+        if self._settle == "fuse":
             return n * dims.width
-        pairs = self.settled in ("squeeze", "nearest")
+        pairs = self._settle in ("squeeze", "nearest")
         return (n - step.keep) * step.keep * dims.width if pairs else 0

@@ -36,6 +36,7 @@ class TopK(ScoreReducer):
         training="fine-tuning recommended",
     )
     site = "mid"
+    drops = True
 
     def __init__(
         self, score_from: str = "class", score: str | None = None, seed: int | None = None

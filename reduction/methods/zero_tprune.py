@@ -126,6 +126,7 @@ class ZeroTPrune(ScoreReducer):
         "reference.",
     )
     site = "post"
+    drops = True
     family = "geometric"
     needs = frozenset({"attn", "k"})
 

@@ -130,7 +130,8 @@ def describe(name: str) -> dict[str, Any]:
     from zoo.report import evidence
 
     cls = method(name)
-    parameters = inspect.signature(cls).parameters.values()
+    own = inspect.signature(cls.__init__).parameters  # not those that every method has
+    parameters = list(own.values())[1:]
     made = reduction.create(name)
     passed = evidence.fixtures().get(name, evidence.Fixtures(0, 0))
     top1 = evidence.digits().get(name, evidence.Digits(None, None))

@@ -150,9 +150,9 @@ def block_cost(anatomy: Anatomy, i: int, p: Plan) -> BlockCost:
                 rereads = anatomy.reducer.rereads
                 products = anatomy.reducer.attention_macs(p.attention, rows, width)
         before = {"pre": p.entering, "attn": p.attention, "mid": p.attention, "post": p.mlp}[site]
-        own += anatomy.reducer.macs(
-            before - anatomy.prefix - p.spared, anatomy.prefix, p.step, dims
-        )
+        n = before - anatomy.prefix - p.spared
+        own += anatomy.reducer.macs(n, anatomy.prefix, p.step, dims)
+        own += anatomy.reducer.settle_macs(n, anatomy.reducer.count(n, p.step), dims)
     return BlockCost(
         p.entering,
         p.mlp,

@@ -1,0 +1,128 @@
+"""Options that every reducer has, without each of them saying so.
+
+What a method publishes is one thing; whether later attentions see how many patches a token stands
+for, and whether a dropped token is handed on, are questions that can be put to all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+from reduction.assignment import Assignment, Keep
+from reduction.checks import one_of
+from reduction.config import Configured
+from reduction.counts import Dims
+from reduction.errors import ZooError
+from reduction.functional.settling import hand_on
+from reduction.tokens import Tokens
+
+PropAttn = bool | Literal["paper"]
+Settle = Literal["drop", "nearest"]
+#: Name, default and annotation of what every constructor takes beside its own arguments.
+COMMON = {"prop_attn": ("paper", PropAttn), "settle": ("drop", Settle)}
+
+# As written, like the annotations of a constructor.
+_TEXTS = {"prop_attn": "bool | str", "settle": "str"}
+
+
+class WithOptions(type):
+    """Class of reducers: takes the common options off a constructor's arguments.
+
+    A method that has an argument of the same name gets it, because more may hang on it there.
+    """
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The arguments of the constructor, and the common ones behind them."""
+        own = list(_constructor(cls).parameters.values())
+        kind = inspect.Parameter.KEYWORD_ONLY
+        more = [
+            inspect.Parameter(name, kind, default=default, annotation=_TEXTS[name])
+            for name, (default, _) in cls._common().items()
+        ]
+        last = [p for p in own if p.kind is p.VAR_KEYWORD]
+        return inspect.Signature([*(p for p in own if p not in last), *more, *last])
+
+    @property
+    def common_hints(cls) -> dict[str, Any]:
+        """Annotations of the common options."""
+        hints = {name: hint for name, (_, hint) in COMMON.items()}
+        return {"prop_attn": hints["prop_attn"], **{k: hints[k] for k in cls._common()}}
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        """Build a reducer."""
+        common = {k: options.pop(k) for k in cls._common() if k in options}
+        if "prop_attn" in options and prop_attn_choice(options["prop_attn"]) == "paper":
+            del options["prop_attn"]
+        made = super().__call__(*args, **options)
+        made.choose(**common)
+        return made
+
+    def _common(cls) -> dict[str, tuple[Any, Any]]:
+        own = _constructor(cls).parameters
+        drops = getattr(cls, "drops", False)
+        return {k: v for k, v in COMMON.items() if k not in own and (drops or k != "settle")}
+
+
+class Optioned(Configured, metaclass=WithOptions):
+    """What the common options do; no method has to know of it.
+
+    Attributes:
+        prop_attn: Whether attention adds log(size) to its logits (proportional attention).
+        drops: Whether `assign` answers with a plain `Keep` in evaluation, so that `settle` has a
+            say in what becomes of the others.
+    """
+
+    prop_attn: bool = False
+    drops: ClassVar[bool] = False
+    _chosen: Mapping[str, Any] = MappingProxyType({})
+
+    def choose(self, prop_attn: PropAttn = "paper", settle: Settle = "drop") -> None:
+        """Set the options that every method has; called once, behind the constructor.
+
+        Raises:
+            ZooError: If a value is none of these.
+        """
+        chosen: dict[str, Any] = {}
+        if prop_attn_choice(prop_attn) != "paper":
+            self.prop_attn = chosen["prop_attn"] = bool(prop_attn)
+        if one_of("settle", settle, ("drop", "nearest")) != "drop":
+            chosen["settle"] = settle
+        self._chosen = chosen
+
+    def arguments(self) -> dict[str, Any]:
+        """Constructor arguments, and the common options where one was chosen."""
+        return {**super().arguments(), **self._chosen}
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether dropped tokens are given to kept ones."""
+        return "settle" in self._chosen
+
+    def settled(self, t: Tokens, a: Assignment) -> Assignment:
+        """An assignment after `settle` had its say: as it is, or dropped tokens handed on."""
+        return hand_on(t, a.index) if self.hands_on and isinstance(a, Keep) else a
+
+    def settle_macs(self, n: int, kept: int, dims: Dims) -> int:
+        """Multiply-accumulates of handing on all but `kept` of `n` tokens, for one image."""
+        return (n - kept) * kept * dims.width if self.hands_on else 0
+
+
+def _constructor(cls: type) -> inspect.Signature:
+    """Arguments of a class's own constructor, without `self`."""
+    found = inspect.signature(vars(cls).get("__init__", cls.__init__))  # type: ignore[misc]
+    return found.replace(parameters=list(found.parameters.values())[1:])
+
+
+def prop_attn_choice(value: Any) -> PropAttn:
+    """Read `prop_attn=paper|true|false`.
+
+    Raises:
+        ZooError: If it is something else.
+    """
+    if value == "paper" or isinstance(value, bool):
+        return value  # type: ignore[no-any-return]
+    raise ZooError(f"prop_attn must be true, false or 'paper' (as published), got {value!r}")
