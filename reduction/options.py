@@ -1,4 +1,4 @@
-"""Options that every reducer has, without each of them saying so.
+"""Options that all parts of a kind have, without each of them saying so; those of reducers.
 
 What a method publishes is one thing; whether later attentions see how many patches a token stands
 for, and whether a dropped token is handed on, are questions that can be put to all of them.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from reduction.assignment import Assignment, Keep
 from reduction.checks import one_of
@@ -21,18 +21,32 @@ from reduction.tokens import Tokens
 
 PropAttn = bool | Literal["paper"]
 Settle = Literal["drop", "nearest"]
-#: Name, default and annotation of what every constructor takes beside its own arguments.
-COMMON = {"prop_attn": ("paper", PropAttn), "settle": ("drop", Settle)}
 
-# As written, like the annotations of a constructor.
-_TEXTS = {"prop_attn": "bool | str", "settle": "str"}
+
+class Option(NamedTuple):
+    """What constructors take beside their own arguments.
+
+    Attributes:
+        default: What it is where nothing was given.
+        hint: Its type.
+        text: Its type as it would be written.
+    """
+
+    default: Any
+    hint: Any
+    text: str
 
 
 class WithOptions(type):
-    """Class of reducers: takes the common options off a constructor's arguments.
+    """Class of parts with common options: takes them off a constructor's arguments.
 
-    A method that has an argument of the same name gets it, because more may hang on it there.
+    A class says in `common_options` which there are, and in `choose` what they do. One that has an
+    argument of the same name itself gets it, because more may hang on it there.
     """
+
+    def common_options(cls) -> Mapping[str, Option]:
+        """The options that all have; a class method of the base of all parts."""
+        return {}
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -40,8 +54,8 @@ class WithOptions(type):
         own = list(_constructor(cls).parameters.values())
         kind = inspect.Parameter.KEYWORD_ONLY
         more = [
-            inspect.Parameter(name, kind, default=default, annotation=_TEXTS[name])
-            for name, (default, _) in cls._common().items()
+            inspect.Parameter(name, kind, default=option.default, annotation=option.text)
+            for name, option in cls._common().items()
         ]
         last = [p for p in own if p.kind is p.VAR_KEYWORD]
         return inspect.Signature([*(p for p in own if p not in last), *more, *last])
@@ -49,22 +63,23 @@ class WithOptions(type):
     @property
     def common_hints(cls) -> dict[str, Any]:
         """Annotations of the common options."""
-        hints = {name: hint for name, (_, hint) in COMMON.items()}
-        return {"prop_attn": hints["prop_attn"], **{k: hints[k] for k in cls._common()}}
+        return {name: option.hint for name, option in cls.common_options().items()}
 
-    def __call__(cls, *args: Any, **options: Any) -> Any:
-        """Build a reducer."""
-        common = {k: options.pop(k) for k in cls._common() if k in options}
-        if "prop_attn" in options and prop_attn_choice(options["prop_attn"]) == "paper":
-            del options["prop_attn"]
-        made = super().__call__(*args, **options)
-        made.choose(**common)
+    def __call__(cls, *args: Any, **given: Any) -> Any:
+        """Build a part."""
+        known, common = cls.common_options(), cls._common()
+        chosen = {k: given.pop(k) for k in common if k in given}
+        for name in known.keys() - common.keys() & given.keys():
+            # What only the common option says is not for the constructor: its own default holds.
+            if given[name] == known[name].default and isinstance(given[name], str):
+                del given[name]
+        made = super().__call__(*args, **given)
+        made.choose(**chosen)
         return made
 
-    def _common(cls) -> dict[str, tuple[Any, Any]]:
+    def _common(cls) -> dict[str, Option]:
         own = _constructor(cls).parameters
-        drops = getattr(cls, "drops", False)
-        return {k: v for k, v in COMMON.items() if k not in own and (drops or k != "settle")}
+        return {k: v for k, v in cls.common_options().items() if k not in own}
 
 
 class Optioned(Configured, metaclass=WithOptions):
@@ -79,6 +94,14 @@ class Optioned(Configured, metaclass=WithOptions):
     prop_attn: bool = False
     drops: ClassVar[bool] = False
     _chosen: Mapping[str, Any] = MappingProxyType({})
+
+    @classmethod
+    def common_options(cls) -> Mapping[str, Option]:
+        """`prop_attn`, and `settle` where tokens are dropped."""
+        found = {"prop_attn": Option("paper", PropAttn, "bool | str")}
+        if cls.drops:
+            found["settle"] = Option("drop", Settle, "str")
+        return found
 
     def choose(self, prop_attn: PropAttn = "paper", settle: Settle = "drop") -> None:
         """Set the options that every method has; called once, behind the constructor.

@@ -266,6 +266,17 @@ def list_schedules() -> list[str]:
     return _SCHEDULES.names()
 
 
-def default_schedule(r: float | Sequence[int] | None = None) -> Schedule | None:
-    """`schedule.r=13` on a command line without choosing a schedule; None leaves the default."""
-    return None if r is None else ConstantR(r)
+def default_schedule(
+    r: float | Sequence[int] | None = None, align: int | str = 1
+) -> Schedule | None:
+    """`schedule.r=13` on a command line without choosing a schedule; None leaves the default.
+
+    Raises:
+        ZooError: If counts are to be aligned that nobody gave.
+    """
+    if r is not None:
+        made: Schedule = ConstantR(r, align=align)  # type: ignore[call-arg]
+        return made
+    if align != 1:
+        raise ZooError(f"schedule.align={align} needs a schedule; type e.g. schedule=target_gmacs")
+    return None

@@ -15,6 +15,7 @@ from reduction.schedules.base import Schedule
 from reduction.schedules.target import Target
 from zoo.adapters.foreign import why_no_model, why_shell
 from zoo.adapters.tower import check_backbone
+from zoo.budget.align import resolved
 from zoo.budget.solve import solve
 from zoo.errors import UnknownName, UnsupportedModel, ZooError
 from zoo.model.anatomy import Anatomy
@@ -217,6 +218,8 @@ def assemble(
         UnreachableBudget: If the target cannot be met.
         ZooError: If the parts cannot work together.
     """
+    if schedule is not None and schedule.align == "auto":
+        schedule = resolved(schedule, Anatomy(backbone, reducer, plugins))
     target = schedule if isinstance(schedule, Target) else None
     if target is not None and reducer is not None:
         schedule = solve(target, Anatomy(backbone, reducer, plugins), last_block)

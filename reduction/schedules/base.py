@@ -9,26 +9,60 @@ them unless a schedule says so.
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
+from reduction.checks import count
 from reduction.config import Configured
 from reduction.counts import Budget
+from reduction.errors import ZooError
+from reduction.options import Option, WithOptions
 
 #: Every named schedule; `reduction.registry` looks names up here.
 SCHEDULES: dict[str, type[Schedule]] = {}
 
 
-class Schedule(Configured):
+Align = int | Literal["auto"]
+
+
+class Schedule(Configured, metaclass=WithOptions):
     """Base of all schedules. Subclasses set `name` and write `budget`.
+
+    Every schedule also takes `align`: lengths of the sequence behind a reduction, prefix tokens
+    included, are rounded to the nearest multiple of it, and a block whose rounded length stays does
+    nothing. Matrix products and attention kernels of CPUs like such lengths, in bfloat16 above all.
+    1 is the paper's counts; "auto" is measured when a model is built.
 
     Attributes:
         name: Registry name.
+        align: What lengths are multiples of.
         strict: Refuse at construction of the model what the method cannot remove. With False
             the request is clipped to what it can, as the official ToMe does.
     """
 
     name: ClassVar[str] = ""
     strict: bool = True
+    align: Align = 1
+
+    @classmethod
+    def common_options(cls) -> Mapping[str, Option]:
+        """`align`."""
+        return {"align": Option(1, Align, "int | str")}
+
+    def choose(self, align: Align = 1) -> None:
+        """Set the options that every schedule has.
+
+        Raises:
+            ZooError: If `align` is neither a whole number from 1 nor "auto".
+        """
+        if align != "auto" and (isinstance(align, str) or count("align", align, 1) > 4096):
+            raise ZooError(f"align must be a whole number up to 4096 or 'auto', got {align!r}")
+        if align != 1:
+            self.align = align
+
+    def arguments(self) -> dict[str, Any]:
+        """Constructor arguments, and `align` where it is not 1."""
+        return super().arguments() | ({} if self.align == 1 else {"align": self.align})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

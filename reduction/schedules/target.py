@@ -43,7 +43,14 @@ class Target(Schedule):
         kind = self.family or family
         if self.blocks is not None and kind == "constant_r":
             kind = "keep_rate"
-        return kind, _FAMILIES[kind](self, n0)
+        make = _FAMILIES[kind](self, n0)
+
+        def aligned(strength: float) -> Schedule:
+            made = make(strength)
+            made.choose(align=self.align)
+            return made
+
+        return kind, aligned
 
     def budget(self, block: int, depth: int, n: int, n0: int) -> Budget | None:
         """Refuses: see `members`."""

@@ -15,6 +15,7 @@ from reduction.mixins.following import Follows
 from reduction.mixins.parking import Parks
 from reduction.schedules.base import Schedule
 from reduction.tokens import SIGNALS
+from zoo.model.aligned import Aligned
 from zoo.model.anatomy import Anatomy
 from zoo.plugins.base import Plugin
 
@@ -91,7 +92,10 @@ def make_plan(
     if anatomy.alone is not None:
         counts = anatomy.alone.token_counts(grid)
         return [Plan(n, n, n, after, None, frozenset()) for n, after in counts]
-    plans = _walk(anatomy, schedule, grid, grid[0] * grid[1] if n is None else n, strict)
+    patches = grid[0] * grid[1] if n is None else n
+    plans = _walk(anatomy, schedule, grid, patches, strict)
+    if schedule is not None and schedule.align != 1:
+        plans = _walk(anatomy, schedule, grid, patches, strict, Aligned(schedule.align, plans))
     if last_block == "class_token":
         site = "mid" if anatomy.reducer is None else anatomy.reducer.site
         plans = only_prefix_at_the_end(plans, anatomy.prefix, site)
@@ -117,9 +121,14 @@ def dense_plan(
 
 
 def _walk(
-    anatomy: Anatomy, schedule: Schedule | None, grid: tuple[int, int], n: int, strict: bool
+    anatomy: Anatomy,
+    schedule: Schedule | None,
+    grid: tuple[int, int],
+    n: int,
+    strict: bool,
+    aligned: Aligned | None = None,
 ) -> list[Plan]:
-    """Walk through the blocks with counts only."""
+    """Walk through the blocks with counts only; `aligned` rounds those of a walk before."""
     reducer, plugins, depth, prefix = (
         anatomy.reducer,
         anatomy.plugins,
@@ -129,9 +138,12 @@ def _walk(
     n0 = n
     entry = None
     if reducer is not None and schedule is not None and reducer.site == "input":
-        if strict:
+        if strict and aligned is None:
             _check(reducer, schedule, 0, depth, n, n0)
-        entry = _step(reducer, schedule, 0, depth, n, n0, grid)
+        if aligned is None:
+            entry = _step(reducer, schedule, 0, depth, n, n0, grid)
+        else:
+            entry = aligned.entry(reducer, n, prefix)
         n = n if entry is None else reducer.count(n, entry)
     # Not in place: a tracer makes tensors of sizes.
     n = n + sum(p.added(-1, depth) for p in plugins)
@@ -147,9 +159,12 @@ def _walk(
         acts = site != "input" and reducer is not None and reducer.acts(block, depth)
         if acts and reducer is not None and schedule is not None:
             free = n + parked - spared[block]
-            if strict:
-                _check(reducer, schedule, block, depth, free, n0)
-            step = _step(reducer, schedule, block, depth, free, n0, grid)
+            if aligned is not None:
+                step = aligned.step(reducer, block, free, prefix + spared[block])
+            else:
+                if strict:
+                    _check(reducer, schedule, block, depth, free, n0)
+                step = _step(reducer, schedule, block, depth, free, n0, grid)
         if parks == "block" and step is None and last is not None:
             step = last._replace(block=block)
         if parked and step is not None:
