@@ -172,7 +172,7 @@ class GTP(OwnAttention, Remembers, Reducer):
         return self.sparsity < 1
 
     def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
-        n = a.q.shape[2]
+        n = t.prefix + t.n  # a plain number, of which a tracer takes no share in float32
         zeros = int(n * n * (1 - self.sparsity))
         if step is None or zeros < 1:
             return None
