@@ -36,6 +36,7 @@ class Schedule(Configured, metaclass=WithOptions):
     Attributes:
         name: Registry name.
         align: What lengths are multiples of.
+        dtype: Type of the weights that a clock is to measure with, where the model is cast later.
         strict: Refuse at construction of the model what the method cannot remove. With False
             the request is clipped to what it can, as the official ToMe does.
     """
@@ -43,6 +44,7 @@ class Schedule(Configured, metaclass=WithOptions):
     name: ClassVar[str] = ""
     strict: bool = True
     align: Align = 1
+    dtype: Any = None
 
     @classmethod
     def common_options(cls) -> Mapping[str, Option]:

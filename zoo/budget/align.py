@@ -33,7 +33,7 @@ def resolved(schedule: Schedule | None, anatomy: Anatomy) -> Schedule | None:
     dims = anatomy.dims(0)
     n = anatomy.patches + anatomy.prefix
     chosen = copy.copy(schedule)
-    chosen.align = best(n, dims.heads, dims.head_dim, weight.dtype, weight.device)
+    chosen.align = best(n, dims.heads, dims.head_dim, schedule.dtype or weight.dtype, weight.device)
     return chosen
 
 

@@ -216,7 +216,7 @@ class _Clock:
         self.anatomy, self.target, self.last_block = anatomy, target, last_block
         self.whole = sum(c.linear + c.mlp + c.attention for c in block_costs(anatomy, None))
         self.device = pick_device(target.device, "schedule.device")
-        self.backbone = copy.deepcopy(anatomy.backbone).eval().to(self.device)
+        self.backbone = copy.deepcopy(anatomy.backbone).eval().to(self.device, target.dtype)
         self.plain = ReducedViT(self.backbone)
         self.dense = float("nan")
 
@@ -231,7 +231,7 @@ class _Clock:
         ).eval()
         size = self.anatomy.tower.input_size(self.backbone)
         images = torch.randn(target.batch, *size, device=self.device)
-        models = [reduced.to(self.device), self.plain]
+        models = [reduced.to(self.device, target.dtype), self.plain]
         times, threads = interleaved(models, images, target.rounds, target.threads)
         ratios = [a / b for a, b in zip(*times, strict=True)]
         found = Measured(

@@ -194,12 +194,12 @@ def sample(model: ReducedViT, images: Tensor | Iterable[Tensor]) -> Profile:
         ZooError: If there are no images, or of different sizes.
     """
     sampler, was = CostSampler(model), model.training
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
     model.eval()
     try:
         for batch in images.split(64) if isinstance(images, Tensor) else images:
             if len(batch):
-                logits, info = model(batch.to(device), return_info="trace")
+                logits, info = model(batch.to(weight.device, weight.dtype), return_info="trace")
                 check_finite(logits, len(sampler.costs))
                 sampler.add(info)
     finally:

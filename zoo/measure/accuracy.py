@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.measure.device import like_weights
 from zoo.model.answers import check_finite
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def top_k(
         model: Gives logits `(B, classes)`.
         batches: Images `(B, C, H, W)` and labels `(B,)`.
         device: Where to run.
-        dtype: Precision of autocast.
+        dtype: Precision of autocast; images are of the type of the model's weights.
         limit: Stop after so many images.
         watch: Is told of every batch what happened to its tokens, by a model that can say.
         name: What an image is called, by its place, for messages.
@@ -48,7 +49,7 @@ def top_k(
     for images, labels in batches:
         if limit is not None:
             images, labels = images[: limit - total], labels[: limit - total]
-        images, labels = images.to(device), labels.to(device)
+        images, labels = like_weights(images, model, device), labels.to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             if watch is None:
                 logits, info = model(images), None

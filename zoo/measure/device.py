@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from zoo.errors import ZooError
+
+#: Types that weights and autocast may have, by their names.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(name: str, option: str = "device") -> torch.device:
@@ -30,3 +34,24 @@ def pick_device(name: str, option: str = "device") -> torch.device:
     if device.type == "meta":
         raise ZooError(f"{option}=meta computes nothing; type {option}=cpu")
     return device
+
+
+def pick_dtype(name: str, option: str = "dtype") -> torch.dtype:
+    """Returns the precision of that name.
+
+    Args:
+        name: As torch spells it, without "torch.".
+        option: What it is the value of, for the message.
+
+    Raises:
+        ZooError: It is not one of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise ZooError(f"{option}={name}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def like_weights(images: Tensor, model: nn.Module, device: torch.device) -> Tensor:
+    """Images where a model is, in the type of its weights; compiled models are looked into."""
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return images.to(device, next(dtypes, images.dtype))

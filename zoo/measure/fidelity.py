@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.measure.device import like_weights
 from zoo.model.answers import check_finite
 
 
@@ -57,8 +58,8 @@ def compare_answers(
     for ours, theirs in batches:
         if limit is not None:
             ours, theirs = ours[: limit - total], theirs[: limit - total]
-        answers, features = _answer(model, ours.to(device), dtype)
-        expected, wanted = _answer(dense, theirs.to(device), dtype)
+        answers, features = _answer(model, like_weights(ours, model, device), dtype)
+        expected, wanted = _answer(dense, like_weights(theirs, dense, device), dtype)
         check_finite(answers, total, "the model", name)
         check_finite(expected, total, "the dense model", name)
         if headless:

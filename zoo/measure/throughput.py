@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.measure.device import like_weights
 from zoo.model.answers import check_finite
 
 
@@ -85,7 +86,7 @@ def measure(
     with _threads(threads), torch.inference_mode():
         while True:
             images = torch.randn(batch, *input_size, device=device)
-            steps = [_step(m, images, device, dtype) for m in models]
+            steps = [_step(m, like_weights(images, m, device), device, dtype) for m in models]
             try:
                 _check_answers(steps)
                 peaks = [_peak_memory(step, device) for step in steps]
@@ -133,7 +134,7 @@ def interleaved(
     """
     device = images.device
     with _threads(threads), torch.inference_mode():
-        steps = [_step(m, images, device, torch.float32) for m in models]
+        steps = [_step(m, like_weights(images, m, device), device, torch.float32) for m in models]
         _check_answers(steps)
         return _rounds(steps, rounds, 0.0, device), torch.get_num_threads()
 

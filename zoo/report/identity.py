@@ -11,20 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from zoo.report.controls import was_trained_here
-from zoo.report.readings import Row, fidelity, switched_on
+from zoo.report.readings import Row, fidelity, precision, switched_on
 from zoo.report.words import DENSE, is_dense, number, plugins, tasks
-
-# Lightning's names of precisions, and torch's.
-_PRECISIONS = {
-    "32": "float32",
-    "32-true": "float32",
-    "16-mixed": "float16",
-    "16-true": "float16",
-    "bf16-mixed": "bfloat16",
-    "bf16-true": "bfloat16",
-    "64-true": "float64",
-}
-
 
 # What may be typed for a training without making it another one.
 _FREE = {"seed", "results", "threads", "output_dir", "trainer.enable_progress_bar"}
@@ -66,12 +54,6 @@ def same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         if one.get(key) and other.get(key):
             return bool(one[key] == other[key])
     return not (weights(one) or weights(other))
-
-
-def precision(row: Mapping[str, Any]) -> str:
-    """The computation type in torch's words."""
-    name = str(row.get("dtype") or "float32")
-    return _PRECISIONS.get(name, name)
 
 
 def options(row: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,17 @@ from typing import Any
 
 from zoo.report.words import is_dense, number, total_gmacs
 
+# Lightning's names of precisions, and torch's.
+_PRECISIONS = {
+    "32": "float32",
+    "32-true": "float32",
+    "16-mixed": "float16",
+    "16-true": "float16",
+    "bf16-mixed": "bfloat16",
+    "bf16-true": "bfloat16",
+    "64-true": "float64",
+}
+
 Row = dict[str, Any]
 
 
@@ -74,9 +85,18 @@ def setting(row: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def precision(row: Mapping[str, Any]) -> str:
+    """The computation type in torch's words, and the type of the weights where they were cast."""
+    name = str(row.get("dtype") or "float32")
+    name, weights = _PRECISIONS.get(name, name), row.get("weights_dtype")
+    if not weights or (weights == "float32" == name):
+        return name
+    return f"{weights} weights" if name == "float32" else f"{name}, {weights} weights"
+
+
 def hardware(row: Mapping[str, Any]) -> str:
     """Device, precision and compiler of a run."""
-    parts = [row.get("device") or "unknown device", row.get("dtype")]
+    parts = [row.get("device") or "unknown device", precision(row) if row.get("dtype") else None]
     return ", ".join([str(p) for p in parts if p] + ["compiled"] * bool(row.get("compile")))
 
 

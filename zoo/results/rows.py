@@ -81,6 +81,7 @@ FIELDS: dict[str, str] = {
     "threads": "CPU threads used by torch",
     "device": "device that ran it: 'cpu' or the accelerator's name",
     "dtype": "computation type, e.g. 'float32', 'bfloat16'",
+    "weights_dtype": "type that weights and images were cast to before anything ran, or null",
     "compile": "whether torch.compile was on",
     "deterministic": "whether kernels were chosen without a clock, so that the run can be repeated",
     "kernels": "mapping: kind of call to the kernel that ran, where there was a choice",

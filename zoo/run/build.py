@@ -37,11 +37,12 @@ def build_model(
         ZooError: Something in the configuration cannot be built; the message says what to type.
     """
     weights, backbone = cfg.get("weights"), cfg.get("backbone")
+    cast = _cast(cfg)
     parts = {
         name: part
         for name, part in (
             ("reducer", _part(cfg, "reducer")),
-            ("schedule", _schedule(cfg)),
+            ("schedule", _schedule(cfg, cast)),
             ("plugins", _part(cfg, "plugin")),
         )
         if part is not _ABSENT
@@ -56,7 +57,7 @@ def build_model(
                 "no model: type weights=vit_digits (or a model folder, a checkpoint, "
                 "hf-hub:ORG/NAME) or backbone=NAME, e.g. backbone=deit_small"
             )
-        return _set_runtime(cfg, _checked(_load(str(weights), parts, args)))
+        return _set_runtime(cfg, _checked(_load(str(weights), parts, args)).to(cast))
     from zoo.build import create_model
 
     parts["plugins"] = parts.get("plugins") or ()
@@ -64,7 +65,7 @@ def build_model(
     model = create_model(str(backbone.name), pretrained=pretrained, **parts, **args)
     if weights is not None:
         _load_into(model, str(weights), new_head)
-    return _set_runtime(cfg, _checked(model))
+    return _set_runtime(cfg, _checked(model).to(cast))
 
 
 # What the options of a command line say already, by the arguments that would say it once more.
@@ -198,9 +199,19 @@ def _part(cfg: DictConfig, name: str) -> Any:
     return _ABSENT if node is None else instantiate(node, name)
 
 
-def _schedule(cfg: DictConfig) -> Any:
+def _cast(cfg: DictConfig) -> Any:
+    """The type that weights are cast to; None leaves them as they are."""
+    from zoo.measure.device import pick_dtype
+
+    name = cfg.get("weights_dtype")
+    return None if name is None else pick_dtype(str(name), "weights_dtype")
+
+
+def _schedule(cfg: DictConfig, dtype: Any) -> Any:
     # The default option without an r leaves the choice to the weights or the method.
     schedule = _part(cfg, "schedule")
+    if schedule is not _ABSENT and schedule is not None and dtype is not None:
+        schedule.dtype = dtype  # of what is timed before the weights are cast
     return _ABSENT if schedule is None else schedule
 
 

@@ -19,7 +19,7 @@ from zoo.errors import ZooError
 from zoo.measure.accuracy import top_k
 from zoo.measure.costs import count_costs, sampled_costs
 from zoo.measure.describe import dense_of, describe, method_name
-from zoo.measure.device import pick_device
+from zoo.measure.device import pick_device, pick_dtype
 from zoo.model.answers import NotFinite
 from zoo.model.runtime import Runtime
 from zoo.results.rows import new_row, wilson_interval
@@ -34,11 +34,6 @@ if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
 
 TASKS = ("accuracy", "flops", "throughput", "fidelity")
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 _BY_BATCH = ("batch", "imgs_per_s", "imgs_per_s_dense", "ms", "peak_mem_mb", "peak_mem_mb_dense")
 
 
@@ -69,6 +64,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         row.update(runtime=changed or None, deterministic=repeatable)
         if set(tasks) - {"flops"}:
             row.update(device=_device_name(device), dtype=str(cfg.dtype), compile=bool(cfg.compile))
+            row.update(weights_dtype=_text(cfg.get("weights_dtype")))
         notes = [row.get("notes")]
         try:
             for found in _measured(cfg, model, tasks, device, dtype):
@@ -251,17 +247,6 @@ def measure_throughput(
         "threads": found[0].threads,
         "notes": f"spread of the throughput rounds {100 * spread:.0f} %" if spread > 0.1 else None,
     }
-
-
-def pick_dtype(name: str) -> torch.dtype:
-    """Returns the precision of that name.
-
-    Raises:
-        ZooError: It is not one of the three that autocast knows.
-    """
-    if name not in _DTYPES:
-        raise ZooError(f"dtype={name}: expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
 
 
 def _provenance(cfg: DictConfig, model: ReducedViT) -> dict[str, Any]:

@@ -258,6 +258,7 @@ EVAL: Options = {
     "task": either(_WORDS, list_of(_WORDS, "a list of tasks such as [accuracy,flops]", 0)),
     "device": _DEVICE,
     "dtype": choice("float32", "bfloat16", "float16"),
+    "weights_dtype": maybe(choice("float32", "bfloat16", "float16")),
     "compile": flag(),
     "deterministic": flag(),
     "limit": maybe(whole(1)),
@@ -314,7 +315,7 @@ TABLES: Mapping[str, Options] = {"eval": EVAL, "train": TRAIN}
 #: What a command cannot do without.
 REQUIRED = (
     *("weights", "seed", "data", "paths", "results"),
-    *("task", "device", "dtype", "compile", "limit", "throughput"),
+    *("task", "device", "dtype", "weights_dtype", "compile", "limit", "throughput"),
     *("ckpt", "test", "test_start", "aux_weight", "threads", "output_dir"),
     *("module", "loss", "optim", "lr_schedule", "trainer"),
 )
