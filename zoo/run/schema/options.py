@@ -64,7 +64,7 @@ _BACKBONE_ARGS: Options = {
 
 _RUNTIME: Options = {
     "last_block": choice("full", "class_token"),
-    "fast_linear": either(choice("off", "auto", "on"), flag()),
+    "linear": choice("plain", "auto", "packed", "onednn"),
     "own_kernels": flag(),
 }
 
