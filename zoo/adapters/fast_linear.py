@@ -15,8 +15,8 @@ Packed copies double the memory of the linear layers. They belong to nothing but
 which they are found and with which they go: no checkpoint, copy or pickle holds one. A weight that
 was written to, or put elsewhere, is packed again; one that is trained is not packed at all. No new
 parameters, the same `state_dict`. The layers of a backbone become `FastLinear`, which does exactly
-what `nn.Linear` does unless a `ReducedViT` with the option is running in this thread; and even then wherever a
-compiler, exporter, tracer, autocast, another device or type, or a transform is at work.
+what `nn.Linear` does unless a `ReducedViT` with the option is running in this thread; and even then
+wherever a compiler, exporter, tracer, autocast, another device or type, or a transform is at work.
 """
 
 from __future__ import annotations
