@@ -1,0 +1,202 @@
+"""An exported model as a folder that needs nothing of this package."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoo.errors import ZooError
+from zoo.export.engines import open_engine
+from zoo.export.formats import check_format, to_aoti, to_onnx, to_openvino, to_torch
+from zoo.model.reduced import ReducedViT
+from zoo.version import __version__
+
+#: How closely float32 has to agree with torch, relative to the largest logit where that is above 1.
+TOLERANCE = 1e-4
+
+
+class Bundle(NamedTuple):
+    """What was written, and how well it agrees with torch.
+
+    Attributes:
+        folder: Where it lies.
+        format: "onnx", "openvino", "torch" or "aoti".
+        precision: "float32", "bfloat16" or "int8".
+        files: Names of the files of the graph.
+        megabytes: Their size, in 1e6 bytes.
+        max_error: Largest difference of a logit to torch in float32, over all images.
+        agreement: Percent of images with the same first class.
+        n_random: Images of random numbers that were compared.
+        n_real: Other images that were compared.
+    """
+
+    folder: str
+    format: str
+    precision: str
+    files: tuple[str, ...]
+    megabytes: float
+    max_error: float
+    agreement: float
+    n_random: int
+    n_real: int
+
+
+def export_model(
+    model: ReducedViT,
+    folder: str | Path,
+    format: str = "onnx",
+    precision: str = "float32",
+    preprocess: Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
+    images: Iterable[Tensor] = (),
+    calibration: Iterable[Tensor] = (),
+) -> Bundle:
+    """Write a model for another runtime, with all that is needed to use it, and compare the two.
+
+    The folder holds the graph for batches of any size, `preprocess.json`, `labels.json` where
+    classes have names, `recipe.json`, and `run.py`, which needs numpy, Pillow and the runtime.
+
+    Args:
+        model: With any reducer. Methods whose counts follow the image run at their upper limit.
+        folder: Is made; what lies there under the same names is replaced.
+        format: "onnx" (ONNX Runtime), "openvino", "torch" (`torch.export`) or "aoti" (compiled
+            ahead of time).
+        precision: "float32"; "bfloat16" (openvino, torch, aoti); "int8" (openvino).
+        preprocess: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`, as timm's
+            data configuration has them; None is the model's own.
+        labels: Names of the classes, in order.
+        images: Batches `(B, C, H, W)` to compare on, beside random ones.
+        calibration: Batches for "int8".
+
+    Raises:
+        ZooError: If something is not installed or cannot be exported, or float32 does not agree
+            with torch to 1e-4.
+    """
+    check_format(format, precision)
+    if labels is not None and model.num_classes and len(labels) != model.num_classes:
+        raise ZooError(f"{len(labels)} labels for a model of {model.num_classes} classes")
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise ZooError(f"{target} is a file; name a folder")
+    target.mkdir(parents=True, exist_ok=True)
+    was = model.training
+    model.eval()
+    try:
+        example = torch.randn(2, *model.tower.input_size(model.backbone))
+        found = [batch.float().cpu() for batch in images]
+        expected = [_answers(model, batch) for batch in (*_random(example), *found)]
+        with tempfile.TemporaryDirectory(dir=target) as scratch:
+            graph = _write(model, example, Path(scratch), format, precision, calibration)
+            files = tuple(sorted(p.name for p in Path(scratch).iterdir() if p.stem == graph.stem))
+            for name in files:  # whole or not at all
+                os.replace(Path(scratch) / name, target / name)
+    finally:
+        model.train(was)
+    _describe(model, target, format, precision, preprocess, labels)
+    run = open_engine(target, format, precision)
+    pairs = [
+        (run(batch.numpy()), wanted.numpy())
+        for batch, wanted in zip((*_random(example), *found), expected, strict=True)
+    ]
+    error = max(float(np.abs(a - b).max()) for a, b in pairs)
+    scale = max(1.0, max(float(np.abs(b).max()) for _, b in pairs))
+    if not np.isfinite(error) or (precision == "float32" and error > TOLERANCE * scale):
+        raise ZooError(
+            f"{target}: the exported model differs from torch by {error:.2g}, expected at most "
+            f"{TOLERANCE * scale:.2g}; keep it away from use, and report it with its recipe.json"
+        )
+    same = sum(int((a.argmax(1) == b.argmax(1)).sum()) for a, b in pairs)
+    total = sum(len(b) for _, b in pairs)
+    size = sum((target / name).stat().st_size for name in files) / 1e6
+    real = sum(len(batch) for batch in found)
+    return Bundle(
+        str(target), format, precision, files, size, error, 100 * same / total, total - real, real
+    )
+
+
+def _random(example: Tensor) -> list[Tensor]:
+    """Batches of other sizes than the one that is captured."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, *example.shape[1:], generator=generator) for n in (1, 3)]
+
+
+@torch.no_grad()
+def _answers(model: ReducedViT, images: Tensor) -> Tensor:
+    weight = next(model.parameters())
+    answers: Tensor = model(images.to(weight.device, weight.dtype))
+    return answers.float().cpu()
+
+
+def _write(
+    model: ReducedViT,
+    example: Tensor,
+    folder: Path,
+    format: str,
+    precision: str,
+    calibration: Iterable[Tensor],
+) -> Path:
+    weight = next(model.parameters())
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        raise ZooError(
+            f"export starts from float32 weights on the CPU, got {weight.dtype} on {weight.device}; "
+            "leave weights_dtype and device alone and say export.precision"
+        )
+    if format == "onnx":
+        return to_onnx(model, example, folder)
+    if format == "openvino":
+        batches = list(calibration) if precision == "int8" else None
+        return to_openvino(model, example, folder, batches)
+    half = precision == "bfloat16"
+    write = to_torch if format == "torch" else to_aoti
+    try:
+        if half:
+            model.bfloat16()
+        return write(model, example.bfloat16() if half else example, folder)
+    finally:
+        if half:
+            model.float()
+
+
+def _describe(
+    model: ReducedViT,
+    folder: Path,
+    format: str,
+    precision: str,
+    preprocess: Mapping[str, Any] | None,
+    labels: Sequence[str] | None,
+) -> None:
+    from zoo.data.checks import data_config
+
+    config = dict(preprocess) if preprocess is not None else data_config(model)
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    shown = {key: _plain(config.get(key)) for key in keys}
+    _json(folder / "preprocess.json", shown)
+    if labels is not None:
+        _json(folder / "labels.json", list(labels))
+    else:
+        (folder / "labels.json").unlink(missing_ok=True)
+    recipe = {
+        "format": format, "precision": precision, "recipe": model.recipe,
+        "token_counts": model.token_counts(),
+        "versions": {"tokenzoo": __version__, "torch": str(torch.__version__)},
+    }  # fmt: skip
+    _json(folder / "recipe.json", recipe)
+    script = importlib.resources.files("zoo.assets") / "run_exported.py"
+    (folder / "run.py").write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def _json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
