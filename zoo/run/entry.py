@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from zoo.progress import say, show
 from zoo.run import help
 from zoo.run.console import written_out
 from zoo.run.messages import explain, unknown_flag
@@ -31,6 +32,7 @@ Row = dict[str, Any]
 
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_TRAINER_BAR = "trainer.enable_progress_bar"
 
 
 def guarded(
@@ -105,6 +107,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     from zoo.run.schema import check_config
     from zoo.run.sweep import refuse_subprocess_ddp
@@ -118,6 +121,8 @@ def job(kind: str, cfg: DictConfig) -> Row:
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep:
         refuse_subprocess_ddp(cfg)
+    asked = cfg.get("progress") if kind == "eval" else OmegaConf.select(cfg, _TRAINER_BAR)
+    show(asked is not False)
     try:
         check_config(cfg, kind, _typed(sweep))
         _check_writable(_results(cfg))
@@ -139,7 +144,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
             traceback.print_exc()
         elif sweep:
             overrides = " ".join(HydraConfig.get().overrides.task)
-            print(f"error: {message} [{overrides}]", file=sys.stderr)
+            say(f"error: {message} [{overrides}]", sys.stderr)
         if not sweep:
             raise SystemExit(FAILED if message is None else complain(message)) from error
         State.failed_jobs += 1
@@ -158,7 +163,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
         # The disk filled up, or the folder went away: what was measured is still on the screen.
         print(f"{summary_line(row)}\n{json.dumps(row)}", flush=True)
         raise SystemExit(complain(explain(error) or str(error))) from error
-    print(summary_line(row), flush=True)
+    say(summary_line(row))
     if not sweep:
         print(f"row: {path}", flush=True)
     if row.get("status") == "failed":  # it ran, and what it measured is no number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,40 @@ def _devices(cfg: DictConfig) -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
+
+
+class ProgressCallback(Callback):
+    """Counts the jobs of a sweep in a bar on stderr, where that is a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Starts the bar."""
+        from zoo.progress import counter
+
+        self._bar = counter("jobs", count_jobs(list(config.hydra.overrides.task)))
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        """Moves it on."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Takes it away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def count_jobs(overrides: list[str]) -> int:
+    """How many jobs the overrides of a sweep make: the product of the values of each."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    # Only with a loader is glob(*) known to stand for something.
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    parsed = parser.parse_overrides(overrides)
+    return math.prod(len(list(o.sweep_iterator())) for o in parsed if o.is_sweep_override())
 
 
 class ReportCallback(Callback):

@@ -262,6 +262,7 @@ EVAL: Options = {
     "compile": flag(),
     "deterministic": flag(),
     "limit": maybe(whole(1)),
+    "progress": flag(),
     "control": maybe(
         either(
             choice(*CONTROLS),
