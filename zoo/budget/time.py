@@ -15,11 +15,11 @@ from reduction.schedules.base import Schedule
 from reduction.schedules.target import Target
 from zoo.cost.analytic import block_costs
 from zoo.measure.device import pick_device
+from zoo.measure.progress import counter
 from zoo.measure.throughput import interleaved
 from zoo.model.anatomy import Anatomy
 from zoo.model.plan import make_plan
 from zoo.model.reduced import ReducedViT
-from zoo.progress import counter
 
 # Strengths of the family at which the cost model is fitted, beside the strongest.
 _PROBES = (0.0, 0.1, 0.25, 0.5)

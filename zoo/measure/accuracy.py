@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.measure.device import like_weights
+from zoo.measure.progress import bar, batches_of
 from zoo.model.answers import check_finite
-from zoo.progress import bar, batches_of
 
 if TYPE_CHECKING:
     from zoo.model.stream import Info

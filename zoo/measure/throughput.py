@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.measure.device import like_weights
+from zoo.measure.progress import bar
 from zoo.model.answers import check_finite
-from zoo.progress import bar
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from zoo.cost.sampling import is_adaptive, sample
 from zoo.data.module import IMAGES, spread_images
 from zoo.errors import ZooError
 from zoo.measure.costs import sampled_costs
-from zoo.progress import bar
+from zoo.measure.progress import bar
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

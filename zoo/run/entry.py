@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from zoo.progress import say, show
+from zoo.measure.progress import say, show, wanted
 from zoo.run import help
 from zoo.run.console import written_out
 from zoo.run.messages import explain, unknown_flag
@@ -32,7 +32,6 @@ Row = dict[str, Any]
 
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-_TRAINER_BAR = "trainer.enable_progress_bar"
 
 
 def guarded(
@@ -107,7 +106,6 @@ def job(kind: str, cfg: DictConfig) -> Row:
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-    from omegaconf import OmegaConf
 
     from zoo.run.schema import check_config
     from zoo.run.sweep import refuse_subprocess_ddp
@@ -121,10 +119,9 @@ def job(kind: str, cfg: DictConfig) -> Row:
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep:
         refuse_subprocess_ddp(cfg)
-    asked = cfg.get("progress") if kind == "eval" else OmegaConf.select(cfg, _TRAINER_BAR)
-    show(asked is not False)
     try:
         check_config(cfg, kind, _typed(sweep))
+        show(wanted(cfg))
         _check_writable(_results(cfg))
         if kind == "train":
             os.makedirs(str(cfg.output_dir), exist_ok=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from zoo.adapters.standalone import as_standalone
 from zoo.measure.describe import dense_of
 from zoo.measure.fidelity import compare_answers
-from zoo.progress import bar, batches_of
+from zoo.measure.progress import bar, batches_of
 from zoo.run.images import image_names
 
 if TYPE_CHECKING:

@@ -61,15 +61,16 @@ def _devices(cfg: DictConfig) -> int:
 
 
 class ProgressCallback(Callback):
-    """Counts the jobs of a sweep in a bar on stderr, where that is a terminal."""
+    """Counts the jobs of a sweep in a bar on stderr, where bars show."""
 
     def __init__(self) -> None:
         self._bar: Any = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Starts the bar."""
-        from zoo.progress import counter
+        from zoo.measure.progress import counter, show, wanted
 
+        show(wanted(config))
         self._bar = counter("jobs", count_jobs(list(config.hydra.overrides.task)))
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:

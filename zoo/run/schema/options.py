@@ -250,6 +250,7 @@ _MODEL: Options = {
     "paths": {"outputs": path(), "results": path()},
     "runtime": _RUNTIME,
     "results": path("a file"),
+    "progress": either(choice("auto"), flag()),
 }
 
 EVAL: Options = {
@@ -262,7 +263,6 @@ EVAL: Options = {
     "compile": flag(),
     "deterministic": flag(),
     "limit": maybe(whole(1)),
-    "progress": flag(),
     "control": maybe(
         either(
             choice(*CONTROLS),

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
 
 # Seconds before a bar shows: what is over by then needs none.
 _DELAY = 3.0
-_wanted = True
+_wanted: bool | None = None
 
 
-def show(wanted: bool) -> None:
-    """Switches bars on (where stderr is a terminal) or off, for the commands of this process."""
+def show(wanted: bool | None) -> None:
+    """Switches bars on or off for this process; None: on where stderr is a terminal."""
     global _wanted
     _wanted = wanted
 
 
 def shown() -> bool:
-    """Whether bars show: they are wanted, and stderr is a terminal."""
-    return _wanted and sys.stderr is not None and sys.stderr.isatty()
+    """Whether bars show: they were asked for, or somebody watches."""
+    if sys.stderr is None:
+        return False
+    return sys.stderr.isatty() if _wanted is None else _wanted
+
+
+def wanted(cfg: Mapping[str, Any]) -> bool | None:
+    """What the option `progress` of a configuration asks for, as `show` takes it."""
+    asked = cfg.get("progress", "auto")
+    return None if asked == "auto" else bool(asked)
 
 
 def bar(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
@@ -35,7 +43,7 @@ def bar(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     if not shown():
         yield from items
         return
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with counter(what, total) as count:
         for item in items:
