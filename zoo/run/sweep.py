@@ -108,7 +108,7 @@ class ReportCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints the table and the path of the report; the rows stay whatever happens here."""
-        from zoo.results.rows import read_rows
+        from zoo.results.rows import readable_rows
         from zoo.run.messages import explain
         from zoo.run.outcome import report_failed
 
@@ -119,10 +119,9 @@ class ReportCallback(Callback):
 
         add_controls(config, path)
         try:
-            rows = read_rows(path)
-            data = {row["dataset"] for row in rows}
-            for more in self.also:
-                rows += [row for row in read_rows(Path(more)) if row["dataset"] in data]
+            rows = readable_rows([path])
+            data = {str(row["dataset"]) for row in rows}
+            rows += [row for row in readable_rows(self.also) if str(row["dataset"]) in data]
             from zoo.report import table, write_report
 
             paths = write_report(rows, path.parent, title=_title(rows))
