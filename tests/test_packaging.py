@@ -67,6 +67,7 @@ def test_metadata(wheel):
         "lightning",
         "hydra-core",
         "fvcore",
+        "tqdm",
         "scikit-learn",
     }
 

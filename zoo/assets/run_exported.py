@@ -1,4 +1,6 @@
-"""Run an exported model on pictures: python run.py PICTURE... [--top 5] [--json]
+"""Run an exported model on pictures.
+
+    python run.py PICTURE... [--top 5] [--json]
 
 Needs numpy, Pillow and the runtime of the format: onnxruntime, openvino, or torch.
 """
@@ -73,6 +75,7 @@ def load(format, precision):
 
 
 def main():
+    """Print the best classes of every picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pictures", nargs="+")
     parser.add_argument("--top", type=int, default=5, help="classes to show for each picture")

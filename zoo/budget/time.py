@@ -15,6 +15,7 @@ from reduction.schedules.base import Schedule
 from reduction.schedules.target import Target
 from zoo.cost.analytic import block_costs
 from zoo.measure.device import pick_device
+from zoo.measure.progress import counter
 from zoo.measure.throughput import interleaved
 from zoo.model.anatomy import Anatomy
 from zoo.model.plan import make_plan
@@ -121,11 +122,17 @@ class TargetTime(Target):
         """
         assert anatomy.reducer is not None
         kind, make = self.members(anatomy.patches, anatomy.reducer.family)
-        clock = _Clock(anatomy, self, last_block)
+        with counter(self.wish(), 1 + len(_PROBES) + _CORRECTIONS) as progress:
+            clock = _Clock(anatomy, self, last_block, progress.update)
+            return self._solve(anatomy.reducer.name, kind, make, clock)
+
+    def _solve(
+        self, name: str, kind: str, make: Callable[[float], Schedule], clock: _Clock
+    ) -> Schedule:
         low = clock.time(make(1.0))
         if low.ms > self.limit(low.ms_dense) * (1 + self.tolerance):
             raise UnreachableBudget(
-                f"{self.wish()} is below what {anatomy.reducer.name!r} with family {kind!r} "
+                f"{self.wish()} is below what {name!r} with family {kind!r} "
                 f"reaches on this machine: {low}"
             )
         probes = [make(strength) for strength in _PROBES]
@@ -212,7 +219,14 @@ class TargetSpeedup(TargetTime):
 class _Clock:
     """Times a model under schedules, in turns with its dense form, on shared weights."""
 
-    def __init__(self, anatomy: Anatomy, target: TargetTime, last_block: str) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        target: TargetTime,
+        last_block: str,
+        timed: Callable[[], object],
+    ) -> None:
+        self.timed = timed
         self.anatomy, self.target, self.last_block = anatomy, target, last_block
         self.whole = sum(c.linear + c.mlp + c.attention for c in block_costs(anatomy, None))
         self.device = pick_device(target.device, "schedule.device")
@@ -242,6 +256,7 @@ class _Clock:
             threads,
             str(self.device),
         )
+        self.timed()
         self.dense = found.ms_dense
         return found
 

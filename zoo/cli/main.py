@@ -188,9 +188,9 @@ def _report(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from zoo.report import table, write_report
-    from zoo.results.rows import read_rows
+    from zoo.results.rows import readable_rows
 
-    rows = [row for path in arguments.results for row in read_rows(path)]
+    rows = readable_rows(arguments.results)
     first = Path(arguments.results[0])
     out = Path(arguments.out) if arguments.out else (first if first.is_dir() else first.parent)
     title = {"title": arguments.title} if arguments.title else {}

@@ -1,4 +1,4 @@
-"""Models for other runtimes: a folder with the graph, what goes in, what comes out, and a `run.py`."""
+"""Models for other runtimes: a folder with the graph, what goes in and out, and a `run.py`."""
 
 from zoo.export.bundle import Bundle as Bundle
 from zoo.export.bundle import export_model as export_model

@@ -147,8 +147,8 @@ def _write(
     weight = next(model.parameters())
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         raise ZooError(
-            f"export starts from float32 weights on the CPU, got {weight.dtype} on {weight.device}; "
-            "leave weights_dtype and device alone and say export.precision"
+            f"export starts from float32 weights on the CPU, got {weight.dtype} on "
+            f"{weight.device}; leave weights_dtype and device alone and say export.precision"
         )
     if format == "onnx":
         return to_onnx(model, example, folder)

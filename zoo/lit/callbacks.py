@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import sys
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from zoo.data.sampler import epoch_seed
 from zoo.errors import ZooError
+from zoo.measure.progress import shown
 
 
 class EMA(WeightAveraging):
@@ -68,3 +72,39 @@ class EpochSeed(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "set_epoch"):
             data.set_epoch(trainer.current_epoch)
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bars, on stderr, and only where bars show: stdout is for what was found.
+
+    Args:
+        refresh_rate: Batches between two updates of the bar; 0 for none.
+    """
+
+    def __init__(self, refresh_rate: int = 1) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether anything is drawn."""
+        return super().is_enabled and shown()
+
+    def init_sanity_tqdm(self) -> Tqdm:
+        """The bar of the batches before training."""
+        with contextlib.redirect_stdout(sys.stderr):
+            return super().init_sanity_tqdm()
+
+    def init_train_tqdm(self) -> Tqdm:
+        """The bar of an epoch."""
+        with contextlib.redirect_stdout(sys.stderr):
+            return super().init_train_tqdm()
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """The bar of the validation split."""
+        with contextlib.redirect_stdout(sys.stderr):
+            return super().init_validation_tqdm()
+
+    def init_test_tqdm(self) -> Tqdm:
+        """The bar of the test split."""
+        with contextlib.redirect_stdout(sys.stderr):
+            return super().init_test_tqdm()

@@ -77,13 +77,13 @@ class SearchedSchedule(Classifier):
         """
         if self.trainer.world_size > 1:
             raise ZooError("the search runs on one device; type trainer.devices=1")
-        bar = bool(self.trainer.progress_bar_callback)
+        bar = self.trainer.progress_bar_callback
         cache = self.cache or Path(self.trainer.default_root_dir) / "search.jsonl"
         options = dict(self.options)
         if getattr(self.trainer, "fast_dev_run", False):
             options["evaluations"] = 3
         search = ScheduleSearch(self.net, self._calibration(), cache=cache, **options)
-        self.found = search.run(progress=bar)
+        self.found = search.run(progress=bool(getattr(bar, "is_enabled", bar)))
         self.net.schedule = self.found.schedule
 
     def _calibration(self) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.measure.device import like_weights
+from zoo.measure.progress import bar, batches_of
 from zoo.model.answers import check_finite
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def top_k(
     """
     top1 = top5 = total = 0
     model.eval()
-    for images, labels in batches:
+    for images, labels in bar(batches, "accuracy", batches_of(batches, limit)):
         if limit is not None:
             images, labels = images[: limit - total], labels[: limit - total]
         images, labels = like_weights(images, model, device), labels.to(device)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.measure.device import like_weights
+from zoo.measure.progress import bar
 from zoo.model.answers import check_finite
 
 
@@ -190,7 +191,7 @@ def take_turns(
     """
     times: list[list[float]] = [[] for _ in steps]
     turn = list(zip(steps, numbers, times, strict=True))
-    for _ in range(rounds):
+    for _ in bar(range(rounds), "throughput"):
         for step, number, found in turn:
             for _ in range(untimed):
                 step()

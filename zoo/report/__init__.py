@@ -30,24 +30,26 @@ def write_report(
     """Write ``report.html``, ``report.csv``, ``report.md`` and ``report.png``.
 
     Args:
-        rows: Rows, or the ``.jsonl`` file or folder to read them from.
+        rows: Rows, or the ``.jsonl`` file or folder to read them from; broken lines are left out,
+            with a warning.
         out_dir: Folder to write to; made if it does not exist, files of an older report are
             replaced.
         title: Heading of the report.
 
     Raises:
-        ZooError: There are no rows, a line cannot be read, the packages that draw are not
-            installed, or ``out_dir`` cannot be written. Nothing is written then.
+        ZooError: There are no rows, the packages that draw are not installed, or ``out_dir``
+            cannot be written. Nothing is written then.
     """
     from zoo.errors import ZooError
-    from zoo.results.rows import plain, read_rows
+    from zoo.report.words import printable
+    from zoo.results.rows import plain, readable_rows
 
     missing = [name for name in ("plotly", "matplotlib") if not importlib.util.find_spec(name)]
     if missing:
         names = " and ".join(missing)
         raise ZooError(f"a report needs {names}; install with: pip install 'tokenzoo[report]'")
     if isinstance(rows, (str, os.PathLike)):
-        where, found = f" in {os.fspath(rows)}", read_rows(rows)
+        where, found = f" in {os.fspath(rows)}", readable_rows([rows])
     else:
         where, found = "", [plain(row) for row in rows]
     if not found:
@@ -58,7 +60,7 @@ def write_report(
     from zoo.report.png import write_png
     from zoo.report.tables import csv_table, markdown_table
 
-    comparison = compare(found)
+    comparison, title = compare(found), printable(title)
     out = Path(out_dir)
     paths = ReportPaths(*(out / f"report.{end}" for end in ("html", "csv", "md", "png")))
     texts = {

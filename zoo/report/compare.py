@@ -38,6 +38,7 @@ from zoo.report.words import (
     is_dense,
     most_gmacs,
     number,
+    printable,
     tasks,
     total_gmacs,
 )
@@ -53,7 +54,7 @@ def compare(rows: Iterable[Row]) -> Comparison:
     row. Rows that were measured on fewer images than others of the same data are entries, and
     views, of their own.
     """
-    ordered = [_or_failed(row) for row in _without_copies(rows)]
+    ordered = [_or_failed(printable(row)) for row in _without_copies(rows)]
     ordered.sort(key=lambda row: str(row.get("created") or ""))
     failed = [row for row in ordered if row.get("status") == "failed"]
     good = [row for row in ordered if row.get("status") != "failed"]

@@ -16,7 +16,7 @@ from zoo.report.readings import Row, fidelity, precision, switched_on
 from zoo.report.words import DENSE, is_dense, number, plugins, tasks
 
 # What may be typed for a training without making it another one.
-_FREE = {"seed", "results", "threads", "output_dir", "trainer.enable_progress_bar"}
+_FREE = {"seed", "results", "threads", "output_dir", "progress", "trainer.enable_progress_bar"}
 
 
 def canonical(value: Any) -> str:

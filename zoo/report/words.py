@@ -6,11 +6,38 @@ Rows come from files, so everything here takes any value and says nothing rather
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 DENSE = "none"
 """The method name of a model with nothing reduced."""
+
+
+_ESCAPES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"  # colours, moves of the cursor
+    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f]).*?(?:\x07|\x1b\\|\x9c|$)"  # titles, links
+    r"|\x1b[ -/]*[0-~]?",
+    re.DOTALL,
+)
+
+
+def printable(value: Any) -> Any:
+    r"""A value in whose texts nothing is left that does more to a terminal than to be read.
+
+    >>> printable({"method": "\x1b[31mtome\x1b[0m\nevit"})
+    {'method': 'tome evit'}
+    """
+    if isinstance(value, str):
+        if value.isprintable():
+            return value
+        text = _ESCAPES.sub("", value)
+        return "".join(c if c.isprintable() else " " * c.isspace() for c in text)
+    if isinstance(value, Mapping):
+        return {printable(key): printable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [printable(item) for item in value]
+    return value
 
 
 def number(value: Any) -> float | None:
@@ -242,6 +269,7 @@ def summary_line(row: Mapping[str, Any]) -> str:
     ...               "gmacs_dense": 4.599, "tokens": [[197, 184], [184, 41]]})
     'deit_small + tome r=13 | 2.706 GMACs (-41.2 %) | tokens 197->41 | top-1 79.50 %'
     """
+    row = printable(row)
     head = str(row.get("backbone") or "?")
     if not is_dense(row):
         # An architecture that reduces tokens by itself says so in its name.

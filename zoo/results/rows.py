@@ -26,6 +26,8 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from zoo.report.words import printable
+
 __all__ = [
     "FIELDS",
     "Row",
@@ -33,6 +35,7 @@ __all__ = [
     "new_row",
     "plain",
     "read_rows",
+    "readable_rows",
     "wilson_interval",
 ]
 
@@ -353,10 +356,15 @@ def _lock(handle: int) -> None:
         pass
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+def read_rows(path: str | os.PathLike[str], broken: list[str] | None = None) -> list[Row]:
     """Read every row of a ``.jsonl`` file, or of all such files below a folder, oldest first.
 
     Fields that an older version did not write are None; fields this version does not know are kept.
+
+    Args:
+        path: A file or a folder.
+        broken: Takes what is wrong with a line that is no row (its file and number, and what it
+            holds), and the line is left out. None: such a line is an error.
 
     Raises:
         ZooError: The path does not exist, a folder holds no ``.jsonl`` file, or a line is not a
@@ -374,11 +382,25 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
         files = [path]
     else:
         raise _error(f"no results: {path} does not exist; expected a .jsonl file or a folder")
-    rows = [row for file in files for row in _read_file(file)]
+    rows = [row for file in files for row in _read_file(file, broken)]
     return sorted(rows, key=lambda row: str(row.get("created") or ""))
 
 
-def _read_file(file: Path) -> Iterable[Row]:
+def readable_rows(paths: Iterable[str | os.PathLike[str]]) -> list[Row]:
+    """Read what can be read of files and folders; one warning on stderr counts broken lines.
+
+    Raises:
+        ZooError: A path does not exist, or a folder holds no ``.jsonl`` file.
+    """
+    broken: list[str] = []
+    rows = [row for path in paths for row in read_rows(path, broken)]
+    if broken:
+        more = f" (and {len(broken) - 1} more such lines)" if len(broken) > 1 else ""
+        print(f"warning: left out {printable(broken[0])}{more}", file=sys.stderr)
+    return rows
+
+
+def _read_file(file: Path, broken: list[str] | None) -> Iterable[Row]:
     try:
         lines = file.read_bytes().split(b"\n")
     except OSError as problem:
@@ -387,15 +409,16 @@ def _read_file(file: Path) -> Iterable[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"), parse_constant=lambda _: None)
-        except ValueError as problem:  # both JSON and UTF-8 errors
-            raise _error(
-                f"{file}:{number}: expected one JSON object, got {_excerpt(line)}; "
-                "delete or repair that line"
-            ) from problem
-        if not isinstance(row, dict):
-            raise _error(f"{file}:{number}: expected a JSON object, got {_excerpt(line)}")
-        yield {**dict.fromkeys(FIELDS), **row}
+            row = plain(json.loads(line.decode("utf-8-sig"), parse_constant=lambda _: None))
+        except (ValueError, RecursionError):  # JSON and UTF-8 errors, or a thousand brackets
+            row = None
+        if isinstance(row, dict):
+            yield {**dict.fromkeys(FIELDS), **row}
+            continue
+        what = f"{file}:{number}: expected one JSON object, got {_excerpt(line)}"
+        if broken is None:
+            raise _error(f"{what}; delete or repair that line")
+        broken.append(what)
 
 
 def _excerpt(line: bytes) -> str:

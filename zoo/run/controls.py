@@ -216,7 +216,7 @@ def _program(rows: Path) -> list[str]:
     """How this sweep's program was called: the start of its rows' commands."""
     from zoo.results.rows import read_rows
 
-    for row in read_rows(rows):
+    for row in read_rows(rows, broken=[]):
         words = shlex.split(str(row.get("command") or ""))
         start = next((i for i, word in enumerate(words) if "=" in word), len(words))
         if words[:start]:

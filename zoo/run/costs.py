@@ -9,6 +9,7 @@ from zoo.cost.sampling import is_adaptive, sample
 from zoo.data.module import IMAGES, spread_images
 from zoo.errors import ZooError
 from zoo.measure.costs import sampled_costs
+from zoo.measure.progress import bar
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -35,7 +36,7 @@ def sample_costs(cfg: DictConfig, model: ReducedViT, limit: int | None = None) -
     try:
         data = build_data(cfg, model)
         data.setup("test")
-        batches = spread_images(data, limit or IMAGES)
+        batches = bar(spread_images(data, limit or IMAGES), "cost")
         return sampled_costs(sample(model, batches))
     except ZooError as error:
         print(f"warning: the cost is the schedule's upper limit: {error}", file=sys.stderr)

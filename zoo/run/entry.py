@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from zoo.measure.progress import say, show, wanted
 from zoo.run import help
 from zoo.run.console import written_out
 from zoo.run.messages import explain, unknown_flag
@@ -120,6 +121,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
         refuse_subprocess_ddp(cfg)
     try:
         check_config(cfg, kind, _typed(sweep))
+        show(wanted(cfg))
         _check_writable(_results(cfg))
         if kind == "train":
             os.makedirs(str(cfg.output_dir), exist_ok=True)
@@ -139,7 +141,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
             traceback.print_exc()
         elif sweep:
             overrides = " ".join(HydraConfig.get().overrides.task)
-            print(f"error: {message} [{overrides}]", file=sys.stderr)
+            say(f"error: {message} [{overrides}]", sys.stderr)
         if not sweep:
             raise SystemExit(FAILED if message is None else complain(message)) from error
         State.failed_jobs += 1
@@ -158,7 +160,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
         # The disk filled up, or the folder went away: what was measured is still on the screen.
         print(f"{summary_line(row)}\n{json.dumps(row)}", flush=True)
         raise SystemExit(complain(explain(error) or str(error))) from error
-    print(summary_line(row), flush=True)
+    say(summary_line(row))
     if not sweep:
         print(f"row: {path}", flush=True)
     if row.get("status") == "failed":  # it ran, and what it measured is no number

@@ -15,6 +15,7 @@ from torch import Tensor
 from zoo.adapters.standalone import as_standalone
 from zoo.measure.describe import dense_of
 from zoo.measure.fidelity import compare_answers
+from zoo.measure.progress import bar, batches_of
 from zoo.published import config_folder
 from zoo.run.images import image_names
 
@@ -55,7 +56,8 @@ def measure_fidelity(
     if as_standalone(model.backbone) is not None:
         return {"fidelity": None}
     dense: Any = dense_of(model)
-    batches: Iterable[tuple[Tensor, Tensor]] = ((x, x) for x, _ in data.test_dataloader())
+    loader = data.test_dataloader()
+    batches: Iterable[tuple[Tensor, Tensor]] = ((x, x) for x, _ in loader)
     if model.reducer is None and not len(model.plugins):
         full = full_size_config(cfg)
         if full is None:
@@ -67,8 +69,9 @@ def measure_fidelity(
         other = build_data(full)
         other.attach(dense, check=False)
         other.setup("test")
-        pairs = zip(data.test_dataloader(), other.test_dataloader(), strict=True)
+        pairs = zip(loader, other.test_dataloader(), strict=True)
         batches = ((x, y) for (x, _), (y, _) in pairs)
+    batches = bar(batches, "fidelity", batches_of(loader, limit))
     found = compare_answers(model, dense, batches, device, dtype, limit, image_names(data))
     return {"fidelity": found}
 

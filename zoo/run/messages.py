@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from zoo.published import config_folder
+from zoo.report.words import printable
 
 # Every flag that Hydra's own parser knows. Its message for any other is ten lines of usage.
 FLAGS = (
@@ -47,7 +48,7 @@ def explain(error: BaseException) -> str | None:
         errors = sys.modules.get("reduction.errors")
         known = (OSError, NotImplementedError) + ((errors.ZooError,) if errors else ())
         text = str(error) if isinstance(error, known) else None
-    return None if text is None else " ".join(text.split())
+    return None if text is None else printable(" ".join(text.split()))
 
 
 def nearest(word: str, known: Iterable[str], most: int = 3) -> str | None:

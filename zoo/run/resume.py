@@ -31,7 +31,7 @@ _FREE = (
     "trainer.limit_test_batches", "trainer.num_sanity_val_steps", "trainer.default_root_dir",
     "trainer.profiler", "logger", "logger.*", "callbacks.progress*", "callbacks.lr*", "threads",
     "test", "runtime", "runtime.*", "data.root", "data.num_workers", "data.pin_memory",
-    "data.eval_batch_size", "data.download",
+    "data.eval_batch_size", "data.download", "progress",
 )  # fmt: skip
 _OURS = ("zoo.", "lightning.", "pytorch_lightning.")
 _SHOWN = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,41 @@ def _devices(cfg: DictConfig) -> int:
     return max(1, torch.cuda.device_count())
 
 
+class ProgressCallback(Callback):
+    """Counts the jobs of a sweep in a bar on stderr, where bars show."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Starts the bar."""
+        from zoo.measure.progress import counter, show, wanted
+
+        show(wanted(config))
+        self._bar = counter("jobs", count_jobs(list(config.hydra.overrides.task)))
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        """Moves it on."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Takes it away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def count_jobs(overrides: list[str]) -> int:
+    """How many jobs the overrides of a sweep make: the product of the values of each."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    # Only with a loader is glob(*) known to stand for something.
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    parsed = parser.parse_overrides(overrides)
+    return math.prod(len(list(o.sweep_iterator())) for o in parsed if o.is_sweep_override())
+
+
 class ReportCallback(Callback):
     """Writes the report when the last job of a sweep has ended.
 
@@ -72,7 +108,7 @@ class ReportCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints the table and the path of the report; the rows stay whatever happens here."""
-        from zoo.results.rows import read_rows
+        from zoo.results.rows import readable_rows
         from zoo.run.messages import explain
         from zoo.run.outcome import report_failed
 
@@ -83,10 +119,9 @@ class ReportCallback(Callback):
 
         add_controls(config, path)
         try:
-            rows = read_rows(path)
-            data = {row["dataset"] for row in rows}
-            for more in self.also:
-                rows += [row for row in read_rows(Path(more)) if row["dataset"] in data]
+            rows = readable_rows([path])
+            data = {str(row["dataset"]) for row in rows}
+            rows += [row for row in readable_rows(self.also) if str(row["dataset"]) in data]
             from zoo.report import table, write_report
 
             paths = write_report(rows, path.parent, title=_title(rows))

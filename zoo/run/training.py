@@ -11,9 +11,11 @@ if TYPE_CHECKING:
 
 # Options that say nothing about the weights that come out, or are told by themselves.
 _FREE = set(
-    "ckpt experiment hydra logger output_dir paths results seed test_start threads weights".split()
+    "ckpt experiment hydra logger output_dir paths progress results seed test_start threads "
+    "weights".split()
 )
 _FREE_IN = {
+    "callbacks": {"progress"},
     "data": {"download", "eval_batch_size", "num_workers", "pin_memory", "root"},
     "reducer": {"seed"},
     "trainer": {"accelerator", "default_root_dir", "deterministic", "log_every_n_steps"}

@@ -253,6 +253,7 @@ _MODEL: Options = {
     "paths": {"outputs": path(), "results": path()},
     "runtime": _RUNTIME,
     "results": path("a file"),
+    "progress": either(choice("auto"), flag()),
 }
 
 EVAL: Options = {
