@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zoo.checkpoint",),
     ("zoo.build", "zoo.lit"),
     ("zoo.budget",),
-    ("zoo.measure",),
+    ("zoo.measure", "zoo.export"),
     ("zoo.cost",),
     ("zoo.model",),
     ("zoo.plugins", "zoo.models"),

@@ -31,7 +31,7 @@ def data_config(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
     from timm.data import resolve_data_config
 
     given = {k: v for k, v in (overrides or {}).items() if v is not None}
-    published: Any = model.pretrained_cfg
+    published: Any = getattr(model, "pretrained_cfg", None) or {}
     config = dict(resolve_data_config(pretrained_cfg=dict(published)))
     embed: Any = getattr(getattr(model, "backbone", model), "patch_embed", None)
     channels, height, width = config["input_size"]

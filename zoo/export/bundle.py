@@ -190,7 +190,7 @@ def _describe(
         "versions": {"tokenzoo": __version__, "torch": str(torch.__version__)},
     }  # fmt: skip
     _json(folder / "recipe.json", recipe)
-    script = importlib.resources.files("zoo.assets") / "run_exported.py"
+    script = importlib.resources.files("zoo.assets") / "run_exported.py.txt"
     (folder / "run.py").write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
 
 

@@ -87,6 +87,8 @@ FIELDS: dict[str, str] = {
     "a part of the training images), held_out (images in it), top1, ci95, agreement",
     "retrieval": "mapping by relevance ('class', 'crop'): recall1, recall5, map (percent), each "
     "with its interval, n_queries, n_gallery",
+    "export": "mapping, of an exported model: folder, format, precision, files, megabytes, "
+    "max_error (of a logit, to torch in float32), agreement (percent), n_random, n_real",
     "zeroshot": "mapping, of classification by text: text, classes, top1, top5, ci95",
     "centred_cosine": "mapping, with gallery=dense: mean and worst cosine of features with the "
     "dense model's, both minus the mean feature of the gallery; worst_image (its place)",

@@ -285,6 +285,13 @@ EVAL: Options = {
         "embeddings": maybe(path("a file")),
         "templates": either(_WORDS, list_of(_WORDS, "a list of sentences with {}")),
     },
+    "export": {
+        "format": choice("onnx", "openvino", "torch", "aoti"),
+        "precision": choice("float32", "bfloat16", "int8"),
+        "folder": maybe(path("a folder")),
+        "images": whole(0, 10**6),
+        "calibration": whole(1, 10**6),
+    },
     "features": {
         "cache": flag(),
         "folder": path("a folder"),
@@ -350,6 +357,7 @@ REQUIRED = (
     *(f"linear_probe{end}" for end in ("", ".c", ".held_out", ".iterations")),
     *(f"retrieval{end}" for end in ("", ".relevance", ".crop")),
     *(f"zeroshot{end}" for end in ("", ".embeddings", ".templates")),
+    *(f"export{end}" for end in ("", ".format", ".precision", ".images", ".calibration")),
     *(f"features{end}" for end in ("", ".cache", ".folder", ".max_gb", ".seed")),
     *("ckpt", "test", "test_start", "aux_weight", "threads", "output_dir"),
     *("module", "loss", "optim", "lr_schedule", "trainer"),

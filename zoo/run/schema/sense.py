@@ -15,6 +15,7 @@ _NEEDS = {
     **{key: _LOOKUPS for key in ("gallery", "gallery_split", "gallery_limit")},
     **{key: (key,) for key in (*_LOOKUPS, "zeroshot")},
     "features": (*_LOOKUPS, "zeroshot"),
+    "export": ("export",),
 }
 
 

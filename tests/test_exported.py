@@ -1,0 +1,151 @@
+"""Exported folders answer as torch does, need nothing of this package, or are refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
+
+import zoo
+from tests.cases import backbone
+from zoo.data.checks import data_config
+from zoo.data.transforms import eval_transform
+from zoo.errors import BadCheckpoint, ZooError
+from zoo.export import export_model, open_engine
+from zoo.run.evaluate import evaluate
+from zoo.run.messages import config_folder
+
+SCRIPT = Path(zoo.__file__).parent / "assets" / "run_exported.py.txt"
+
+
+def small() -> zoo.ReducedViT:
+    torch.manual_seed(0)
+    return zoo.wrap(backbone("plain", depth=2), "tome", {"name": "constant_r", "r": 8}).eval()
+
+
+def answers(model: zoo.ReducedViT, images: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return model(images).float().numpy()
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch", "openvino"])
+def test_a_folder_answers_as_torch(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip({"onnx": "onnxscript", "openvino": "openvino"}.get(kind, "torch"))
+    model, images = small(), torch.randn(5, 3, 32, 32)
+    found = export_model(model, tmp_path / "m", kind, images=[images[:2], images[2:]])
+    assert found.max_error < 1e-4 and found.agreement == 100 and found.n_real == 5
+    run = open_engine(found.folder, kind)
+    for n in (1, 4, 5):
+        assert np.abs(run(images[:n].numpy()) - answers(model, images[:n])).max() < 1e-4
+    kept = {p.name for p in (tmp_path / "m").iterdir()}
+    assert kept == {*found.files, "preprocess.json", "recipe.json", "run.py"}
+    recipe = json.loads((tmp_path / "m" / "recipe.json").read_text())
+    assert recipe["token_counts"] == [list(pair) for pair in model.token_counts()]
+
+
+def test_bfloat16_says_how_far_it_is(tmp_path: Path) -> None:
+    model = small()
+    found = export_model(model, tmp_path, "torch", "bfloat16")
+    assert 0 < found.max_error < 0.5 and found.precision == "bfloat16"
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # the model itself stays
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "precision"), [("openvino", "int8"), ("aoti", "float32")])
+def test_dear_formats(kind: str, precision: str, tmp_path: Path) -> None:
+    if kind == "openvino":
+        pytest.importorskip("nncf")
+    model = zoo.load("vit_digits", reducer="tome")
+    words = ["weights=vit_digits", "data=digits", "task=export"]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        row = evaluate(
+            compose(
+                "eval",
+                [*words, "reducer=tome", f"export.format={kind}", f"export.precision={precision}"]
+                + [f"export.folder={tmp_path}"],
+            )
+        )
+    GlobalHydra.instance().clear()
+    assert row["export"]["agreement"] > 90 and row["export"]["n_real"] == 64
+    images = torch.rand(3, *model.tower.input_size(model.backbone))
+    assert open_engine(tmp_path, kind, precision)(images.numpy()).shape == (3, 10)
+
+
+def test_the_task_writes_a_row_and_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    words = ["weights=vit_digits", "reducer=topk", "task=export", f"export.folder={tmp_path}/m"]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        row = evaluate(compose("eval", [*words, "export.images=10"]))
+    GlobalHydra.instance().clear()
+    assert row["export"]["n_real"] == 10 and row["export"]["agreement"] == 100
+    assert json.loads((tmp_path / "m" / "labels.json").read_text()) == list("0123456789")
+    picture = tmp_path / "three.png"
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(picture)
+    done = subprocess.run(
+        [sys.executable, "-I", str(tmp_path / "m" / "run.py"), str(picture), "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    outputs = json.loads(done.stdout)["outputs"]
+    model = zoo.load("vit_digits", reducer="topk").eval()
+    with Image.open(picture) as image:
+        wanted = answers(model, eval_transform(data_config(model))(image)[None])[0]
+    assert np.abs(np.array(outputs) - wanted).max() < 1e-3
+    missing = subprocess.run(
+        [sys.executable, str(tmp_path / "m" / "run.py"), str(tmp_path / "none.png")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert missing.returncode == 2 and len(missing.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(300, 200), (200, 301), (32, 32), (17, 40)])
+@pytest.mark.parametrize("crop", [1.0, 0.9, 0.875])
+def test_pictures_are_prepared_as_by_timm(mode: str, size: tuple[int, int], crop: float) -> None:
+    namespace: dict[str, object] = {"__name__": "exported", "__file__": str(SCRIPT)}
+    exec(compile(SCRIPT.read_text(), str(SCRIPT), "exec"), namespace)
+    config = {
+        "input_size": (3, 48, 48), "interpolation": "bicubic", "crop_pct": crop,
+        "crop_mode": mode, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+    }  # fmt: skip
+    generator = np.random.default_rng(0)
+    picture = Image.fromarray(generator.integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
+    ours = namespace["prepare"](picture, config)  # type: ignore[operator]
+    assert np.abs(ours - eval_transform(config)(picture).numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"format": "tflite"}, "export.format must be one of onnx, openvino, torch, aoti"),
+        ({"precision": "int4"}, "export.precision must be one of float32, bfloat16, int8"),
+        ({"format": "onnx", "precision": "bfloat16"}, "no bfloat16 products"),
+        ({"format": "aoti", "precision": "int8"}, "type export.precision=float32|bfloat16"),
+        ({"labels": ["a", "b"]}, "2 labels for a model of 10 classes"),
+    ],
+)
+def test_wrong_options_are_one_line(options: dict, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ZooError) as refused:
+        export_model(small(), tmp_path / "m", **options)
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_folder_without_a_graph_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadCheckpoint, match="there is no such file"):
+        open_engine(tmp_path, "onnx")
+    (tmp_path / "model.onnx").write_bytes(b"nothing")
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(BadCheckpoint, match="cannot read it"):
+        open_engine(tmp_path, "onnx")
+    with pytest.raises(ZooError, match="float32 weights on the CPU"):
+        export_model(small().bfloat16(), tmp_path / "m")
