@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from zoo.data.checks import check_choices, check_classes, data_config
 from zoo.data.classes import differing
@@ -19,6 +19,7 @@ from zoo.data.numbering import Numbering
 from zoo.data.sampler import EpochSampler, ShareSampler
 from zoo.data.source import FolderOptions, Source, create
 from zoo.data.transforms import eval_transform, train_transform
+from zoo.data.views import OtherCrop
 from zoo.errors import ZooError
 
 _OFFLINE = ("digits", "synthetic")
@@ -105,6 +106,8 @@ class ImageData(pl.LightningDataModule):
         self.name: str = str(name)
         self.root, self.seed = root, seed
         self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
+        # The training split as evaluation sees it: in order, and without augmentation.
+        self.splits["gallery"] = train_split
         self._num_classes = num_classes
         self._overrides = {
             "img_size": img_size,
@@ -222,7 +225,10 @@ class ImageData(pl.LightningDataModule):
             self._part(part)
 
     def dataset(self, part: str = "test") -> Source:
-        """Return one part, `train`, `val` or `test`, with its transform."""
+        """Return one part, `train`, `val`, `test` or `gallery`, with its transform.
+
+        `gallery` is the training split as evaluation sees it.
+        """
         data = self._part(part)
         config = self._config()
         data.prepare = Picture(config["input_size"][0], self.upright)
@@ -253,6 +259,7 @@ class ImageData(pl.LightningDataModule):
                 self.root,
                 self.splits[part],
                 training=part == "train",
+                own_folder=part in ("train", "gallery"),
                 num_classes=self._num_classes,
                 seed=self.seed,
                 folder=self._folder,
@@ -301,6 +308,25 @@ class ImageData(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the loader of the split that is reported."""
         return self._eval_loader("test")
+
+    def chosen_dataloader(
+        self, part: str, places: Sequence[int] | None = None, crop: OtherCrop | None = None
+    ) -> DataLoader[Any]:
+        """Return a loader of chosen images of a part as evaluation sees them, in one process.
+
+        Args:
+            part: As in `dataset`.
+            places: Which images, in this order; None is all, and of a stream as they come.
+            crop: Shows another part of each.
+        """
+        data = self.dataset(part)
+        options = self._options(self.eval_batch_size)
+        if isinstance(data, IterableDataset):
+            data.set_loader_cfg(num_workers=self.num_workers)
+            return ImageLoader(data, self.damaged, **options)
+        whole: Dataset[Any] = data if crop is None else crop
+        chosen = range(len(data)) if places is None else places
+        return ImageLoader(Subset(whole, list(chosen)), self.damaged, **options)
 
     def _eval_loader(self, part: str) -> DataLoader[Any]:
         data = self.dataset(part)

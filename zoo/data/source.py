@@ -84,6 +84,7 @@ def create(
     split: str,
     *,
     training: bool,
+    own_folder: bool | None = None,
     num_classes: int | None = None,
     seed: int = 0,
     folder: FolderOptions | None = None,
@@ -96,7 +97,8 @@ def create(
             `wds/...`.
         root: Folder of the data.
         split: Its split, in the data set's own words.
-        training: Whether it is trained on: shuffles streamed data, and insists on a split folder.
+        training: Whether it is trained on: shuffles streamed data.
+        own_folder: Insist on a folder of that name; None does so for training.
         num_classes: For `synthetic`, how many to draw.
         seed: For streamed and generated data.
         folder: How image folders are read; None is the defaults.
@@ -107,7 +109,8 @@ def create(
     """
     folder = folder or FolderOptions()
     if is_folder(name):
-        return _folder(name, root, split, training, folder, options)
+        own_folder = training if own_folder is None else own_folder
+        return _folder(name, root, split, own_folder, folder, options)
     if folder.order is not None or folder.extensions is not None or folder.strict:
         raise ZooError(
             f"data.class_order, data.extensions and data.strict are for image folders, {name} "
