@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from zoo.data.checks import check_choices, check_classes, data_config
 from zoo.data.classes import differing
@@ -19,7 +19,7 @@ from zoo.data.numbering import Numbering
 from zoo.data.sampler import EpochSampler, ShareSampler
 from zoo.data.source import FolderOptions, Source, create
 from zoo.data.transforms import eval_transform, train_transform
-from zoo.data.views import OtherCrop
+from zoo.data.views import Change, Chosen
 from zoo.errors import ZooError
 
 _OFFLINE = ("digits", "synthetic")
@@ -310,23 +310,25 @@ class ImageData(pl.LightningDataModule):
         return self._eval_loader("test")
 
     def chosen_dataloader(
-        self, part: str, places: Sequence[int] | None = None, crop: OtherCrop | None = None
+        self, part: str, places: Sequence[int] | None = None, change: Change | None = None
     ) -> DataLoader[Any]:
-        """Return a loader of chosen images of a part as evaluation sees them, in one process.
+        """Return a loader of chosen images as evaluation sees them, in one process.
+
+        Batches are images, classes and places; of a stream, whose images have no place, the first
+        two.
 
         Args:
             part: As in `dataset`.
             places: Which images, in this order; None is all, and of a stream as they come.
-            crop: Shows another part of each.
+            change: See `zoo.data.views.Chosen`; not for streams.
         """
         data = self.dataset(part)
         options = self._options(self.eval_batch_size)
         if isinstance(data, IterableDataset):
             data.set_loader_cfg(num_workers=self.num_workers)
             return ImageLoader(data, self.damaged, **options)
-        whole: Dataset[Any] = data if crop is None else crop
-        chosen = range(len(data)) if places is None else places
-        return ImageLoader(Subset(whole, list(chosen)), self.damaged, **options)
+        chosen = Chosen(data, range(len(data)) if places is None else places, change)
+        return ImageLoader(chosen, self.damaged, **options)
 
     def _eval_loader(self, part: str) -> DataLoader[Any]:
         data = self.dataset(part)

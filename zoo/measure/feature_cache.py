@@ -75,8 +75,7 @@ class FeatureCache:
         """Write an entry; a folder that cannot be written costs a warning."""
         from safetensors.torch import save
 
-        features = stored.features
-        tensors = {"features": features.x.contiguous(), "labels": features.labels.contiguous()}
+        tensors = {k: v.contiguous() for k, v in stored.features._asdict().items()}
         about = {"key": key, "sha256": _digest(tensors), "damaged": json.dumps(stored.damaged)}
         path = self.path(key)
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
@@ -112,13 +111,10 @@ def _read(path: Path, key: str) -> Stored:
 
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in ("features", "labels")}
+        tensors = {name: file.get_tensor(name) for name in Features._fields}
     if about.get("key") != key or about.get("sha256") != _digest(tensors):
         raise ValueError("its contents are not what it says")
-    x, labels = tensors["features"], tensors["labels"]
-    if x.ndim != 2 or labels.shape != x.shape[:1]:
-        raise ValueError(f"shapes {tuple(x.shape)} and {tuple(labels.shape)}")
-    return Stored(Features(x, labels), dict(json.loads(about.get("damaged") or "{}")))
+    return Stored(Features(**tensors), dict(json.loads(about.get("damaged") or "{}")))
 
 
 def cache_key(**facts: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +18,12 @@ class Features(NamedTuple):
     Attributes:
         x: `(N, C)`, float32.
         labels: Classes `(N,)`, -1 where there is none.
+        places: Of the images in their data, `(N,)`.
     """
 
     x: Tensor
     labels: Tensor
+    places: Tensor
 
 
 class Embedder(nn.Module):
@@ -49,7 +51,7 @@ class Embedder(nn.Module):
 @torch.inference_mode()
 def collect(
     embed: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Sequence[Tensor]],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     limit: int | None = None,
@@ -60,7 +62,8 @@ def collect(
 
     Args:
         embed: See `Embedder`.
-        batches: Images `(B, 3, H, W)` and labels `(B,)`.
+        batches: Images `(B, 3, H, W)`, labels `(B,)`, and places `(B,)`; without places images are
+            counted as they come.
         device: Where to run.
         dtype: Precision of autocast.
         limit: Stop after so many images.
@@ -76,11 +79,12 @@ def collect(
     """
     embed = embed.to(device).eval()
     vectors: list[Tensor] = []
-    classes: list[Tensor] = []
+    about: list[tuple[Tensor, Tensor]] = []
     total = 0
-    for images, labels in batches:
+    for images, labels, *rest in batches:
         if limit is not None:
             images, labels = images[: limit - total], labels[: limit - total]
+        places = rest[0] if rest else torch.arange(total, total + len(labels))
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             found = embed(images.to(device))
         if found.ndim != 2:
@@ -88,12 +92,16 @@ def collect(
                 "these tasks compare one vector per image, and this model gives "
                 f"{tuple(found.shape[1:])}; pool its tokens, e.g. +backbone.args.global_pool=avg"
             )
-        check_finite(found, total, who, name)
+        bad = (~found.isfinite().all(1)).nonzero()
+        if len(bad):
+            first = int(bad[0])
+            check_finite(found[first : first + 1], int(places[first]), who, name)
         vectors.append(found.float().cpu())
-        classes.append(torch.as_tensor(labels).long())
+        about.append((torch.as_tensor(labels).long(), places[: len(labels)]))
         total += len(labels)
         if limit is not None and total >= limit:
             break
     if not vectors:
-        return Features(torch.zeros(0, 0), torch.zeros(0, dtype=torch.long))
-    return Features(torch.cat(vectors), torch.cat(classes))
+        none = torch.zeros(0, dtype=torch.long)
+        return Features(torch.zeros(0, 0), none, none)
+    return Features(torch.cat(vectors), *(torch.cat(part) for part in zip(*about, strict=True)))

@@ -14,7 +14,6 @@ from zoo.data.views import OtherCrop
 from zoo.errors import ZooError
 from zoo.measure.feature_cache import FeatureCache, Stored, cache_key, state_digest
 from zoo.measure.features import Embedder, Features, collect
-from zoo.run.images import image_names, readable_places
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -41,16 +40,6 @@ class Selection(NamedTuple):
     limit: int | None = None
     crop: float | None = None
     seed: int = 0
-
-    def readable(self, count: int) -> list[int]:
-        """Places of the images that features were made of.
-
-        Args:
-            count: How many those were.
-        """
-        if self.places is None:
-            return list(range(count))
-        return list(readable_places(self.data, self.part, self.places))
 
 
 def select(data: ImageData, part: str, limit: int | None, seed: int) -> Selection:
@@ -111,25 +100,24 @@ class Extractor:
         return features
 
     def _compute(self, model: ReducedViT, which: Selection, answer: bool, who: str) -> Features:
-        data, crop = which.data, None
+        data, change = which.data, None
+        images = data.dataset(which.part)
         if which.crop is not None:
-            images = data.dataset(which.part)
             if not isinstance(images, Images):
                 raise ZooError(
                     "retrieval.relevance=crop opens images one by one, and these data are a stream"
                 )
-            crop = OtherCrop(images, which.crop, which.seed)
-        loader = data.chosen_dataloader(which.part, which.places, crop)
+            change = OtherCrop(which.crop, which.seed)
         embed: Any = Embedder(model, answer)
         embed = torch.compile(embed) if self.cfg.compile else embed
         found = collect(
             embed,
-            loader,
+            data.chosen_dataloader(which.part, which.places, change),
             self.device,
             self.dtype,
             which.limit,
             who,
-            image_names(data, which.part, which.places),
+            images.file if isinstance(images, Images) else None,
         )
         if not len(found.x):
             unread = f"; {data.damaged}" if data.damaged else ""

@@ -93,9 +93,8 @@ class _Lookup:
         self.who = "the dense model" if dense else "the model"
         self.label = queries.data.label
         self.ours = self._on_device(extract(model, queries))
-        self.places = queries.readable(len(self.ours.x))
         self.same = queries._replace(data=data)  # the same pictures, as the owner takes them
-        self.theirs = self._of_owner(self.same) if dense else None
+        self.theirs = self._of_same() if dense else None
         relevance = cfg.retrieval.relevance
         kinds = [relevance] if isinstance(relevance, str) else list(relevance)
         self.relevance = kinds if "retrieval" in tasks else []
@@ -103,25 +102,32 @@ class _Lookup:
         self.exclude: Tensor | None = None
         if {"knn", "linear_probe"} & set(tasks) or "class" in self.relevance:
             chosen = _gallery(cfg, data)
-            self.split = data.splits[chosen.part]
+            self.split: str | None = data.splits[chosen.part]
             self.gallery = self._of_owner(chosen)
             self._leave_out(chosen)
         else:  # pictures are looked up among their own other parts
-            self.split, self.gallery = data.splits["test"], self._crops()
+            self.split, self.gallery = None, self._crops()
 
     def _leave_out(self, gallery: Selection) -> None:
         """No image is looked up in a gallery with itself."""
         self.among_themselves = gallery.part == self.same.part
         if self.among_themselves:
-            where = {p: i for i, p in enumerate(gallery.readable(len(self.gallery.x)))}
-            own = [where.get(place, -1) for place in self.places]
+            where = {place: i for i, place in enumerate(self.gallery.places.tolist())}
+            own = [where.get(place, -1) for place in self.ours.places.tolist()]
             self.exclude = torch.tensor(own, device=self.device)
 
     def _crops(self) -> Features:
-        return self._of_owner(self.same._replace(crop=float(self.cfg.retrieval.crop)))
+        return self._of_same(float(self.cfg.retrieval.crop))
 
     def _of_owner(self, which: Selection) -> Features:
         return self._on_device(self.extract(self.owner, which, who=self.who))
+
+    def _of_same(self, crop: float | None = None) -> Features:
+        """Of the tested pictures, image by image beside `ours`."""
+        found = self._of_owner(self.same._replace(crop=crop))
+        if not torch.equal(found.places, self.ours.places):
+            raise ZooError(f"{self.label}: images changed while they were measured on; run again")
+        return found
 
     def _on_device(self, features: Features) -> Features:
         return Features(*(part.to(self.device) for part in features))
@@ -133,7 +139,7 @@ class _Lookup:
             "n_images": len(self.ours.x),
             "gallery": str(cfg.gallery),
             "gallery_split": self.split,
-            "n_gallery": len(self.gallery.x),
+            "n_gallery": None if self.split is None else len(self.gallery.x),
         }
         if self.theirs is not None and self.theirs.x.shape == self.ours.x.shape:
             centre = self.gallery.x.double().mean(0)
@@ -142,7 +148,7 @@ class _Lookup:
             found["centred_cosine"] = {
                 "mean": float(cosines.mean()),
                 "worst": float(cosines[worst]),
-                "worst_image": self.places[worst],
+                "worst_image": int(self.ours.places[worst]),
             }
         if "knn" in self.tasks:
             found["knn"] = self.knn()
@@ -158,7 +164,7 @@ class _Lookup:
         k, temperature = int(self.cfg.knn.k), float(self.cfg.knn.temperature)
 
         def classes(x: Tensor) -> Tensor:
-            gallery, labels = self.gallery
+            gallery, labels, _ = self.gallery
             return knn_classes(x, gallery, labels, k, temperature, self.exclude)
 
         return {"k": k, "temperature": temperature, **self._judged(classes)}
@@ -207,7 +213,7 @@ class _Lookup:
     def by_class(self) -> dict[str, Any]:
         """Relevant is what is of the same class."""
         self._check_labels("retrieval")
-        gallery, labels = self.gallery
+        gallery, labels, _ = self.gallery
         found = retrieve(self.ours.x, gallery, self.ours.labels, labels, self.exclude)
         return self._retrieved(found, len(gallery))
 

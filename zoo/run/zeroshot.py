@@ -38,7 +38,7 @@ def measure_zeroshot(
     if classes is None:
         classes = len(texts.x)
     vectors = in_order_of(texts, names, classes, data.label)
-    x, labels = extract(model, queries, answer=True)
+    x, labels, _ = extract(model, queries, answer=True)
     outside = ((labels < 0) | (labels >= len(vectors))).nonzero()
     if len(outside):
         raise ZooError(
