@@ -60,7 +60,11 @@ def parts_of(row):
 def embedded(split, **parts):
     """Features by hand, without the code under test."""
     model = zoo.load("vit_digits", **parts).eval()
-    data = ImageData("digits", test_split="test").attach(model).dataset("gallery" if split == "train" else split)
+    data = (
+        ImageData("digits", test_split="test")
+        .attach(model)
+        .dataset("gallery" if split == "train" else split)
+    )
     images, labels = zip(*data, strict=True)
     with torch.inference_mode():
         found = [

@@ -22,7 +22,7 @@ from zoo.data.transforms import eval_transform, train_transform
 from zoo.data.views import Change, Chosen
 from zoo.errors import ZooError
 
-_OFFLINE = ("digits", "synthetic")
+_OFFLINE = ("digits", "synthetic", "fashion_mnist")
 
 
 class ImageData(pl.LightningDataModule):
@@ -32,8 +32,8 @@ class ImageData(pl.LightningDataModule):
     attached to; the arguments of the same names override that.
 
     Args:
-        name: `digits`, `synthetic`, `folder`, or a timm name with its prefix: `torch/cifar10`,
-            `hfds/ORG/NAME`, `wds/NAME`.
+        name: `digits`, `synthetic`, `fashion_mnist`, `openclipart`, `folder`, or a timm name with
+            its prefix: `torch/cifar10`, `hfds/ORG/NAME`, `wds/NAME`.
         root: Folder of the data (for `hfds/` the cache).
         train_split: What the data set calls its training split.
         val_split: What it calls the split that training is watched on.

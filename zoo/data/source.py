@@ -93,8 +93,8 @@ def create(
     """Create the data set of one split.
 
     Args:
-        name: `digits`, `synthetic`, `folder`, or a timm name: `torch/cifar10`, `hfds/org/name`,
-            `wds/...`.
+        name: `digits`, `synthetic`, `fashion_mnist`, `openclipart`, `folder`, or a timm name:
+            `torch/cifar10`, `hfds/org/name`, `wds/...`.
         root: Folder of the data.
         split: Its split, in the data set's own words.
         training: Whether it is trained on: shuffles streamed data.
@@ -127,6 +127,15 @@ def create(
         length = lengths.get("train_length" if split == "train" else "eval_length", 64)
         known = {k: v for k, v in options.items() if k in {"size"}}
         return _wrapped(Shapes(split, length, num_classes or 4, seed=seed, **known))
+    if name == "fashion_mnist":
+        from zoo.data.fashion_mnist import FashionMnist
+
+        return _wrapped(FashionMnist(split, root, bool(options.get("download"))))
+    if name == "openclipart":
+        from zoo.data.openclipart import OpenClipart
+
+        known = {k: int(v) for k, v in options.items() if k in {"least", "smallest"}}
+        return _wrapped(OpenClipart(split, root, **known))
     return _by_timm(name, root, split, training, seed, folder.class_map, options)
 
 
@@ -165,8 +174,8 @@ def _by_timm(
     prefix = name.partition("/")[0].lower() if "/" in name else ""
     if prefix == "":
         raise ZooError(
-            f"unknown data name {name!r}; expected digits, synthetic, folder, or a timm name such "
-            "as torch/cifar10, hfds/ORG/NAME, wds/NAME"
+            f"unknown data name {name!r}; expected digits, synthetic, fashion_mnist, openclipart, "
+            "folder, or a timm name such as torch/cifar10, hfds/ORG/NAME, wds/NAME"
         )
     package = _EXTRA.get(prefix)
     if package is not None and find_spec(package) is None:

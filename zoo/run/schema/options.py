@@ -104,6 +104,8 @@ _DATA: Options = {
         "size": either(whole(2, 4096), list_of(whole(2, 4096), "[height, width]", 2, 2)),
         "train_length": whole(1),
         "eval_length": whole(1),
+        "least": whole(1),
+        "smallest": whole(1),
     },
 }
 
