@@ -177,6 +177,9 @@ def test_models_without_a_classifier_are_looked_up_too(run, tmp_path):
     assert run(line)[0] == 0
     (row,) = rows(tmp_path)
     assert row["dtype"] == "bfloat16" and 0 <= row["knn"]["top1"] <= 100
+    assert run(line.replace("dtype", "weights_dtype"))[0] == 0
+    cast = rows(tmp_path)[-1]
+    assert (cast["dtype"], cast["weights_dtype"]) == ("float32", "bfloat16") and cast["knn"]
     code, _, err = run(line + " +backbone.args.global_pool=''")
     assert code == 2 and "one vector per image" in err
 
@@ -193,7 +196,12 @@ def test_features_are_found_again_by_other_tasks_and_other_runs(run, tmp_path, p
     first, second = rows(tmp_path)
     assert first["knn"] == second["knn"]
     # Anything that features depend on makes others.
-    for more in ("schedule.r=3", "dtype=bfloat16", "data.crop_pct=0.5", "runtime.fast_linear=on"):
+    for more in (
+        "schedule.r=3",
+        "dtype=bfloat16",
+        "data.crop_pct=0.5",
+        "runtime.last_block=class_token",
+    ):
         before = sum(passes)
         assert run(f"{line} task=knn {more}")[0] == 0
         assert sum(passes) == before + 70, more

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.measure.device import like_weights
 from zoo.model.answers import check_finite
 
 
@@ -86,7 +87,7 @@ def collect(
             images, labels = images[: limit - total], labels[: limit - total]
         places = rest[0] if rest else torch.arange(total, total + len(labels))
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            found = embed(images.to(device))
+            found = embed(like_weights(images, embed, device))
         if found.ndim != 2:
             raise ZooError(
                 "these tasks compare one vector per image, and this model gives "
