@@ -401,6 +401,33 @@ def test_a_text_tower_of_its_own_reads_the_names(run, tmp_path, folder, monkeypa
     assert code == 2 and "'photo' has no {} for the class name" in err
 
 
+def test_the_text_tower_of_open_clip_is_that_of_the_same_weights(tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    from zoo.measure.zeroshot import encode_texts
+    from zoo.run.zeroshot import open_clip_text
+
+    vision = {"layers": 1, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 16}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "tiny-clip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-clip.json")
+    clip = open_clip.create_model("tiny-clip").eval()
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    tower, tokenizer = open_clip_text("tiny-clip", str(tmp_path / "clip.pt"))
+    names, templates = ["cat", "dog", "cow"], ["a photo of a {}.", "the {}."]
+    found = encode_texts(tower.eval(), tokenizer, names, templates, torch.device("cpu"))
+    own = open_clip.tokenizer.SimpleTokenizer(context_length=16)
+    for name, vector in zip(names, found.x, strict=True):
+        with torch.no_grad():
+            two = clip.encode_text(own([t.replace("{}", name) for t in templates]), normalize=True)
+        mean = torch.nn.functional.normalize(two.mean(0), dim=0)
+        torch.testing.assert_close(vector, mean)
+    with pytest.raises(zoo.errors.ZooError, match="text tower of tiny-clip has no weights; type"):
+        open_clip_text("tiny-clip", None)
+    with pytest.raises(zoo.errors.ZooError, match="no text tower of tiny-clip with the weights"):
+        open_clip_text("tiny-clip", str(tmp_path / "tiny-clip.json"))
+
+
 # ---------------------------------------------------------------------------------- refused
 
 
