@@ -177,6 +177,9 @@ def test_models_without_a_classifier_are_looked_up_too(run, tmp_path):
     assert run(line)[0] == 0
     (row,) = rows(tmp_path)
     assert row["dtype"] == "bfloat16" and 0 <= row["knn"]["top1"] <= 100
+    assert run(line.replace("dtype", "weights_dtype"))[0] == 0
+    cast = rows(tmp_path)[-1]
+    assert (cast["dtype"], cast["weights_dtype"]) == ("float32", "bfloat16") and cast["knn"]
     code, _, err = run(line + " +backbone.args.global_pool=''")
     assert code == 2 and "one vector per image" in err
 
@@ -193,7 +196,12 @@ def test_features_are_found_again_by_other_tasks_and_other_runs(run, tmp_path, p
     first, second = rows(tmp_path)
     assert first["knn"] == second["knn"]
     # Anything that features depend on makes others.
-    for more in ("schedule.r=3", "dtype=bfloat16", "data.crop_pct=0.5", "runtime.fast_linear=on"):
+    for more in (
+        "schedule.r=3",
+        "dtype=bfloat16",
+        "data.crop_pct=0.5",
+        "runtime.last_block=class_token",
+    ):
         before = sum(passes)
         assert run(f"{line} task=knn {more}")[0] == 0
         assert sum(passes) == before + 70, more
@@ -393,6 +401,33 @@ def test_a_text_tower_of_its_own_reads_the_names(run, tmp_path, folder, monkeypa
     assert code == 2 and "'photo' has no {} for the class name" in err
 
 
+def test_the_text_tower_of_open_clip_is_that_of_the_same_weights(tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    from zoo.measure.zeroshot import encode_texts
+    from zoo.run.zeroshot import open_clip_text
+
+    vision = {"layers": 1, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 16}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "tiny-clip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-clip.json")
+    clip = open_clip.create_model("tiny-clip").eval()
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    tower, tokenizer = open_clip_text("tiny-clip", str(tmp_path / "clip.pt"))
+    names, templates = ["cat", "dog", "cow"], ["a photo of a {}.", "the {}."]
+    found = encode_texts(tower.eval(), tokenizer, names, templates, torch.device("cpu"))
+    own = open_clip.tokenizer.SimpleTokenizer(context_length=16)
+    for name, vector in zip(names, found.x, strict=True):
+        with torch.no_grad():
+            two = clip.encode_text(own([t.replace("{}", name) for t in templates]), normalize=True)
+        mean = torch.nn.functional.normalize(two.mean(0), dim=0)
+        torch.testing.assert_close(vector, mean)
+    with pytest.raises(zoo.errors.ZooError, match="text tower of tiny-clip has no weights; type"):
+        open_clip_text("tiny-clip", None)
+    with pytest.raises(zoo.errors.ZooError, match="no text tower of tiny-clip with the weights"):
+        open_clip_text("tiny-clip", str(tmp_path / "tiny-clip.json"))
+
+
 # ---------------------------------------------------------------------------------- refused
 
 
@@ -423,3 +458,93 @@ def test_options_that_cannot_be_are_refused_in_one_line(run, line, words):
 def test_what_reduces_by_itself_has_no_dense_gallery(run):
     code, _, err = run("backbone=lookupvit_digits task=knn gallery=dense")
     assert code == 2 and "type gallery=own" in err
+
+
+# ---------------------------------------------------------------------------------- reports
+
+
+def row_of(method, gmacs, **more):
+    from zoo.results.rows import new_row
+
+    schedule = None if method == "none" else {"name": "constant_r", "r": 10}
+    known = {"backbone": "tower", "dataset": "pets", "split": "test", "n_images": 100}
+    known |= {"gmacs": {"total": gmacs}, "gmacs_dense": 6.0, "gallery": "own", "n_gallery": 500}
+    known |= {"task": ["knn"], "method": method, "schedule": schedule, "weights": "w"}
+    return new_row(**{**known, "gallery_split": "train", **more})
+
+
+def test_a_report_goes_by_neighbours_where_nothing_has_an_accuracy(tmp_path):
+    from zoo.report import table, write_report
+    from zoo.report.compare import compare
+
+    rows_ = [
+        row_of("none", 6.0, knn={"top1": 80.0, "ci95": [71.1, 86.7]}),
+        row_of("tome", 4.0, knn={"top1": 79.0, "ci95": [70.0, 85.8]}),
+        row_of("topk", 4.0, knn={"top1": 70.0, "ci95": [60.4, 78.1]}),
+        # Another task on the same model and images completes its entry.
+        row_of("topk", 4.0, task=["retrieval"], retrieval={"crop": {"recall1": 44.0, "map": 50.0}}),
+        row_of("tome", 4.0, gallery="dense", knn={"top1": 78.0, "agreement": 91.0}),
+        row_of("tome", 4.0, n_gallery=50, knn={"top1": 60.0}),
+    ]
+    found = compare(rows_)
+    view, other = found.views
+    assert view.label == "tower · pets (test)"
+    assert other.label == "tower · pets (test), in 50 of train"
+    assert view.metric.key == "knn" and [e.name for e in view.front] == ["tome", "dense"]
+    assert [e.name for e in view.entries] == ["dense", "tome", "topk"]
+    assert view.entries[1].lost(view.metric) == pytest.approx(-1)
+    text = table(rows_)
+    assert "on the Pareto front of k-NN accuracy against GMACs" in text
+    assert "44.00" in text and "91.00" in text and "78.00" in text
+    paths = write_report(rows_, tmp_path)
+    page = paths.html.read_text(encoding="utf-8")
+    assert "k-NN accuracy 79.00 % [70.00, 85.80] (Δ −1.00)" in page
+    assert "Dense model, k-NN accuracy" in page
+    csv = paths.csv.read_text(encoding="utf-8").splitlines()[0].split(",")
+    assert {"knn_top1", "knn_agreement", "crop_recall1", "class_map", "n_gallery"} <= set(csv)
+    assert "k-NN %" in paths.markdown.read_text(encoding="utf-8")
+
+
+def test_runs_that_differ_in_their_draws_are_averaged(tmp_path):
+    from zoo.report import table
+    from zoo.report.compare import compare
+
+    rows_ = [
+        row_of(
+            "random",
+            4.0,
+            reducer={"name": "random", "seed": seed},
+            knn={"top1": score, "ci95": [score - 5, score + 5]},
+        )
+        for seed, score in enumerate((70.0, 72.0, 77.0))
+    ]
+    (entry,) = compare(rows_).entries
+    assert entry.count == 3 and entry.quality["knn"].value == pytest.approx(73)
+    assert entry.interval_of(compare(rows_).views[0].metric) == (70, 77)
+    assert "73.00 ± 3.61" in table(rows_)
+
+
+def test_what_a_row_says_beside_numbers_does_no_harm(tmp_path):
+    from zoo.report import table
+    from zoo.report.words import summary_line
+
+    for bad in ("text", [1], {"top1": None}, {"top1": "x", "ci95": 3}, {"class": "x", "crop": []}):
+        row = row_of("tome", 4.0, knn=bad, retrieval=bad, centred_cosine=bad, zeroshot=bad)
+        assert summary_line(row) and table([row, row_of("none", 6.0, knn={"top1": 5.0})])
+
+
+def test_a_tower_that_runs_smaller_than_its_release_is_its_own_dense_model():
+    from hydra import compose, initialize_config_dir
+
+    from zoo.published import config_folder
+    from zoo.run.fidelity import full_size_config
+
+    def full(*more):
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return full_size_config(compose("eval", ["weights=w", *more]))
+
+    assert full("backbone=dinov2_small") is None
+    assert full("backbone=dinov2_small", "backbone.args.img_size=224") is None
+    smaller = full("backbone=dinov2_small", "backbone.args.img_size=140")
+    assert smaller.backbone.args.img_size == 224
+    assert "img_size" not in full("backbone=test_vit", "+backbone.args.img_size=80").backbone.args

@@ -68,44 +68,73 @@ def _texts(
     given = cfg.zeroshot.embeddings
     if given is not None:
         return read_texts(str(given))
-    tower = text_tower(model)
-    if tower is None:
-        raise ZooError(
-            "task=zeroshot: the model has no text tower; type zeroshot.embeddings=FILE, a "
-            "safetensors file with one text embedding per class"
-        )
+    tower, tokenizer = text_tower(cfg, model)
     if names is None:
         raise ZooError(
             f"task=zeroshot: {data.label} does not name its classes; give data.class_map=FILE, or "
             "zeroshot.embeddings=FILE"
         )
-    tokenizer = _tokenizer(cfg, tower)
     words = [name.replace("_", " ") for name in names]
     found = encode_texts(tower.to(device).eval(), tokenizer, words, _templates(cfg), device)
     return found._replace(names=names)
 
 
-def text_tower(model: Any) -> Any:
-    """What has `encode_text`: the model itself, or what its image tower belongs to; else None."""
-    for owner in (model, getattr(model, "backbone", None)):
-        if callable(getattr(owner, "encode_text", None)):
-            return owner
-    return None
+def text_tower(cfg: DictConfig, model: Any) -> tuple[Any, Any]:
+    """What has `encode_text`, and its tokenizer.
+
+    That is the model itself where it has both, else the whole model of open_clip that the image
+    tower is part of.
+
+    Raises:
+        ZooError: There is none, or it has no weights.
+    """
+    for owner in (model, model.backbone):
+        if callable(getattr(owner, "encode_text", None)) and hasattr(owner, "tokenizer"):
+            return owner, owner.tokenizer
+    backbone = cfg.get("backbone")
+    if backbone is None or backbone.get("library") != "open_clip":
+        raise ZooError(
+            "task=zeroshot: the model has no text tower; type zeroshot.embeddings=FILE, a "
+            "safetensors file with one text embedding per class"
+        )
+    stem, _, tag = str(backbone.name).partition(".")
+    weights = cfg.weights if cfg.weights is not None else tag if backbone.pretrained else None
+    return open_clip_text(stem, None if weights is None else str(weights))
 
 
-def _tokenizer(cfg: DictConfig, tower: Any) -> Any:
-    own = getattr(tower, "tokenizer", None)
-    if own is not None:
-        return own
+def open_clip_text(name: str, weights: str | None) -> tuple[Any, Any]:
+    """A whole model of open_clip, and its tokenizer.
+
+    Args:
+        name: open_clip's name of it.
+        weights: A tag of open_clip, or a file with the weights of the whole model.
+
+    Raises:
+        ZooError: open_clip is missing, or the weights are not those of both towers.
+    """
+    open_clip = _open_clip("the text tower")
+    if not weights:
+        raise ZooError(
+            f"task=zeroshot: the text tower of {name} has no weights; type "
+            f"backbone.name={name}.TAG backbone.pretrained=true, weights=FILE with both towers, or "
+            "zeroshot.embeddings=FILE"
+        )
+    try:
+        return open_clip.create_model(name, pretrained=weights), open_clip.get_tokenizer(name)
+    except Exception as error:  # of files, of the network and of open_clip, in many forms
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ZooError(
+            f"task=zeroshot: no text tower of {name} with the weights {weights}: {reason[:200]}; "
+            "type zeroshot.embeddings=FILE"
+        ) from error
+
+
+def _open_clip(what: str) -> Any:
     try:
         import open_clip
     except ImportError as error:
-        raise ZooError(
-            "the text tower needs open_clip's tokenizer: pip install 'tokenzoo[open_clip]'"
-        ) from error
-    name = str(cfg.backbone.name) if cfg.backbone else ""
-    known = {item.lower(): item for item in open_clip.list_models()}
-    return open_clip.get_tokenizer(known.get(name.rpartition("/")[2].lower(), name))
+        raise ZooError(f"{what} is of open_clip; pip install 'tokenzoo[open_clip]'") from error
+    return open_clip
 
 
 def _templates(cfg: DictConfig) -> list[str]:
@@ -118,9 +147,9 @@ def _templates(cfg: DictConfig) -> list[str]:
     if not isinstance(given, str):
         found = [str(template) for template in given]
     elif given in ("simple", "openai"):
-        from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
-
-        chosen = SIMPLE_IMAGENET_TEMPLATES if given == "simple" else OPENAI_IMAGENET_TEMPLATES
+        library = _open_clip(f"zeroshot.templates={given}")
+        own = {"simple": "SIMPLE_IMAGENET_TEMPLATES", "openai": "OPENAI_IMAGENET_TEMPLATES"}
+        chosen = getattr(library, own[given])
         found = [template("{}") for template in chosen]
     else:
         found = [given]
