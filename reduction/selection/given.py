@@ -136,11 +136,12 @@ class Given(NamedTuple):
         if self.group == 1:
             return row
         if self.runs:
-            return row.unflatten(-1, (self.n, self.group)).mean(-1)
+            return row.reshape(*row.shape[:-1], self.n, self.group).mean(-1)
         assert self.patch_grid is not None
         side = math.isqrt(self.group)
         rows, columns = self.patch_grid[0] // side, self.patch_grid[1] // side
-        return row.unflatten(-1, (rows, side, columns, side)).mean((-3, -1)).flatten(-2)
+        parts = row.reshape(*row.shape[:-1], rows, side, columns, side)
+        return parts.mean((-3, -1)).flatten(-2)
 
     def class_token(self, who: str) -> Tensor:
         """Features of the class token `(B, 1, C)`, to be handed on with the others.

@@ -96,6 +96,7 @@ def farthest(x: Tensor, start: Tensor, k: int) -> Tensor:
     for _ in range(k - 1):
         last = x.gather(1, chosen[-1].view(-1, 1, 1).expand(-1, 1, x.shape[2]))
         gap = torch.minimum(gap, (x - last).square().sum(-1))
+        gap = gap.scatter(1, chosen[-1].unsqueeze(1), -1.0)  # never again, among equals too
         chosen.append(gap.argmax(1))
     return torch.stack(chosen, dim=1)
 

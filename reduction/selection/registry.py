@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from reduction.arguments import argument_hints
 from reduction.errors import ZooError
 from reduction.registry import Registry, check_name
 from reduction.selection.base import Selection, Selector, everything
@@ -246,7 +246,7 @@ def _refuse_unknown(method: SelectorLike, options: Mapping[str, Any]) -> None:
         name = method.get("name")
     if not isinstance(name, str):
         return
-    known = argument_hints(SELECTORS.get(name))
+    known = list(inspect.signature(SELECTORS.get(name)).parameters)
     for key in options:
         if key not in known:
             raise ZooError(

@@ -67,10 +67,10 @@ class ApET(Selector):
             return self._official(given, exact, basis, top(error, k))
         held = basis[:, : min(size, k // 2)]
         fixed = marked(held, given.n)
-        order = first(fixed, torch.where(fixed, torch.inf, error), k)
+        heads = first(~fixed, error, k - held.shape[1])
+        order = torch.cat([held, heads], 1)
         index = order.sort(dim=1).values
         own = slots(index, given.n)
-        heads = order[:, held.shape[1] :]
         host = nearest(given.x, take_rows(given.x, heads))
         slot = torch.where(own < 0, own.gather(1, heads.gather(1, host)), own)
         added, members = sums(exact, slot, k)

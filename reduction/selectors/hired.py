@@ -131,4 +131,5 @@ class HiRED(Selector):
         # The r-th token of a crop is worth its quota less r: the best `rest` of all are Hamilton's
         # apportionment, and what a full crop cannot take goes on to the others.
         worth = (each.double().unsqueeze(2) - torch.arange(n, device=hot.device)).flatten(1)
-        return marked(top(worth, rest), worth.shape[1]).unflatten(1, (many, n)).sum(2)
+        served = marked(top(worth, rest), worth.shape[1])
+        return served.view(-1, many, n).sum(2)

@@ -115,4 +115,5 @@ class HoloV(Selector):
 
 
 def _means(a: Tensor, sizes: list[int]) -> Tensor:
-    return torch.stack([part.mean(1) * 1000 for part in a.split(sizes, dim=1)], 1)
+    parts = torch.split(a, sizes, dim=1)  # type: ignore[no-untyped-call]
+    return torch.stack([part.mean(1) * 1000 for part in parts], 1)

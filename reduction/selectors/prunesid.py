@@ -118,7 +118,8 @@ def components(x: Tensor, groups: int) -> Tensor:
     a = x.double().sigmoid()
     a = a - a.mean(2, keepdim=True)
     vectors = torch.linalg.eigh(a @ a.transpose(1, 2)).eigenvectors
-    return vectors.flip(2)[:, :, :groups].abs().argmax(2)
+    part: Tensor = vectors.flip(2)[:, :, :groups].abs().argmax(2)
+    return part
 
 
 def _suppressed(like: Tensor, group: Tensor, s: Tensor, limit: Tensor) -> Tensor:
