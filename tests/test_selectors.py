@@ -204,17 +204,17 @@ def test_compiles_in_one_graph(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_exports(name: str) -> None:
-    given = signals(grid=(4, 4))
+    given = signals(grid=GRID)
     made = reduction.create_selector(name, **SELECTOR_CASES[name][0])
 
     class Choose(torch.nn.Module):
         def forward(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            got = select(keep=6, method=made, grid=(4, 4), **given)
+            got = select(keep=6, method=made, grid=GRID, **given)
             return got.features, got.indices
 
     program = torch.export.export(Choose(), ({k: v for k, v in given.items()},))
     features, indices = program.module()(given)
-    got = select(keep=6, method=made, grid=(4, 4), **given)
+    got = select(keep=6, method=made, grid=GRID, **given)
     assert torch.equal(indices, got.indices) and torch.allclose(features, got.features, atol=1e-6)
 
 

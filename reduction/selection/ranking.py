@@ -8,30 +8,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reduction.eager import exporting
 from reduction.functional.matching import unit
-from reduction.functional.portable import stable_order
 
 
 def top(score: Tensor, k: int) -> Tensor:
     """The k largest of each row, `(B, k)`, descending; of equal ones the lower index first."""
-    return stable_order(score, dim=1, descending=True)[:, :k]
+    return _order(score)[:, :k]
 
 
 def first(chosen: Tensor, score: Tensor, k: int) -> Tensor:
     """The k best of each row: those in `chosen` `(B, N)` before all others, each by score."""
-    order = stable_order(score, dim=1, descending=True)
-    rank = chosen.gather(1, order).to(torch.int64)
-    return order.gather(1, stable_order(rank, dim=1, descending=True))[:, :k]
+    rank = ranks(score)
+    # No two keys are equal, so any sort will do.
+    return torch.where(chosen, rank, rank + score.shape[1]).argsort(dim=1)[:, :k]
 
 
 def where(mask: Tensor, k: int) -> Tensor:
     """Indices of k true entries in each row, ascending; every row has that many."""
-    return stable_order(mask.to(torch.int64), dim=1, descending=True)[:, :k]
+    place = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, place, place + mask.shape[1]).argsort(dim=1)[:, :k]
 
 
 def ranks(score: Tensor) -> Tensor:
     """Place of every entry in its row, `(B, N)`: 0 for the largest."""
-    return stable_order(stable_order(score, dim=1, descending=True))
+    if exporting():
+        # Counted: no sort that ONNX knows is stable by name.
+        place = torch.arange(score.shape[1], device=score.device)
+        mine, other = score.unsqueeze(2), score.unsqueeze(1)
+        before = (other > mine) | ((other == mine) & (place < place.unsqueeze(1)))
+        return before.sum(2)
+    order = _order(score)
+    place = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return torch.zeros_like(order).scatter(1, order, place)
+
+
+def _order(score: Tensor) -> Tensor:
+    if exporting():
+        return ranks(score).argsort(dim=1)
+    return score.argsort(dim=1, descending=True, stable=True)
 
 
 def marked(index: Tensor, n: int) -> Tensor:

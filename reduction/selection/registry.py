@@ -193,21 +193,26 @@ def retained_mask(selection: Selection) -> Tensor:
 
 
 def signals_of(
-    method: SelectorLike, depth: int, class_token: bool = True, **options: Any
+    method: SelectorLike,
+    depth: int,
+    class_token: bool = True,
+    block: int | None = None,
+    **options: Any,
 ) -> tuple[tuple[str, int], ...]:
     """What a tower has to be asked for, and of which block.
 
     Args:
         method: Name, mapping, or instance.
-        depth: Blocks of the tower; features are the output of the last but one.
+        depth: Blocks of the tower.
         class_token: Whether the tower has one; "column" takes the place of "cls_row" without.
+        block: Whose output is chosen from; None is the last but one.
         **options: Constructor arguments of the method.
 
     Returns:
         Pairs of a keyword of `select` and the index of a block.
     """
     selector = create_selector(method, **options)
-    source = max(depth - 2, 0)
+    source = max(depth - 2, 0) if block is None else block
     row = "cls_row" if class_token else "column"
     found: list[tuple[str, int]] = []
     shallow = selector.shallow_block(depth)
@@ -216,10 +221,9 @@ def signals_of(
         if shallow is not None and what in ("attention", "column"):
             found.append((f"{name}_shallow", max(0, min(shallow, source))))
         found.append((name, source))
-    if selector.from_last and class_token:
-        found += [("q", depth - 1), ("k", depth - 1)]
-    elif selector.from_last:
-        found += [("column", source), ("k", depth - 1)]
+    if selector.from_last:
+        behind = min(source + 1, depth - 1)
+        found += [("q", behind) if class_token else ("column", source), ("k", behind)]
     return tuple(found)
 
 

@@ -6,7 +6,6 @@ import torch
 
 from reduction.base import Card
 from reduction.checks import count
-from reduction.functional.portable import stable_order
 from reduction.selection.base import Compat, Selection, Selector, choose, whole_number
 from reduction.selection.given import Given
 from reduction.selection.ranking import similarity, top
@@ -67,7 +66,7 @@ class DartPivots(Selector):
         taken = torch.zeros_like(like[:, 0]).scatter(1, pivot, torch.inf)
         order = [pivot]
         for p in range(pivots):
-            least = stable_order(like[:, p] + taken)[:, : each + (p < more)]
+            least = top(-like[:, p] - taken, each + (p < more))
             taken = taken.scatter(1, least, torch.inf)
             order.append(least)
         return choose(given, torch.cat(order, 1))

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from reduction.base import Card
 from reduction.checks import count, number
-from reduction.functional.portable import stable_order
 from reduction.selection.base import Compat, Selection, Selector, answer, choose, whole_number
 from reduction.selection.given import Given
 from reduction.selection.ranking import first, places, ranks
@@ -87,8 +86,8 @@ class HoloV(Selector):
         begin = size.cumsum(0) - size
         natural = torch.arange(given.n, device=a.device) - begin[part]
         place = torch.where(mine >= size[part], natural, place)
-        line = torch.where(kept, begin[part] + place, given.n)
-        order = stable_order(line)[:, :k]
+        line = torch.where(kept, begin[part] + place, given.n + natural)
+        order = line.argsort(dim=1)[:, :k]
         lives = kept.gather(1, order)
         rows = take_rows(given.features, order) * lives.unsqueeze(2).to(given.features.dtype)
         index = torch.where(lives, order, -1)
@@ -115,5 +114,5 @@ class HoloV(Selector):
 
 
 def _means(a: Tensor, sizes: list[int]) -> Tensor:
-    parts = torch.split(a, sizes, dim=1)  # type: ignore[no-untyped-call]
+    parts = torch.split(a, sizes, dim=1)
     return torch.stack([part.mean(1) * 1000 for part in parts], 1)

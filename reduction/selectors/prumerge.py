@@ -11,7 +11,6 @@ from reduction.base import Card
 from reduction.checks import boolean, count, one_of
 from reduction.errors import ZooError
 from reduction.functional.matching import unit
-from reduction.functional.portable import stable_order
 from reduction.selection.base import Compat, Selection, Selector, answer
 from reduction.selection.given import Given
 from reduction.selection.ranking import marked, ranks, slots, top, where
@@ -126,7 +125,7 @@ class PruMerge(Selector):
         like = take_rows(key, order) @ key.transpose(1, 2)
         like = like.scatter(2, order.unsqueeze(2), -torch.inf)
         count = min(self.neighbours, given.n - 1)
-        best = stable_order(like.flatten(0, 1), descending=True)[:, :count]
+        best = top(like.flatten(0, 1), count)
         near = marked(best, given.n).view_as(like).to(exact.dtype)
         weight = near * a.unsqueeze(1)
         y = take_rows(exact, order)
@@ -159,7 +158,8 @@ class PruMerge(Selector):
             step = (torch.div(n, outliers, rounding_mode="floor") // 3).clamp_min(1)
             at = torch.arange(n, device=a.device)
             extra = (at % step.unsqueeze(1) == 0) & (at < n - 1) & ~best
-        line = torch.where(best, place, torch.where(extra, n + torch.arange(n).to(place), 3 * n))
+        at = torch.arange(n, device=a.device)
+        line = torch.where(best, place, torch.where(extra, n, 2 * n) + at)
         order = line.argsort(dim=1)
         found = (best | extra).sum(1).clamp_max(limit)
         rows = int(found.max()) if keep is None else limit

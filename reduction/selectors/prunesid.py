@@ -9,10 +9,9 @@ from reduction.base import Card
 from reduction.checks import boolean
 from reduction.eager import traced
 from reduction.errors import ZooError
-from reduction.functional.portable import stable_order
 from reduction.selection.base import Compat, Selection, Selector, answer, whole_number
 from reduction.selection.given import Given
-from reduction.selection.ranking import similarity, top
+from reduction.selection.ranking import first, similarity, top
 from reduction.selection.registry import register_selector
 from reduction.tokens import take_rows
 
@@ -97,13 +96,12 @@ class PruneSID(Selector):
         found = (member * lives.unsqueeze(2)).sum(1)
         budget = _budgets(size, found, k, wanted)
         # Place in the group: survivors by attention, then the others by attention.
-        line = stable_order((~lives).to(torch.int64).gather(1, top(s, n)))
-        line = top(s, n).gather(1, line)
+        line = first(lives, s, n)
         count = member.gather(1, line.unsqueeze(2).expand_as(member)).cumsum(1)
         place = count.gather(2, group.gather(1, line).unsqueeze(2)).squeeze(2) - 1
         place = torch.zeros_like(place).scatter(1, line, place)
         kept = place < budget.gather(1, group)
-        return stable_order(torch.where(kept, group * n + place, groups * n))[:, :wanted]
+        return torch.where(kept, group * n + place, groups * n).argsort(dim=1)[:, :wanted]
 
 
 def components(x: Tensor, groups: int) -> Tensor:
@@ -150,7 +148,7 @@ def _budgets(size: Tensor, found: Tensor, k: int, wanted: int) -> Tensor:
     t = torch.minimum(upto.diff(dim=1, prepend=torch.zeros_like(upto[:, :1])) + low, high)
     # What the limits cut off goes to the groups with most survivors.
     short = wanted - t.sum(1, keepdim=True)
-    order = stable_order(found, descending=True)
+    order = top(found, found.shape[1])
     room = (high - t).gather(1, order)
     given = (short - (room.cumsum(1) - room)).clamp_min(0)
     return t.scatter_add(1, order, torch.minimum(given, room))
