@@ -245,12 +245,12 @@ def search(suite: Suite) -> None:
     images = torch.randn(8, 3, 224, 224)
     plain = plain_backbone(SMALL)
     steps = {TIMM: tasks.inference(plain, images)}
-    for mode in ("off", "auto"):
+    for mode in ("plain", "auto"):
         m = reduced(plain_backbone(SMALL), "diffrate", {"name": "constant_r", "r": 13})
-        steps[mode] = tasks.diffrate_search(m.set_runtime(fast_linear=mode), images)
+        steps[mode] = tasks.diffrate_search(m.set_runtime(linear=mode), images)
     times = suite.turns(steps, beside=TIMM)
-    for mode, target in (("off", 2.1), ("auto", 1.3)):
-        what = "search step / dense inference" + ("" if mode == "off" else ", fast_linear=auto")
+    for mode, target in (("plain", 2.1), ("auto", 1.3)):
+        what = "search step / dense inference" + ("" if mode == "plain" else ", linear=auto")
         value = ratio(times[mode], times[TIMM])
         suite.add(what, value, target, at_most=True, note=_ms(times[mode]))
 
@@ -263,8 +263,8 @@ def runtime_options(suite: Suite, batch: int) -> None:
     groups: dict[str, dict[str, Any]] = {
         "none": {},
         "last_block=class_token": {"last_block": "class_token"},
-        "fast_linear=auto": {"fast_linear": "auto"},
-        "both": {"last_block": "class_token", "fast_linear": "auto"},
+        "linear=auto": {"linear": "auto"},
+        "both": {"last_block": "class_token", "linear": "auto"},
     }
     # The arithmetic is that of the full blocks on both sides, whatever the options.
     schedules = {n: schedule_of(n, backbone_name(SMALL)) for n in ("tome", "topk")}

@@ -222,8 +222,11 @@ def pieces(batch: int) -> list[Piece]:
         Piece(
             "masked softmax and its gradient: own function / recorded", masked(False), masked(True)
         ),
-        Piece("fast_linear: 384 -> 1536, 197 tokens, on / off", linear("off", N), linear("on", N)),
-        Piece("fast_linear: 384 -> 1536, 80 tokens, on / off", linear("off", 80), linear("on", 80)),
+        *(
+            Piece(f"linear: 384 -> 1536, {n} tokens, onednn / plain", *map(linear, names, (n, n)))
+            for names in [("plain", "onednn")]
+            for n in (N, 80)
+        ),
     ]
 
 

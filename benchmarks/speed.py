@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed                          # DeiT-S, the usual methods, batch 16
     python -m benchmarks.speed --backbone deit_base --reducers tome,topk --batch 1 16 64
-    python -m benchmarks.speed --mode training --batch 8 --fast-linear auto
+    python -m benchmarks.speed --mode training --batch 8 --linear auto
     python -m benchmarks.speed --device cuda --dtype float32 bfloat16 --cuda-graphs
     python -m benchmarks.speed --suite acceptance       # every target next to what was measured
 
@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile all models")
     add("--cuda-graphs", action="store_true", help="replay recorded graphs (inference on CUDA)")
     add("--bias", choices=("mask", "fold"), default="mask", help="form of log(size) in attention")
-    add("--fast-linear", choices=fast_linear.MODES, default="off")
+    add("--linear", choices=fast_linear.MODES, default="plain")
     add("--last-block", choices=("full", "class_token"), default="full")
     add("--rounds", type=int, default=9)
     add("--warmup", type=int, default=2)
@@ -135,7 +135,7 @@ def measure(
 def _measure(
     options: argparse.Namespace, backbone: str, dtype: str, batch: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    runtime = {"fast_linear": options.fast_linear, "last_block": options.last_block}
+    runtime = {"linear": options.linear, "last_block": options.last_block}
     models, broken = build(options, backbone, runtime)
     size = models[DENSE].backbone.patch_embed.img_size
     images = torch.randn(batch, 3, *size, device=device)

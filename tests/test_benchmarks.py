@@ -170,8 +170,8 @@ def test_rows_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_a_training_step_runs_with_options(tmp_path: Path) -> None:
     out = tmp_path / "speed.jsonl"
     line = "--backbone test_vit --reducers tome --batch 2 --quick --min-time 0 --mode training"
-    assert speed.main([*line.split(), "--fast-linear", "on", "--out", str(out)]) == 0
-    assert read_rows(out)[1]["runtime"] == {"fast_linear": "on"}
+    assert speed.main([*line.split(), "--linear", "onednn", "--out", str(out)]) == 0
+    assert read_rows(out)[1]["runtime"] == {"linear": "onednn"}
     assert read_rows(out)[1]["bench"]["mode"] == "training"
 
 

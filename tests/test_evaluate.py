@@ -129,7 +129,7 @@ def test_features_that_turn_have_no_cosine_left():
 
 
 def test_the_dense_model_runs_with_the_options_of_the_reduced_one():
-    m = zoo.load("vit_digits", reducer="tome", fast_linear="on", last_block="class_token")
+    m = zoo.load("vit_digits", reducer="tome", linear="onednn", last_block="class_token")
     dense = dense_of(m)
     assert dense.runtime == m.runtime and dense.reducer is None
     assert dense_of(zoo.load("vit_digits", reducer="tome")) is not dense

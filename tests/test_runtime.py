@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from typing import Any
 
@@ -120,12 +121,12 @@ def fast() -> Any:
     fast_linear.forget()
 
 
-@pytest.mark.parametrize("mode", ["on", "auto"])
+@pytest.mark.parametrize("mode", ["onednn", "packed", "auto"])
 @pytest.mark.parametrize("name", ["plain", "eva02", "eva02_fused", "qk_norm"])
 def test_fast_layers_agree(fast: None, name: str, mode: str) -> None:
     m = backbone(name)
     plain = zoo.wrap(copy.deepcopy(m), "tome").eval()
-    quick = zoo.wrap(m, "tome", fast_linear=mode).eval()
+    quick = zoo.wrap(m, "tome", linear=mode).eval()
     with torch.inference_mode():
         assert (quick(images()) - plain(images())).abs().max() < 1e-4
     for net in (plain, quick):
@@ -139,7 +140,7 @@ def test_only_the_wrapper_runs_them(fast: None, monkeypatch: pytest.MonkeyPatch)
     real = fast_linear._by_operator
     monkeypatch.setattr(fast_linear, "_by_operator", lambda *a: calls.append(1) or real(*a))
     m = backbone("plain")
-    quick, plain = zoo.wrap(m, None, fast_linear="on").eval(), zoo.wrap(m, None).eval()
+    quick, plain = zoo.wrap(m, None, linear="onednn").eval(), zoo.wrap(m, None).eval()
     with torch.no_grad():
         plain(images())
         m(images())
@@ -149,19 +150,19 @@ def test_only_the_wrapper_runs_them(fast: None, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_changed_weight_counts_at_once(fast: None) -> None:
-    m = zoo.wrap(backbone("plain"), None, fast_linear="on").eval()
+    m = zoo.wrap(backbone("plain"), None, linear="onednn").eval()
     with torch.inference_mode():
         before = m(images())
         m.backbone.blocks[0].mlp.fc1.weight.data.mul_(3.0)
         after = m(images())
-        m.set_runtime(fast_linear="off")
+        m.set_runtime(linear="plain")
         assert (m(images()) - after).abs().max() < 1e-4 < (before - after).abs().max()
 
 
 def test_names_and_files_stay(fast: None) -> None:
     m = backbone("plain")
     names = list(m.state_dict())
-    quick = zoo.wrap(m, "tome", fast_linear="on").eval()
+    quick = zoo.wrap(m, "tome", linear="onednn").eval()
     assert list(m.state_dict()) == names
     assert "runtime" not in quick.recipe and "fast" not in str(quick.recipe)
     assert all(
@@ -170,13 +171,13 @@ def test_names_and_files_stay(fast: None) -> None:
     with torch.no_grad():
         expected = quick(images())
         for twin in (copy.deepcopy(quick), pickle.loads(pickle.dumps(quick))):
-            assert twin.runtime.fast_linear == "on" and torch.equal(twin(images()), expected)
+            assert twin.runtime.linear == "onednn" and torch.equal(twin(images()), expected)
 
 
 def test_others_see_plain_layers(fast: None) -> None:
     """Tracers, compilers, exporters, counters, transforms, autocast and other types."""
     m = backbone("plain")
-    plain, quick = (zoo.wrap(m, "topk", fast_linear=mode).eval() for mode in ("off", "on"))
+    plain, quick = (zoo.wrap(m, "topk", linear=mode).eval() for mode in ("plain", "onednn"))
     x = images()
     with torch.no_grad():
         expected = plain(x)
@@ -195,20 +196,78 @@ def test_others_see_plain_layers(fast: None) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(quick(x), plain(x))
         layer = FastLinear(4, 5)
-        with fast_linear.using("on"):
+        with fast_linear.using("onednn"):
             batched = torch.func.vmap(layer)(torch.ones(3, 2, 4))
             assert torch.allclose(batched, nn.Linear.forward(layer, torch.ones(3, 2, 4)))
-        assert torch.equal(quick.bfloat16()(x.bfloat16()), plain.bfloat16()(x.bfloat16()))
+        half, other = quick.bfloat16()(x.bfloat16()), plain.bfloat16()(x.bfloat16())
+        assert (half - other).abs().max() < 0.05
 
 
 def test_fast_layers_under_gradient_checkpointing(fast: None) -> None:
     grads = []
     for enable in (False, True):
-        m = zoo.wrap(backbone("plain"), "tome", fast_linear="on")
+        m = zoo.wrap(backbone("plain"), "tome", linear="onednn")
         m.set_grad_checkpointing(enable)
         m(images()).square().mean().backward()
         grads.append([p.grad for p in m.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["plain", "eva02", "qk_norm"])
+def test_packed_layers_agree_and_are_packed_once(fast: None, name: str, dtype: torch.dtype) -> None:
+    m = backbone(name).to(dtype)
+    plain = zoo.wrap(copy.deepcopy(m), "tome").eval()
+    quick = zoo.wrap(m, "tome", linear="packed").eval()
+    x = images().to(dtype)
+    with torch.no_grad():
+        assert (quick(x) - plain(x)).abs().max() < (1e-4 if dtype == torch.float32 else 0.05)
+        copies = {w: p for w, (_, p) in fast_linear._PACKED.items()}
+        layers = sum(isinstance(c, nn.Linear) for c in m.modules())
+        assert 0 < len(copies) <= layers and fast_linear.packed_bytes() > 0
+        quick(x)
+        assert all(fast_linear._PACKED[w][1] is p for w, p in copies.items())
+
+
+def test_packed_copies_follow_their_weights(fast: None) -> None:
+    m = zoo.wrap(backbone("plain"), None, linear="packed").eval()
+    weight = m.backbone.blocks[0].mlp.fc1.weight
+    with torch.no_grad():
+        before = m(images())
+        weight.mul_(3.0)
+        after = m(images())
+        assert (after - m.set_runtime(linear="plain")(images())).abs().max() < 1e-4
+        assert (after - before).abs().max() > 1e-4
+        m.set_runtime(linear="packed")
+        state = {k: v * 2 for k, v in m.state_dict().items()}
+        m.load_state_dict(state)
+        loaded = m(images())
+        assert (loaded - m.set_runtime(linear="plain")(images())).abs().max() < 1e-3
+        weight.data.mul_(3.0)  # leaves no trace
+        fast_linear.forget_packed(m)
+        m.set_runtime(linear="packed")
+        written = m(images())
+        assert (written - m.set_runtime(linear="plain")(images())).abs().max() < 1e-3
+    assert "packed" not in str(m.state_dict().keys())
+    del m, weight
+    gc.collect()
+    assert fast_linear.packed_bytes() == 0
+
+
+def test_nothing_is_packed_in_training_or_for_others(fast: None) -> None:
+    m = zoo.wrap(backbone("plain"), "tome", linear="packed")
+    m(images()).square().mean().backward()
+    torch.export.export(m.eval(), (images(),))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        m(images())
+    assert fast_linear.packed_bytes() == 0
+    copy.deepcopy(m), pickle.dumps(m)
+
+
+def test_the_former_name_of_the_option(fast: None) -> None:
+    for former, now in (("off", "plain"), ("on", "onednn"), ("auto", "auto"), (True, "onednn")):
+        assert zoo.wrap(backbone("plain"), None, fast_linear=former).runtime.linear == now
+        assert zoo.load("vit_digits", fast_linear=former).runtime.linear == now
 
 
 def test_auto_takes_what_is_faster(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +289,7 @@ def test_auto_takes_what_is_faster(fast: None, monkeypatch: pytest.MonkeyPatch) 
     [
         ({"last_block": "cls"}, "last_block must be one of full, class_token"),
         ({"fast_linear": "yes"}, "fast_linear must be one of off, auto, on"),
+        ({"linear": "on"}, "linear must be one of plain, auto, packed, onednn"),
         ({"fast": 1}, "unknown runtime option 'fast'"),
         ({"own_kernels": 1}, "own_kernels must be true or false"),
     ],
@@ -241,7 +301,7 @@ def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
 
 def test_options_of_load() -> None:
     m = zoo.load("vit_digits", fast_linear=True, last_block="class_token")
-    assert m.runtime[:2] == ("class_token", "on")
+    assert m.runtime[:2] == ("class_token", "onednn")
 
 
 # ------------------------------------------------------------------ attention kernels

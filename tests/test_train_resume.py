@@ -179,7 +179,7 @@ def test_the_same_command_gives_the_same_bytes(
     found = []
     for name in ("a", "b"):
         options = [*OWN, "trainer.max_epochs=1", "+runtime.own_kernels=true"]
-        row = train(config(*options, "runtime.fast_linear=auto", out=tmp_path / name))
+        row = train(config(*options, "runtime.linear=auto", out=tmp_path / name))
         model = (tmp_path / name / "model" / "model.safetensors").read_bytes()
         found.append((hashlib.sha256(model).hexdigest(), row["top1"]))
         assert row["deterministic"] and set(row["kernels"].values()) <= {"fused", "default"}

@@ -28,12 +28,12 @@ def load(path_or_hub_name: str, **overrides: Any) -> ReducedViT:
         path_or_hub_name: Model folder, `.ckpt`, a shipped name such as "vit_digits", or
             `hf-hub:org/name`.
         **overrides: `reducer`, `schedule` or `plugins` to use instead of the saved ones; arguments
-            of the backbone; `last_block` and `fast_linear`, which are never saved, see `wrap`.
+            of the backbone; `last_block` and `linear`, which are never saved, see `wrap`.
 
     Raises:
         BadCheckpoint: If the file is missing, truncated, unsafe, or of another architecture.
     """
-    runtime = {k: overrides.pop(k) for k in Runtime._fields if k in overrides}
+    runtime = {k: overrides.pop(k) for k in (*Runtime._fields, "fast_linear") if k in overrides}
     return _load(path_or_hub_name, **overrides).set_runtime(**runtime)
 
 

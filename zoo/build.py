@@ -20,6 +20,7 @@ from zoo.budget.solve import solve
 from zoo.errors import UnknownName, UnsupportedModel, ZooError
 from zoo.model.anatomy import Anatomy
 from zoo.model.reduced import ReducedViT
+from zoo.model.runtime import former
 from zoo.plugins.base import Plugin, create_plugins
 from zoo.published import published
 
@@ -62,7 +63,8 @@ def wrap(
     schedule: ScheduleLike = None,
     plugins: Sequence[PluginLike] = (),
     last_block: str = "full",
-    fast_linear: str = "off",
+    linear: str = "plain",
+    fast_linear: str | bool | None = None,
 ) -> ReducedViT:
     """Attach a reducer to a timm model that you already have.
 
@@ -75,8 +77,9 @@ def wrap(
         plugins: Names, mappings or instances.
         last_block: "class_token" computes in the last block only what a class-token head reads;
             exact. See `zoo.model.runtime.Runtime`; like all run-time options it is not saved.
-        fast_linear: "auto" or "on": linear layers by a faster matrix product of this CPU; equal to
-            rounding. See `zoo.model.runtime.Runtime`.
+        linear: "auto", "packed" or "onednn": linear layers by a faster matrix product of this CPU;
+            equal to rounding. See `zoo.model.runtime.Runtime`.
+        fast_linear: What `linear` was called: "off", "auto" or "on".
 
     Returns:
         The wrapped model.
@@ -95,7 +98,8 @@ def wrap(
     parts = create_plugins(plugins)
     if _as_initialised(timm_model):
         set_tag(timm_model, None)
-    return assemble(timm_model, built, sched, parts, last_block, fast_linear)
+    linear = linear if fast_linear is None else former(fast_linear)
+    return assemble(timm_model, built, sched, parts, last_block, linear)
 
 
 def create_model(
@@ -105,7 +109,8 @@ def create_model(
     plugins: Sequence[PluginLike] = (),
     pretrained: bool = False,
     last_block: str = "full",
-    fast_linear: str = "off",
+    linear: str = "plain",
+    fast_linear: str | bool | None = None,
     **backbone_kwargs: Any,
 ) -> ReducedViT:
     """Build a timm backbone by name and attach a reducer.
@@ -117,6 +122,7 @@ def create_model(
         plugins: See `wrap`.
         pretrained: Load timm's weights from the hub.
         last_block: See `wrap`.
+        linear: See `wrap`.
         fast_linear: See `wrap`.
         **backbone_kwargs: Arguments of `timm.create_model`, e.g. `num_classes`, `img_size`.
 
@@ -151,7 +157,8 @@ def create_model(
     others = bool(_SOURCES & set(overlay) or backbone_kwargs.get("checkpoint_path"))
     if (others or not pretrained) and not next(model.parameters()).is_meta:
         set_tag(model, None)
-    wrapped = assemble(model, built, sched, parts, last_block, fast_linear)
+    linear = linear if fast_linear is None else former(fast_linear)
+    wrapped = assemble(model, built, sched, parts, last_block, linear)
     wrapped.backbone_args = _lasting(backbone, model, backbone_kwargs)
     return wrapped
 
@@ -202,7 +209,7 @@ def assemble(
     schedule: Schedule | None = None,
     plugins: Sequence[Plugin] = (),
     last_block: str = "full",
-    fast_linear: str = "off",
+    linear: str = "plain",
 ) -> ReducedViT:
     """A model from parts that are built already; a budget is solved first.
 
@@ -212,7 +219,7 @@ def assemble(
         schedule: A schedule, or a target.
         plugins: Parts that act around the blocks.
         last_block: See `zoo.model.runtime.Runtime`.
-        fast_linear: See `zoo.model.runtime.Runtime`.
+        linear: See `zoo.model.runtime.Runtime`.
 
     Raises:
         UnreachableBudget: If the target cannot be met.
@@ -225,4 +232,4 @@ def assemble(
         schedule = solve(target, Anatomy(backbone, reducer, plugins), last_block)
     elif target is not None:
         schedule = None
-    return ReducedViT(backbone, reducer, schedule, plugins, last_block, fast_linear, target)
+    return ReducedViT(backbone, reducer, schedule, plugins, last_block, linear, target)

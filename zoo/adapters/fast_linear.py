@@ -3,16 +3,20 @@
 torch sends `F.linear` in float32 to its default library. On some CPUs (AMD, as far as was measured)
 oneDNN computes the same product in up to half the time. Two spellings reach it:
 
-* without gradients, the operator `mkldnn._linear_pointwise` on the weights as they are;
+* without gradients, the operator `mkldnn._linear_pointwise` on the weights as they are, "onednn",
+  or on a copy in the order that oneDNN computes in, "packed";
 * with gradients, a 1x1 convolution, which is differentiable and public.
 
-"auto" measures which is faster, except where kernels are chosen without a clock
-(`reduction.functional.kernels.set_deterministic`): it is then torch's default.
+In bfloat16 the default is oneDNN already, and packs the weights anew in every call: at batch 1 that
+is most of a layer's time. "auto" measures which is faster, except where kernels are chosen without
+a clock (`reduction.functional.kernels.set_deterministic`): it is then torch's default.
 
-Nothing is stored: no packed copies that a changed weight could outlive, no new parameters, the
-same `state_dict`. The layers of a backbone become `FastLinear`, which does exactly what `nn.Linear`
-does unless a `ReducedViT` with the option is running in this thread; and even then wherever a
-compiler, exporter, tracer, autocast, another device or type, or a transform is at work.
+Packed copies double the memory of the linear layers. They belong to nothing but their weights, by
+which they are found and with which they go: no checkpoint, copy or pickle holds one. A weight that
+was written to, or put elsewhere, is packed again; one that is trained is not packed at all. No new
+parameters, the same `state_dict`. The layers of a backbone become `FastLinear`, which does exactly
+what `nn.Linear` does unless a `ReducedViT` with the option is running in this thread; and even then
+wherever a compiler, exporter, tracer, autocast, another device or type, or a transform is at work.
 """
 
 from __future__ import annotations
@@ -22,20 +26,25 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from reduction.eager import autocasting, recording, traced, undisturbed
 from reduction.functional.kernels import deterministic, note_used
 
-Mode = Literal["off", "auto", "on"]
-MODES = ("off", "auto", "on")
+Mode = Literal["plain", "auto", "packed", "onednn"]
+MODES = ("plain", "auto", "packed", "onednn")
+#: What the option was called by before.
+FORMER: dict[object, Mode] = {"off": "plain", False: "plain", "on": "onednn", True: "onednn"}
 
 #: "auto" takes another product than torch's default only if it is so many times as fast.
 MARGIN = 1.15
+#: In bfloat16 packing changes no bit of the answer, so less of a gain is enough.
+PACKED_MARGIN = 1.03
 #: And only if it agrees so closely on numbers of size one.
 TOLERANCE = 1e-4
 
@@ -47,7 +56,7 @@ _here = threading.local()
 @contextlib.contextmanager
 def using(mode: Mode) -> Iterator[None]:
     """Let `FastLinear` layers that run in this thread meanwhile choose their product."""
-    before = getattr(_here, "mode", "off")
+    before = getattr(_here, "mode", "plain")
     _here.mode = mode
     try:
         yield
@@ -65,20 +74,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if traced():
         return F.linear(x, weight, bias)
-    mode = getattr(_here, "mode", "off")
-    if mode == "off" or not _applies(x, weight):
+    mode = getattr(_here, "mode", "plain")
+    if mode == "plain" or not _applies(x, weight):
         return F.linear(x, weight, bias)
     train = recording(x, weight, bias)
+    if train and weight.dtype != torch.float32:
+        return F.linear(x, weight, bias)
     product: Product = _by_convolution if train else _by_operator
+    if mode == "packed" and not train:
+        product = _by_packed
     if mode == "auto":
         threads, trained = torch.get_num_threads(), weight.requires_grad
         outputs, inputs = weight.shape
         product = (
             _plain
             if deterministic()
-            else _chosen(outputs, inputs, bias is not None, train, trained, threads)
+            else _chosen(outputs, inputs, bias is not None, train, trained, threads, weight.dtype)
         )
-        note_used("linear " + _layer(outputs, inputs, train, trained, threads), _NAMES[product])
+        name = _layer(outputs, inputs, train, trained, threads, weight.dtype)
+        note_used("linear " + name, _NAMES[product])
     return product(x, weight, bias)
 
 
@@ -111,7 +125,8 @@ def available() -> bool:
 
 def _applies(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.dtype == weight.dtype == torch.float32
+        x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
         and x.dim() >= 2
         and x.numel() > 0
         and undisturbed(x)
@@ -130,6 +145,43 @@ def _by_operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _by_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed(weight), bias, "none", [], "")
+
+
+# Weights are compared by identity, and their copies go with them.
+_PACKED: Any = WeakIdKeyDictionary()
+
+
+def packed(weight: Tensor) -> Tensor:
+    """The copy of a weight in the order that oneDNN computes in, made once.
+
+    Args:
+        weight: `(D, C)` of a layer; itself where it can be written to without a trace, as tensors
+            made in inference mode can.
+    """
+    if weight.is_inference():
+        return weight
+    stamp = (weight.data_ptr(), weight._version, weight.dtype, weight.shape)
+    found: tuple[Any, Tensor] | None = _PACKED.get(weight)
+    if found is None or found[0] != stamp:
+        with torch.no_grad():
+            found = stamp, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        _PACKED[weight] = found
+    return found[1]
+
+
+def forget_packed(model: nn.Module) -> None:
+    """Drop the packed copies of a model's weights; also right after writing into `weight.data`."""
+    for weight in model.parameters():
+        _PACKED.pop(weight, None)
+
+
+def packed_bytes() -> int:
+    """Memory of all packed copies."""
+    return sum(weight.numel() * weight.element_size() for weight in _PACKED)
+
+
 def _by_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(1, 1, -1, x.shape[-1])
     # Rows seen as pixels in channels-last order: no copy on either side.
@@ -142,21 +194,30 @@ _FOUND: dict[str, Product] = {}
 
 @functools.lru_cache(maxsize=256)
 def _chosen(
-    outputs: int, inputs: int, biased: bool, train: bool, trains_weight: bool, threads: int
+    outputs: int,
+    inputs: int,
+    biased: bool,
+    train: bool,
+    trains_weight: bool,
+    threads: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Product:
     """The product for a layer, measured on random numbers the first time it is asked for."""
-    products: list[Product] = [_plain, _by_convolution]
+    half = dtype != torch.float32
+    products: list[Product] = [_plain] if half else [_plain, _by_convolution]
     if not train:
-        products.append(_by_operator)
+        products += [_by_packed] if half else [_by_operator, _by_packed]
     generator = torch.Generator().manual_seed(0)
     # Not an inference tensor, and recorded exactly as asked, whatever surrounds the call.
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     with torch.inference_mode(False), torch.set_grad_enabled(train), hooks:
-        x = torch.randn(256, inputs, generator=generator).requires_grad_(train)
-        weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+        x = torch.randn(256, inputs, generator=generator).to(dtype).requires_grad_(train)
+        weight = (torch.randn(outputs, inputs, generator=generator) / inputs**0.5).to(dtype)
         weight.requires_grad_(train and trains_weight)
-        bias = torch.randn(outputs, generator=generator) if biased else None
+        bias = torch.randn(outputs, generator=generator).to(dtype) if biased else None
         expected = _plain(x, weight, bias).detach()
+        # bfloat16 has eight bits: numbers of size one to four round by that much.
+        tolerance = 0.04 if half else TOLERANCE
         best = dict.fromkeys(products, float("inf"))
         for _ in range(5):
             for product in products:
@@ -166,24 +227,34 @@ def _chosen(
                     wanted = (x, weight) if trains_weight else (x,)
                     torch.autograd.grad(out, wanted, torch.ones_like(out))
                 best[product] = min(best[product], time.perf_counter() - start)
-                if not (out.detach() - expected).abs().max() <= TOLERANCE:  # NaN is no agreement
+                if not (out.detach() - expected).abs().max() <= tolerance:  # NaN is no agreement
                     best[product] = float("inf")
     winner = min(products, key=best.__getitem__)
-    winner = winner if best[winner] * MARGIN <= best[_plain] else _plain
-    _FOUND[_layer(outputs, inputs, train, trains_weight, threads)] = winner
+    margin = PACKED_MARGIN if winner is _by_packed and half else MARGIN
+    winner = winner if best[winner] * margin <= best[_plain] else _plain
+    _FOUND[_layer(outputs, inputs, train, trains_weight, threads, dtype)] = winner
     return winner
 
 
 @functools.lru_cache(maxsize=256)
-def _layer(outputs: int, inputs: int, train: bool, trains_weight: bool, threads: int) -> str:
+def _layer(
+    outputs: int,
+    inputs: int,
+    train: bool,
+    trains_weight: bool,
+    threads: int,
+    dtype: torch.dtype = torch.float32,
+) -> str:
     use = ("training" if trains_weight else "frozen") if train else "inference"
-    return f"{inputs}->{outputs} {use}, {threads} threads"
+    kind = "" if dtype == torch.float32 else f" {str(dtype).removeprefix('torch.')},"
+    return f"{inputs}->{outputs}{kind} {use}, {threads} threads"
 
 
 _NAMES: dict[Product, str] = {
     _plain: "default",
     _by_convolution: "convolution",
     _by_operator: "oneDNN",
+    _by_packed: "packed",
 }
 
 
@@ -196,3 +267,4 @@ def forget() -> None:
     """Forget all measurements."""
     _chosen.cache_clear()
     _FOUND.clear()
+    _PACKED.clear()

@@ -164,24 +164,40 @@ class Images(Dataset[tuple[Any, int]]):
     def __getitem__(self, i: int) -> tuple[Any, int]:
         if not -len(self) <= i < len(self):
             raise IndexError(i)  # which ends a loop over the images
-        item = self._item(i)
+        item = self.item(i)
         if isinstance(item, Damage):
             raise ZooError(f"{item.name}: {item.reason}")
         return item
 
     def __getitems__(self, places: Sequence[int]) -> list[tuple[Any, int] | Damage]:
-        return [self._item(i) for i in places]
+        return [self.item(i) for i in places]
 
     def readable(self, i: int) -> bool:
         """Whether an image can be read."""
         return not isinstance(self._read(i), Damage)
 
-    def _item(self, i: int) -> tuple[Any, int] | Damage:
+    def item(
+        self, i: int, change: Callable[[Image.Image], Image.Image] | None = None
+    ) -> tuple[Any, int] | Damage:
+        """Image i and its class, or what is wrong with it.
+
+        Args:
+            i: Its place.
+            change: Applied between `prepare` and `transform`.
+        """
         read = self._read(i)
         if isinstance(read, Damage):
             return read
         image, label = read
+        image = image if change is None else change(image)
         return (image if self.transform is None else self.transform(image)), label
+
+    def labels(self) -> list[int] | None:
+        """Class number of every image, as far as the source tells them without opening images."""
+        found = _labels(self.source)
+        if found is None or len(found) != len(self):
+            return None
+        return [renumbered(label, self.numbers) for label in found]
 
     def _read(self, i: int) -> tuple[Image.Image, int] | Damage:
         # Files break in as many ways as there are formats, and Pillow raises what it meets.
@@ -205,6 +221,22 @@ class Images(Dataset[tuple[Any, int]]):
             return str(self.source.samples[i][0])  # torchvision's folders
         except Exception:
             return None
+
+
+def _labels(source: Any) -> Sequence[Any] | None:
+    """The labels of a data set by the names that libraries have for them."""
+    for name in ("labels", "targets", "_labels"):
+        found: Any = getattr(source, name, None)
+        found = found.tolist() if hasattr(found, "tolist") else found
+        if isinstance(found, list | tuple):
+            return found
+    samples = getattr(source, "samples", None)  # of folders
+    if isinstance(samples, list | tuple) and all(len(sample) == 2 for sample in samples):
+        return [label for _, label in samples]
+    key = getattr(source, "label_key", None)  # of Hugging Face's, as timm reads them
+    if isinstance(key, str) and hasattr(source, "dataset"):
+        return list(source.dataset[key])
+    return None
 
 
 class ImageStream(IterableDataset[Any]):

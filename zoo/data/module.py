@@ -19,9 +19,10 @@ from zoo.data.numbering import Numbering
 from zoo.data.sampler import EpochSampler, ShareSampler
 from zoo.data.source import FolderOptions, Source, create
 from zoo.data.transforms import eval_transform, train_transform
+from zoo.data.views import Change, Chosen
 from zoo.errors import ZooError
 
-_OFFLINE = ("digits", "synthetic")
+_OFFLINE = ("digits", "synthetic", "fashion_mnist")
 
 
 class ImageData(pl.LightningDataModule):
@@ -31,8 +32,8 @@ class ImageData(pl.LightningDataModule):
     attached to; the arguments of the same names override that.
 
     Args:
-        name: `digits`, `synthetic`, `folder`, or a timm name with its prefix: `torch/cifar10`,
-            `hfds/ORG/NAME`, `wds/NAME`.
+        name: `digits`, `synthetic`, `fashion_mnist`, `openclipart`, `folder`, or a timm name with
+            its prefix: `torch/cifar10`, `hfds/ORG/NAME`, `wds/NAME`.
         root: Folder of the data (for `hfds/` the cache).
         train_split: What the data set calls its training split.
         val_split: What it calls the split that training is watched on.
@@ -105,6 +106,8 @@ class ImageData(pl.LightningDataModule):
         self.name: str = str(name)
         self.root, self.seed = root, seed
         self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
+        # The training split as evaluation sees it: in order, and without augmentation.
+        self.splits["gallery"] = train_split
         self._num_classes = num_classes
         self._overrides = {
             "img_size": img_size,
@@ -222,7 +225,10 @@ class ImageData(pl.LightningDataModule):
             self._part(part)
 
     def dataset(self, part: str = "test") -> Source:
-        """Return one part, `train`, `val` or `test`, with its transform."""
+        """Return one part, `train`, `val`, `test` or `gallery`, with its transform.
+
+        `gallery` is the training split as evaluation sees it.
+        """
         data = self._part(part)
         config = self._config()
         data.prepare = Picture(config["input_size"][0], self.upright)
@@ -253,6 +259,7 @@ class ImageData(pl.LightningDataModule):
                 self.root,
                 self.splits[part],
                 training=part == "train",
+                own_folder=part in ("train", "gallery"),
                 num_classes=self._num_classes,
                 seed=self.seed,
                 folder=self._folder,
@@ -301,6 +308,27 @@ class ImageData(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the loader of the split that is reported."""
         return self._eval_loader("test")
+
+    def chosen_dataloader(
+        self, part: str, places: Sequence[int] | None = None, change: Change | None = None
+    ) -> DataLoader[Any]:
+        """Return a loader of chosen images as evaluation sees them, in one process.
+
+        Batches are images, classes and places; of a stream, whose images have no place, the first
+        two.
+
+        Args:
+            part: As in `dataset`.
+            places: Which images, in this order; None is all, and of a stream as they come.
+            change: See `zoo.data.views.Chosen`; not for streams.
+        """
+        data = self.dataset(part)
+        options = self._options(self.eval_batch_size)
+        if isinstance(data, IterableDataset):
+            data.set_loader_cfg(num_workers=self.num_workers)
+            return ImageLoader(data, self.damaged, **options)
+        chosen = Chosen(data, range(len(data)) if places is None else places, change)
+        return ImageLoader(chosen, self.damaged, **options)
 
     def _eval_loader(self, part: str) -> DataLoader[Any]:
         data = self.dataset(part)

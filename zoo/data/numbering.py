@@ -152,7 +152,7 @@ class Numbering:
 
     def announce(self, data: Source) -> None:
         """Say in one line what of a folder is left out, and which classes have no images."""
-        if not self.is_folder:
+        if not (self.is_folder or data.left_out):
             return
         parts = [f"left out {data.left_out}"] if data.left_out else []
         names = self.names or []

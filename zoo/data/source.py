@@ -84,6 +84,7 @@ def create(
     split: str,
     *,
     training: bool,
+    own_folder: bool | None = None,
     num_classes: int | None = None,
     seed: int = 0,
     folder: FolderOptions | None = None,
@@ -92,11 +93,12 @@ def create(
     """Create the data set of one split.
 
     Args:
-        name: `digits`, `synthetic`, `folder`, or a timm name: `torch/cifar10`, `hfds/org/name`,
-            `wds/...`.
+        name: `digits`, `synthetic`, `fashion_mnist`, `openclipart`, `folder`, or a timm name:
+            `torch/cifar10`, `hfds/org/name`, `wds/...`.
         root: Folder of the data.
         split: Its split, in the data set's own words.
-        training: Whether it is trained on: shuffles streamed data, and insists on a split folder.
+        training: Whether it is trained on: shuffles streamed data.
+        own_folder: Insist on a folder of that name; None does so for training.
         num_classes: For `synthetic`, how many to draw.
         seed: For streamed and generated data.
         folder: How image folders are read; None is the defaults.
@@ -107,7 +109,8 @@ def create(
     """
     folder = folder or FolderOptions()
     if is_folder(name):
-        return _folder(name, root, split, training, folder, options)
+        own_folder = training if own_folder is None else own_folder
+        return _folder(name, root, split, own_folder, folder, options)
     if folder.order is not None or folder.extensions is not None or folder.strict:
         raise ZooError(
             f"data.class_order, data.extensions and data.strict are for image folders, {name} "
@@ -124,6 +127,15 @@ def create(
         length = lengths.get("train_length" if split == "train" else "eval_length", 64)
         known = {k: v for k, v in options.items() if k in {"size"}}
         return _wrapped(Shapes(split, length, num_classes or 4, seed=seed, **known))
+    if name == "fashion_mnist":
+        from zoo.data.fashion_mnist import FashionMnist
+
+        return _wrapped(FashionMnist(split, root, bool(options.get("download"))))
+    if name == "openclipart":
+        from zoo.data.openclipart import OpenClipart
+
+        known = {k: int(v) for k, v in options.items() if k in {"least", "smallest"}}
+        return _wrapped(OpenClipart(split, root, **known))
     return _by_timm(name, root, split, training, seed, folder.class_map, options)
 
 
@@ -162,8 +174,8 @@ def _by_timm(
     prefix = name.partition("/")[0].lower() if "/" in name else ""
     if prefix == "":
         raise ZooError(
-            f"unknown data name {name!r}; expected digits, synthetic, folder, or a timm name such "
-            "as torch/cifar10, hfds/ORG/NAME, wds/NAME"
+            f"unknown data name {name!r}; expected digits, synthetic, fashion_mnist, openclipart, "
+            "folder, or a timm name such as torch/cifar10, hfds/ORG/NAME, wds/NAME"
         )
     package = _EXTRA.get(prefix)
     if package is not None and find_spec(package) is None:

@@ -44,7 +44,7 @@ class ReducedViT(TimmContract):
             the quarter points of the depth.
         plugins: Parts that act around the blocks.
         last_block: See `zoo.model.runtime.Runtime`.
-        fast_linear: See `zoo.model.runtime.Runtime`.
+        linear: See `zoo.model.runtime.Runtime`.
         target: The budget that the schedule was solved from, for the record.
 
     Raises:
@@ -61,7 +61,7 @@ class ReducedViT(TimmContract):
         schedule: Schedule | None = None,
         plugins: Sequence[Plugin] = (),
         last_block: str = "full",
-        fast_linear: str = "off",
+        linear: str = "plain",
         target: Target | None = None,
     ) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class ReducedViT(TimmContract):
         check_together(self.anatomy)
         self.planner = Planner()
         self.runtime = Runtime()
-        self.set_runtime(last_block=last_block, fast_linear=fast_linear)
+        self.set_runtime(last_block=last_block, linear=linear)
         if reducer is not None and schedule is not None:
             self.schedule = schedule
             plans = self.plan(strict=schedule.strict)
@@ -104,7 +104,7 @@ class ReducedViT(TimmContract):
             ZooError: If an option is unknown, or invalid for this model.
         """
         self.runtime = make_runtime(self.anatomy, self.runtime, options)
-        if self.runtime.fast_linear != "off":
+        if self.runtime.linear != "plain":
             install(self.backbone)
         return self
 
@@ -282,8 +282,8 @@ class ReducedViT(TimmContract):
 
     def linear(self) -> AbstractContextManager[Any]:
         """Which product linear layers are computed with."""
-        mode = self.runtime.fast_linear
-        return nullcontext() if mode == "off" or traced() else using(mode)
+        mode = self.runtime.linear
+        return nullcontext() if mode == "plain" or traced() else using(mode)
 
     def peer(self, images: Tensor, targets: Tensor) -> Outcome | None:
         """A second pass of the same weights under the schedule that the reducer asks for, if any.

@@ -15,7 +15,7 @@ from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.attention import InAttention
 from reduction.mixins.parking import Parks
 from zoo.adapters.blocks import block_adapter
-from zoo.adapters.fast_linear import MODES, Mode
+from zoo.adapters.fast_linear import FORMER, MODES, Mode
 from zoo.errors import ZooError
 from zoo.model.anatomy import Anatomy
 
@@ -30,15 +30,16 @@ class Runtime(NamedTuple):
             projection and MLP for the prefix tokens only, and merges or prunes nothing that only
             the head could have seen. Exact, because a class-token head reads nothing else. Calls
             that want all tokens (`return_info`, features, feature maps) run the block in full.
-        fast_linear: "off", "on", or "auto": linear layers by another matrix product than torch's
-            default where a measurement on this machine says that it is faster. Equal to rounding.
+        linear: "plain", torch's default; "packed" or "onednn", other matrix products of this CPU;
+            or "auto", whichever a measurement on this machine says is fastest. Equal to rounding.
+            "packed" keeps a second copy of the weights of linear layers, without gradients alone.
         own_kernels: Use this package's choice of attention kernels also where nothing has been
             reduced yet. A dense model then runs as the reduced parts of others do, for fair
             comparisons; without it, the output with nothing reduced is exactly timm's.
     """
 
     last_block: str = "full"
-    fast_linear: Mode = "off"
+    linear: Mode = "plain"
     own_kernels: bool = False
 
 
@@ -53,21 +54,21 @@ def make_runtime(anatomy: Anatomy, now: Runtime, changes: Mapping[str, Any]) -> 
     Raises:
         ZooError: If one is unknown, or invalid for this model.
     """
+    changes = dict(changes)
+    if "fast_linear" in changes:  # what `linear` was called
+        changes.setdefault("linear", former(changes.pop("fast_linear")))
     for name in changes:
         if name not in Runtime._fields:
             raise ZooError(
                 f"unknown runtime option {name!r}; there are {', '.join(Runtime._fields)}"
             )
     chosen = now._replace(**changes)
-    # YAML and command lines turn the bare words into Booleans.
-    words: dict[Any, Mode] = {True: "on", False: "off"}
-    chosen = chosen._replace(fast_linear=words.get(chosen.fast_linear, chosen.fast_linear))
     if chosen.last_block not in LAST_BLOCKS:
         raise ZooError(
             f"last_block must be one of {', '.join(LAST_BLOCKS)}, got {chosen.last_block!r}"
         )
-    if chosen.fast_linear not in MODES:
-        raise ZooError(f"fast_linear must be one of {', '.join(MODES)}, got {chosen.fast_linear!r}")
+    if chosen.linear not in MODES:
+        raise ZooError(f"linear must be one of {', '.join(MODES)}, got {chosen.linear!r}")
     if not isinstance(chosen.own_kernels, bool):
         raise ZooError(f"own_kernels must be true or false, got {chosen.own_kernels!r}")
     if chosen.last_block == "class_token":
@@ -75,6 +76,19 @@ def make_runtime(anatomy: Anatomy, now: Runtime, changes: Mapping[str, Any]) -> 
         if reason:
             raise ZooError(f"last_block=class_token is not possible here: {reason}")
     return chosen
+
+
+def former(fast_linear: object) -> Mode:
+    """What `fast_linear`, as the option was called, means by `linear`.
+
+    Raises:
+        ZooError: If it means nothing.
+    """
+    if fast_linear == "auto":
+        return "auto"
+    if isinstance(fast_linear, str | bool) and fast_linear in FORMER:
+        return FORMER[fast_linear]
+    raise ZooError(f"fast_linear must be one of off, auto, on, got {fast_linear!r}")
 
 
 def why_all_tokens(anatomy: Anatomy) -> str:

@@ -215,16 +215,16 @@ def reduce_protecting(reducer: Reducer, tail: int, t: Tokens, s: Signals, step: 
     return join_tail(reducer.reduce(body, trim(s, body.x.shape[1]), step), rest)
 
 
-def checkpointed(function: Callable[..., Any], fast_linear: Mode) -> Callable[..., Any]:
+def checkpointed(function: Callable[..., Any], linear: Mode) -> Callable[..., Any]:
     """A function that keeps its arguments alone for the backward pass, and runs again there."""
 
     def whole(*args: Any) -> Any:
         # The backward pass runs it again, from wherever that is called.
-        with using(fast_linear):
+        with using(linear):
             return function(*args)
 
     def again(*args: Any) -> Any:
-        inner = function if fast_linear == "off" else whole
+        inner = function if linear == "plain" else whole
         return checkpoint(inner, *args, use_reentrant=False)
 
     return again

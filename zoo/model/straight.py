@@ -58,7 +58,7 @@ class Straight(NamedTuple):
         act: Activation, which may write over its input.
         fc2: Weight and bias.
         gamma2: Layer scale of the MLP, or None.
-        product: `F.linear`, or the one that minds `fast_linear`.
+        product: `F.linear`, or the one that minds the option `linear`.
     """
 
     norm1: Norm

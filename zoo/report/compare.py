@@ -28,6 +28,7 @@ from zoo.report.identity import (
 from zoo.report.names import name_entries
 from zoo.report.notes import notes_on
 from zoo.report.pareto import pareto_front
+from zoo.report.quality import Metric, Quality, averaged, main_metric, qualities
 from zoo.report.readings import Row, Speed
 from zoo.report.references import set_references
 from zoo.report.words import (
@@ -167,7 +168,7 @@ def _entry(
     latest: dict[str, Row] = {}
     for one in own:  # oldest first
         name = identity.run(one)
-        if number(one.get("top1")) is not None or name not in latest:
+        if name not in latest or _tells(one) >= _tells(latest[name]):
             latest[name] = one
     runs = {k: r for k, r in latest.items() if number(r.get("top1")) is not None} or latest
     row = next(reversed(sorted(runs.values(), key=lambda r: numbers[id(r)])))
@@ -205,6 +206,7 @@ def _entry(
         spread=statistics.stdev(scores) if len(scores) > 1 else None,
         reference_gmacs=number(row.get("gmacs_dense")),
         fidelity=_fidelity(own, identity),
+        quality=_quality(own, identity),
         reducer_share=readings.reducer_share(cost),
         speeds=speeds,
     )
@@ -230,6 +232,19 @@ def _fidelity(own: Sequence[Row], identity: Identity) -> dict[str, float]:
     return {name: statistics.fmean(values) for name, values in found.items()}
 
 
+def _tells(row: Row) -> int:
+    """How much a row says of the answers: an accuracy most, what is like one less."""
+    return 2 if number(row.get("top1")) is not None else int(bool(qualities(row)))
+
+
+def _quality(own: Sequence[Row], identity: Identity) -> dict[str, Quality]:
+    """The mean over the runs of what was measured on features, the latest of each run."""
+    runs: dict[str, dict[str, Quality]] = defaultdict(dict)
+    for row in own:  # oldest first
+        runs[identity.run(row)].update(qualities(row))
+    return averaged(runs.values())
+
+
 # ------------------------------------------------------------------------------------ views
 
 
@@ -247,7 +262,7 @@ def _views(
         views.append(view)
         by_data[data].append(view)
     # Most accuracies first: what opens is what there is most to see in. Short runs come last.
-    views.sort(key=lambda v: (v.partial, -sum(e.top1 is not None for e in v.entries), v.label))
+    views.sort(key=lambda v: (v.partial, -_measured(v), v.label))
     for data, parts in sorted(by_data.items()):
         if data and len(parts) > 1:
             everything = [entry for part in parts for entry in part.entries if not entry.guest]
@@ -258,10 +273,18 @@ def _views(
     return views
 
 
+_JUDGING = {"accuracy", "fidelity", "knn", "linear_probe", "retrieval", "zeroshot"}
+
+
+def _measured(view: View) -> int:
+    """How many entries have what the view goes by."""
+    return sum(entry.score(view.metric) is not None for entry in view.entries)
+
+
 def _belongs(failed: Row, entry: Entry) -> bool:
     """Whether a run that failed would have stood beside this entry."""
     data = failed.get("dataset")
-    judged = {"accuracy", "fidelity"} & tasks(failed)
+    judged = _JUDGING & tasks(failed)
     if data and (judged or was_trained_here(failed)):
         return failed.get("backbone") == entry.row.get("backbone") and bool(
             entry.data and data == entry.row.get("dataset")
@@ -269,8 +292,10 @@ def _belongs(failed: Row, entry: Entry) -> bool:
     return failed.get("backbone") == entry.row.get("backbone")
 
 
-def _front(entries: Sequence[Entry], cost: Callable[[Entry], float | None]) -> list[Entry]:
-    flags = pareto_front([(cost(entry), entry.top1) for entry in entries])
+def _front(
+    entries: Sequence[Entry], cost: Callable[[Entry], float | None], metric: Metric
+) -> list[Entry]:
+    flags = pareto_front([(cost(entry), entry.score(metric)) for entry in entries])
     front = [entry for entry, flag in zip(entries, flags, strict=True) if flag]
     return sorted(front, key=lambda entry: (cost(entry) or 0.0, entry.id))
 
@@ -281,14 +306,23 @@ def _view(label: str, entries: list[Entry], dense: list[Entry], *, combined: boo
     for entry in entries:
         for name in entry.speeds:
             count[name] += 1
+    metric = main_metric(entry.measured for entry in entries)
     speed_fronts = {}
     for name in sorted(count, key=lambda name: (-count[name], name.startswith("cpu"), name)):
         with_speed = [entry for entry in entries if name in entry.speeds]
-        speed_fronts[name] = _front(with_speed, lambda e, name=name: -e.speeds[name].rate)  # type: ignore[misc]
-    front = _front(entries, lambda e: e.gmacs)
-    untrained = _front([e for e in entries if not e.trained], lambda e: e.gmacs)
+        speed_fronts[name] = _front(with_speed, lambda e, name=name: -e.speeds[name].rate, metric)  # type: ignore[misc]
+    front = _front(entries, lambda e: e.gmacs, metric)
+    untrained = _front([e for e in entries if not e.trained], lambda e: e.gmacs, metric)
     return View(
-        label, entries, dense, front, speed_fronts, notes_on(entries), untrained, combined=combined
+        label,
+        entries,
+        dense,
+        front,
+        speed_fronts,
+        notes_on(entries),
+        untrained,
+        combined=combined,
+        metric=metric,
     )
 
 

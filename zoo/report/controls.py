@@ -73,7 +73,7 @@ def name_controls(members: Sequence[Entry], main: Entry | None) -> None:
 def against(entry: Entry, main: Entry) -> None:
     """Measure a control against the dense model."""
     entry.reference_id, entry.reference_top1 = main.id, main.top1
-    entry.reference_gmacs = main.gmacs
+    entry.reference_quality, entry.reference_gmacs = main.quality, main.gmacs
     for name, speed in entry.speeds.items():
         base = main.speeds.get(name)
         entry.speeds[name] = replace(speed, dense=base.rate if base else None)
@@ -93,7 +93,7 @@ def guests(
     for other, data in groups:
         if other is None or data != main.data or other.backbone == main.backbone:
             continue
-        if other.top1 is None or other.gmacs is None or other.gmacs >= (main.gmacs or 0):
+        if not other.measured or other.gmacs is None or other.gmacs >= (main.gmacs or 0):
             continue
         copy = replace(
             other,

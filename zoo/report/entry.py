@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from zoo.report.quality import TOP1, Metric, Quality
 from zoo.report.readings import Row, Speed
 
 
@@ -40,6 +41,8 @@ class Entry:
     control: str | None = None  # what kind of control, see `zoo.report.controls`
     guest: bool = False  # shown beside the models of another backbone
     fidelity: Mapping[str, float] = field(default_factory=dict)
+    quality: Mapping[str, Quality] = field(default_factory=dict)  # by the keys of `METRICS`
+    reference_quality: Mapping[str, Quality] = field(default_factory=dict)
     reducer_share: float | None = None  # percent of the GMACs
     speeds: dict[str, Speed] = field(default_factory=dict)
 
@@ -62,6 +65,40 @@ class Entry:
     def scores(self) -> list[float]:
         """Top-1 of every run."""
         return [float(row["top1"]) for row in self.runs.values()]
+
+    @property
+    def measured(self) -> list[str]:
+        """Keys of the metrics that it has, fidelity left aside."""
+        return [*(["top1"] if self.top1 is not None else []), *self.quality]
+
+    @property
+    def count(self) -> int:
+        """How many runs there are."""
+        return max([len(self.runs), *(one.runs for one in self.quality.values())])
+
+    def score(self, metric: Metric = TOP1) -> float | None:
+        """How good it is, by one metric."""
+        if metric.key == "top1":
+            return self.top1
+        found = self.quality.get(metric.key)
+        return None if found is None else found.value
+
+    def interval_of(self, metric: Metric = TOP1) -> tuple[float, float] | None:
+        """The 95 % interval of a score, or its range over several runs."""
+        if metric.key == "top1":
+            return self.ends
+        found = self.quality.get(metric.key)
+        if found is None or found.low is None or found.high is None:
+            return None
+        return found.low, found.high
+
+    def lost(self, metric: Metric = TOP1) -> float | None:
+        """Points above (or below) the dense model by one metric; None for the dense model."""
+        if metric.key == "top1":
+            return self.delta
+        base, own = self.reference_quality.get(metric.key), self.score(metric)
+        best = metric.same if base is None else base.value
+        return None if self.is_reference or own is None or best is None else own - best
 
     @property
     def ends(self) -> tuple[float, float] | None:
@@ -102,6 +139,7 @@ class View:
     front_untrained: list[Entry]
     failures: list[Row] = field(default_factory=list)
     combined: bool = False  # over several backbones
+    metric: Metric = TOP1  # what fronts and pictures go by
 
     @property
     def partial(self) -> bool:

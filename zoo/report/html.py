@@ -21,6 +21,7 @@ from zoo.report.links import Links, links_of
 from zoo.report.names import methods_of
 from zoo.report.notes import CONVENTION, environment
 from zoo.report.payload import counted, method_of, payload, time_of
+from zoo.report.quality import METRICS, Metric, qualities, shown
 from zoo.report.readings import Speed, fidelity
 from zoo.report.tables import (
     entry_cells,
@@ -43,7 +44,7 @@ from zoo.results.rows import Row
 _MEANINGS = {
     "Input": "side of the images, in pixels",
     "Params": "parameters, in millions",
-    "Runs": "with other seeds; top-1 is their mean ± standard deviation",
+    "Runs": "with other seeds; scores are their mean ± standard deviation",
     "Reducer": "share of the GMACs that are the reducer's own",
     "−GMACs": "saved, against the dense model",
     "Δ top-1": "points against the dense model",
@@ -53,7 +54,13 @@ _MEANINGS = {
     "Speed-up": "throughput against the dense model's, same batch size",
     "Efficiency": "speed-up over what the GMACs promise; 100 % is all of it",
     "Memory": "peak on the device",
+    **{metric.column: metric.meaning for metric in METRICS},
 }
+
+
+def _score(metric: Metric) -> Callable[[Entry], float | None]:
+    return lambda entry: entry.score(metric)
+
 
 # (title, what it sorts by: a number of the entry, or None for words, class)
 _COLUMNS: tuple[tuple[str, Any, str], ...] = (
@@ -68,7 +75,7 @@ _COLUMNS: tuple[tuple[str, Any, str], ...] = (
     ("Reducer", lambda e: e.reducer_share, ""),
     ("−GMACs", lambda e: e.saved, ""),
     ("Top-1 %", lambda e: e.top1, ""),
-    ("Runs", lambda e: len(e.runs) or None, ""),
+    ("Runs", lambda e: e.count if e.measured else None, ""),
     ("95 % interval", lambda e: e.interval and e.interval[0], ""),
     ("Δ top-1", lambda e: e.delta, ""),
     ("img/s", None, "rate"),
@@ -78,6 +85,7 @@ _COLUMNS: tuple[tuple[str, Any, str], ...] = (
     ("Agreement", lambda e: e.fidelity.get("agreement"), ""),
     ("KL", lambda e: e.fidelity.get("kl"), ""),
     ("Cosine", lambda e: e.fidelity.get("cosine"), ""),
+    *((metric.column, _score(metric), "") for metric in METRICS),
 )
 
 _OF_SPEED: dict[str, Callable[[Speed], float | None]] = {
@@ -253,7 +261,7 @@ def _old_value(name: str, row: Row) -> float | None:
 
 
 def _old_cells(row: Row) -> list[str]:
-    method = row.get("method") or DENSE
+    method, found = row.get("method") or DENSE, qualities(row)
     gmacs, top1, rate = (_old_value(name, row) for name in ("GMACs", "Top-1 %", "img/s"))
     return [
         ("dense" if method == DENSE else str(method)) + " (trained)" * bool(row.get("trained")),
@@ -273,6 +281,7 @@ def _old_cells(row: Row) -> list[str]:
         "",
         "",
         *fidelity_cells(fidelity(row)),
+        *(shown(metric, found.get(metric.key)) for metric in METRICS),
     ]
 
 

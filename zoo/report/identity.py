@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from zoo.report.controls import was_trained_here
+from zoo.report.quality import qualities
 from zoo.report.readings import Row, fidelity, precision, switched_on
 from zoo.report.words import DENSE, is_dense, number, plugins, tasks
 
@@ -67,8 +68,8 @@ def cost_options(row: Mapping[str, Any]) -> list[str]:
 
 
 def has_quality(row: Mapping[str, Any]) -> bool:
-    """Whether a row knows how good the answers are: by labels, or against the dense model."""
-    if number(row.get("top1")) is not None or fidelity(row):
+    """Whether a row knows how good answers or features are, by labels or against dense ones."""
+    if number(row.get("top1")) is not None or fidelity(row) or qualities(row):
         return True
     # Fidelity is measured against the dense model, whose own row holds none.
     return is_dense(row) and bool(row.get("dataset")) and "fidelity" in tasks(row)
@@ -93,11 +94,14 @@ class Identity:
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self._most: dict[str, int] = {}
+        self._galleries: dict[str, tuple[int, str]] = {}
         trainings: dict[str, dict[str, Row]] = {}
         for row in rows:
             if has_quality(row):
                 name = _split(row)
                 self._most[name] = max(self._most.get(name, 0), images(row) or 0)
+                if (found := _gallery(row)) is not None:
+                    self._galleries[name] = max(self._galleries.get(name, found), found)
             if was_trained_here(row) and row.get("weights_sha"):
                 trainings.setdefault(str(row["weights_sha"]), {})[str(row.get("seed"))] = row
         # Where only a reducer was trained, the backbone's hash is that of all its trainings.
@@ -141,8 +145,12 @@ class Identity:
         return count is None or count >= self._most.get(_split(row), 0)
 
     def data(self, row: Mapping[str, Any]) -> str:
-        """Data set, split, and the number of images where it is not that of the others."""
-        return _split(row) if self.whole(row) else f"{_split(row)}, {images(row):,} images"
+        """Data set, split, and the number of images and the gallery where they are not usual."""
+        label = _split(row) if self.whole(row) else f"{_split(row)}, {images(row):,} images"
+        gallery = _gallery(row)
+        if gallery is None or gallery == self._galleries.get(_split(row)):
+            return label
+        return f"{label}, in {gallery[0]:,} of {gallery[1]}"
 
     def of_a_training(self, row: Mapping[str, Any]) -> str:
         """With what the weights of a row were trained that claims no training; empty if given.
@@ -173,6 +181,12 @@ class Identity:
             maker = row
         own = [f"weights {weights(row)[:12]}"] if maker is None and weights(row) else []
         return ", ".join([*own, f"seed {(maker or row).get('seed')}", *drawn])
+
+
+def _gallery(row: Mapping[str, Any]) -> tuple[int, str] | None:
+    """Size and split of what images were looked up in, None where they were not."""
+    count = number(row.get("n_gallery"))
+    return None if count is None else (int(count), str(row.get("gallery_split") or "the gallery"))
 
 
 def _typed(row: Mapping[str, Any]) -> dict[str, str] | None:

@@ -21,15 +21,17 @@
 
   // What is drawn upwards, and of which weights.
   const METRICS = {
-    top1: { name: "top-1 accuracy", title: "top-1 accuracy (%)", head: "Accuracy", same: null },
-    agreement: { name: "agreement with dense", title: "same answer as the dense model (%)", head: "Agreement with dense", same: 100 },
-    cosine: { name: "feature cosine to dense", title: "cosine of the features with dense", head: "Features like dense", same: 1 },
+    top1: { key: "top1", name: "top-1 accuracy", title: "top-1 accuracy (%)", head: "Accuracy", same: null, percent: true },
+    agreement: { key: "agreement", name: "agreement with dense", title: "same answer as the dense model (%)", head: "Agreement with dense", same: 100, percent: true },
+    cosine: { key: "cosine", name: "feature cosine to dense", title: "cosine of the features with dense", head: "Features like dense", same: 1, percent: false },
   };
-  const metric = () => METRICS[$("metric").value] ?? METRICS.top1;
+  for (const one of data.metrics) METRICS[one.key] = one;
+  const metric = () => METRICS[$("metric").value] ?? METRICS[view.metric];
   function height(e) {
-    const { same } = metric(); // the dense model is like itself
-    return same !== null && e.id === view.reference ? same : e[$("metric").value || "top1"];
+    const { key, same } = metric(); // the dense model is like itself
+    return same !== null && e.id === view.reference ? same : e.scores[key] ?? null;
   }
+  const ends = (e) => e.ends[metric().key] ?? null;
   const WEIGHTS = { all: () => true, untrained: (e) => !e.trained, trained: (e) => e.trained || e.dense };
   const chosen = (e) => WEIGHTS[$("weights").value](e);
   // Every word has to be found somewhere in what is known of an entry.
@@ -128,10 +130,10 @@
           array: curve.map((e) => (e.range ? e.range[1] - e.gmacs : 0)), arrayminus: curve.map((e) => (e.range ? e.gmacs - e.range[0] : 0)),
         };
       }
-      if ($("bars").checked && metric() === METRICS.top1) {
+      if ($("bars").checked && curve.some(ends)) {
         trace.error_y = {
           type: "data", symmetric: false, thickness: 1, width: 3, color: fade(color(first.method), 0.55),
-          array: curve.map((e) => (e.high ?? e.top1) - e.top1), arrayminus: curve.map((e) => e.top1 - (e.low ?? e.top1)),
+          array: curve.map((e) => (ends(e)?.[1] ?? height(e)) - height(e)), arrayminus: curve.map((e) => height(e) - (ends(e)?.[0] ?? height(e))),
         };
       }
       traces.push(trace);
@@ -145,14 +147,14 @@
     const shapes = [];
     let heights = known.map(height), below = 0;
     if ($("near").checked) {
-      const best = Math.max(...heights), far = metric() === METRICS.cosine ? 0.1 : 10;
+      const best = Math.max(...heights), far = metric().percent ? 10 : 0.1;
       below = heights.filter((y) => y < best - far).length;
       heights = heights.filter((y) => y >= best - far);
     }
     if (reference && height(reference) !== null) {
       const across = { xref: "paper", x0: 0, x1: 1 };
-      if (reference.low !== null && metric() === METRICS.top1) {
-        shapes.push({ type: "rect", ...across, y0: reference.low, y1: reference.high, fillcolor: css("--band"), line: { width: 0 }, layer: "below" });
+      if (ends(reference)) {
+        shapes.push({ type: "rect", ...across, y0: ends(reference)[0], y1: ends(reference)[1], fillcolor: css("--band"), line: { width: 0 }, layer: "below" });
       }
       shapes.push({ type: "line", ...across, y0: height(reference), y1: height(reference), line: { color: ink, width: 1.2, dash: "dash" }, layer: "below" });
       const x = plot.x(reference);
@@ -257,7 +259,9 @@
     fill($("setting"), Object.keys(view.speed).map((name) => [name, name]), $("setting").value);
     $("setting-field").hidden = Object.keys(view.speed).length < 2;
     const members = view.entries.map((id) => data.entries[id]);
-    const measured = Object.keys(METRICS).filter((name) => members.some((e) => e[name] !== null));
+    const measured = Object.keys(METRICS).filter((name) => members.some((e) => (e.scores[name] ?? null) !== null));
+    // The one that the view goes by first, unless another was chosen.
+    measured.sort((a, b) => (b === view.metric) - (a === view.metric));
     fill($("metric"), measured.map((name) => [name, METRICS[name].name]), $("metric").value);
     $("metric-field").hidden = measured.length < 2;
     $("weights-field").hidden = !members.some((e) => e.trained);
@@ -265,13 +269,14 @@
     $("trained-key").hidden = $("weights-field").hidden;
     $("runs-key").hidden = !members.some((e) => e.runs);
     $("control-key").hidden = !members.some((e) => e.control);
-    const best = Math.max(...members.map((e) => e.top1 ?? -1));
-    $("near-field").hidden = !view.entries.some((id) => data.entries[id].top1 !== null && data.entries[id].top1 < best - 10);
+    const main = (e) => e.scores[view.metric] ?? null;
+    const best = Math.max(...members.map((e) => main(e) ?? -1)), far = METRICS[view.metric].percent ? 10 : 0.1;
+    $("near-field").hidden = !members.some((e) => main(e) !== null && main(e) < best - far);
     // A few bad results must not squeeze all others into one line.
     $("near").checked = !$("near-field").hidden;
     const reference = data.entries[view.reference];
-    $("bars-field").hidden = !view.entries.some((id) => data.entries[id].low !== null);
-    $("band-key").hidden = !reference || reference.low === null;
+    $("bars-field").hidden = !members.some((e) => Object.keys(e.ends).length);
+    $("band-key").hidden = !reference || !Object.keys(reference.ends).length;
     $("notes").replaceChildren(...view.notes.map((note) => make("li", { textContent: note })));
     $("notes").hidden = !view.notes.length;
     makeChips();

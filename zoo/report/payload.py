@@ -11,6 +11,7 @@ from zoo.report.controls import KINDS
 from zoo.report.entry import Comparison, Entry, View
 from zoo.report.identity import options, precision
 from zoo.report.links import title_of
+from zoo.report.quality import METRICS, TOP1, shown
 from zoo.report.readings import Row, Speed
 from zoo.report.tables import (
     csv_table,
@@ -67,6 +68,17 @@ def payload(comparison: Comparison, marks: dict[str, Mark], ids: dict[int, int])
         "colors": {name: mark.colors for name, mark in marks.items()},
         "shapes": {name: mark.shape for name, mark in marks.items()},
         "csv": csv_table(comparison),
+        "metrics": [
+            {
+                "key": metric.key,
+                "name": metric.words,
+                "title": metric.words + (" (%)" if metric.unit else ""),
+                "head": metric.words[:1].upper() + metric.words[1:],
+                "same": metric.same,
+                "percent": bool(metric.unit),
+            }
+            for metric in METRICS
+        ],
         "controls": list(KINDS),
         "entries": {e.id: _entry(e) for view in comparison.views for e in view.entries},
         "views": [_view(view, ids) for view in comparison.views],
@@ -78,7 +90,9 @@ def payload(comparison: Comparison, marks: dict[str, Mark], ids: dict[int, int])
 
 
 def _entry(entry: Entry) -> dict[str, Any]:
-    low, high = entry.ends or (None, None)
+    scores = {metric.key: entry.score(metric) for metric in (TOP1, *METRICS)}
+    ends = {metric.key: entry.interval_of(metric) for metric in (TOP1, *METRICS)}
+    scores |= {name: entry.fidelity.get(name) for name in ("agreement", "cosine")}
     return {
         "id": entry.id,
         "runs": ", ".join(runs_in_words(entry)) if len(entry.runs) > 1 else None,
@@ -91,11 +105,8 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "dense": entry.dense,
         "trained": entry.trained,
         "gmacs": entry.gmacs,
-        "top1": entry.top1,
-        "low": low,
-        "high": high,
-        "agreement": entry.fidelity.get("agreement"),
-        "cosine": entry.fidelity.get("cosine"),
+        "scores": {name: value for name, value in scores.items() if value is not None},
+        "ends": {name: value for name, value in ends.items() if value is not None},
         "range": cost_range(entry.cost),
         "speeds": {
             name: {
@@ -141,6 +152,13 @@ def _hover(entry: Entry) -> list[str]:
         lines.append(f"top-1 {format_score(entry)} %{ends}{delta}")
     if len(entry.runs) > 1:
         lines.append(_clip(", ".join(runs_in_words(entry)), 90))
+    for metric in METRICS:
+        if (one := entry.quality.get(metric.key)) is not None:
+            lost = entry.lost(metric)
+            delta = f" (Δ {signed(lost)})" if lost is not None and metric.unit else ""
+            between = entry.interval_of(metric)
+            both = f" {bracketed(between)}" if between else ""
+            lines.append(f"{metric.words} {shown(metric, one)}{metric.unit}{both}{delta}")
     if entry.gmacs is not None:
         saved = f" (saves {entry.saved:.1f} %)" if entry.saved is not None else ""
         mean = f"{format_gmacs(entry.gmacs)}{format_range(entry.cost)}"
@@ -200,6 +218,7 @@ def _view(view: View, ids: Mapping[int, int]) -> dict[str, Any]:
         "front": numbers(view.front),
         "front_untrained": numbers(view.front_untrained),
         "failures": [ids[id(row)] for row in view.failures],
+        "metric": view.metric.key,
         "speed": {name: numbers(front) for name, front in view.speed_fronts.items()},
         "notes": view.notes,
         "tiles": {name: tiles(view, name) for name in view.settings or [""]},
@@ -209,7 +228,7 @@ def _view(view: View, ids: Mapping[int, int]) -> dict[str, Any]:
 
 def _empty(view: View) -> dict[str, str | None]:
     """What to say in place of a plot without points."""
-    measured = [entry for entry in view.entries if entry.top1 is not None or entry.fidelity]
+    measured = [entry for entry in view.entries if entry.measured or entry.fidelity]
     costs = any(entry.gmacs is not None for entry in measured)
     speeds = any(entry.speeds for entry in measured)
     if not measured:
@@ -233,31 +252,35 @@ def tiles(view: View, setting: str, points: float = 1.0) -> list[tuple[str, str,
     Args:
         view: The view.
         setting: Hardware setting that speeds are taken from; empty if there is none.
-        points: How much top-1 a reduced model may lose to count as still good.
+        points: How much a reduced model may lose to count as still good.
     """
     found = []
+    metric = view.metric
+    name = "top-1" if metric is TOP1 else metric.words
     reduced = [entry for entry in view.entries if not entry.dense]
     base = view.reference
     if base:
         parts = [f"{format_gmacs(base.gmacs)} GMACs" if base.gmacs is not None else ""]
         if setting in base.speeds:
             parts.append(f"{format_rate(base.speeds[setting].rate)} img/s")
-        if base.top1 is not None:
+        if (score := base.score(metric)) is not None:
             text = " · ".join(part for part in parts if part)
-            found.append(("Dense model, top-1", f"{base.top1:.2f} %", text))
+            found.append((f"Dense model, {name}", f"{score:.2f}{metric.unit}", text))
         else:
             found.append(("Dense model", parts[0] or "no GMACs", " · ".join(parts[1:])))
-    good = [e for e in reduced if e.delta is not None and e.delta >= -points]
+    points = points if metric.unit else points / 100
+    lost = {id(e): e.lost(metric) for e in reduced}
+    good = [e for e in reduced if (own := lost[id(e)]) is not None and own >= -points]
 
     def about(entry: Entry) -> str:
         where = f" on {entry.backbone}" if view.combined else ""
-        return f"{entry.label}{where}, top-1 {entry.top1:.2f} %"
+        return f"{entry.label}{where}, {name} {entry.score(metric):.2f}{metric.unit}"
 
     within = f"within {points:g} point of dense"
     cheap = max((e for e in good if e.saved), key=_saved, default=None)
     if cheap:
         found.append((f"Fewest GMACs {within}", f"−{_saved(cheap):.0f} %", about(cheap)))
-    elif any(e.delta is not None for e in reduced):
+    elif any(own is not None for own in lost.values()):
         found.append((f"Fewest GMACs {within}", "none", "every reduced model loses more"))
     elif least := max(
         (e for e in view.entries if e.saved and not e.dense), key=_saved, default=None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from zoo.report.colors import CONTROL, FRONT, INK, Mark, method_marks
 from zoo.report.controls import LONGER, RESOLUTION, SMALLER
 from zoo.report.entry import Comparison, Entry, View
+from zoo.report.quality import TOP1, Metric
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -53,7 +54,9 @@ def draw(comparison: Comparison, title: str) -> Figure:
     from matplotlib.figure import Figure
 
     view = best_view(comparison)
-    points = [e for e in view.entries if e.top1 is not None and e.gmacs is not None] if view else []
+    metric = view.metric if view else TOP1
+    entries = view.entries if view else []
+    points = [e for e in entries if e.score(metric) is not None and e.gmacs is not None]
     names = sorted({entry.name for entry in points if not entry.dense})
     controls = sorted({entry.control for entry in points if entry.control})
     # Up to twenty methods fit beside the usual shape; for more the picture grows.
@@ -75,7 +78,7 @@ def draw(comparison: Comparison, title: str) -> Figure:
     every = {entry.name for entry in comparison.entries if not entry.dense}
     marks = method_marks(every)
     _draw(axes, view, points, marks)
-    _legend(axes, points, view.reference, {name: marks[name] for name in names}, controls)
+    _legend(axes, points, _band(view), {name: marks[name] for name in names}, controls)
     figure.canvas.draw()  # label places need the final scale
     _label_front(axes, view, points)
     return figure
@@ -94,17 +97,22 @@ def _draw(axes: Axes, view: View, points: list[Entry], marks: dict[str, Mark]) -
         axes.spines[side].set_color("#b9c0c9")
     axes.tick_params(colors=_MUTED, labelsize=9)
     axes.set_xlabel("GMACs per image", color=INK[0], fontsize=10)
-    axes.set_ylabel("Top-1 accuracy (%)", color=INK[0], fontsize=10)
+    unit = " (%)" if view.metric.unit else ""
+    words = view.metric.words[:1].upper() + view.metric.words[1:]
+    axes.set_ylabel(words + unit, color=INK[0], fontsize=10)
 
-    dense = view.reference
-    if dense and dense.top1 is not None:
-        axes.axhline(dense.top1, color=INK[0], linewidth=1, linestyle=(0, (5, 3)), zorder=1.5)
-        if dense.interval:
-            axes.axhspan(*dense.interval, color=INK[0], alpha=0.055, linewidth=0, zorder=0.5)
+    def height(entry: Entry) -> float:
+        return entry.score(view.metric) or 0.0
+
+    dense, ends = view.reference, _band(view)
+    if dense and dense.score(view.metric) is not None:
+        axes.axhline(height(dense), color=INK[0], linewidth=1, linestyle=(0, (5, 3)), zorder=1.5)
+        if ends:
+            axes.axhspan(*ends, color=INK[0], alpha=0.055, linewidth=0, zorder=0.5)
     if any(entry.trained for entry in points):
         axes.plot(
             [entry.gmacs or 0 for entry in view.front_untrained],
-            [entry.top1 or 0 for entry in view.front_untrained],
+            [height(entry) for entry in view.front_untrained],
             color=_SHELF,
             linewidth=1.8,
             linestyle=(0, (5, 3)),
@@ -112,7 +120,7 @@ def _draw(axes: Axes, view: View, points: list[Entry], marks: dict[str, Mark]) -
         )
     axes.plot(
         [entry.gmacs or 0 for entry in view.front],
-        [entry.top1 or 0 for entry in view.front],
+        [height(entry) for entry in view.front],
         color=FRONT[0],
         linewidth=7,
         alpha=0.55,
@@ -125,7 +133,7 @@ def _draw(axes: Axes, view: View, points: list[Entry], marks: dict[str, Mark]) -
         curves[entry.name, entry.dense and not entry.control, entry.trained].append(entry)
     faint = 0.4 if len(curves) <= 16 else 0.22
     for (name, dense_model, trained), curve in curves.items():
-        x, y = [e.gmacs or 0 for e in curve], [e.top1 or 0 for e in curve]
+        x, y = [e.gmacs or 0 for e in curve], [height(e) for e in curve]
         control = curve[0].control
         color = INK[0] if dense_model else marks[name].light
         axes.plot(
@@ -153,7 +161,7 @@ def _draw(axes: Axes, view: View, points: list[Entry], marks: dict[str, Mark]) -
         best = [entry for entry in curve if entry in view.front]
         axes.scatter(
             [e.gmacs or 0 for e in best],
-            [e.top1 or 0 for e in best],
+            [height(e) for e in best],
             s=size,
             marker=marker,
             color="white" if control else color,
@@ -164,18 +172,29 @@ def _draw(axes: Axes, view: View, points: list[Entry], marks: dict[str, Mark]) -
         if trained and not control:
             axes.scatter(x, y, s=7, marker="o", color="white", linewidths=0, zorder=3.6)
     axes.margins(x=0.06, y=0.09)
-    _leave_out_the_worst(axes, [entry.top1 or 0 for entry in points])
+    _leave_out_the_worst(axes, [height(entry) for entry in points], view.metric)
 
 
-def _leave_out_the_worst(axes: Axes, heights: list[float]) -> None:
+def _band(view: View) -> tuple[float, float] | None:
+    """The 95 % interval of the dense model."""
+    if view.reference is None:
+        return None
+    if view.metric is TOP1:
+        return view.reference.interval
+    return view.reference.interval_of(view.metric)
+
+
+def _leave_out_the_worst(axes: Axes, heights: list[float], metric: Metric) -> None:
     """A few bad results must not squeeze all others into one line; say how many are missing."""
     best = max(heights, default=0.0)
-    near = [height for height in heights if height >= best - _NEAR]
+    far = _NEAR if metric.unit else _NEAR / 100
+    near = [height for height in heights if height >= best - far]
     if len(near) == len(heights):
         return
-    span = max(best - min(near), 0.1)
+    span = max(best - min(near), 0.01 * far)
     axes.set_ylim(min(near) - 0.07 * span, best + 0.09 * span)
-    text = f"{len(heights) - len(near)} more below, down to {min(heights):.1f} %"
+    least = f"{min(heights):.{1 if metric.unit else 3}f}{metric.unit}"
+    text = f"{len(heights) - len(near)} more below, down to {least}"
     at = {"xy": (0.99, 0.012), "xycoords": "axes fraction", "ha": "right", "va": "bottom"}
     axes.annotate(text, fontsize=8.5, color=_MUTED, zorder=4, **at)  # type: ignore[arg-type]
 
@@ -183,7 +202,7 @@ def _leave_out_the_worst(axes: Axes, heights: list[float]) -> None:
 def _legend(
     axes: Axes,
     points: list[Entry],
-    reference: Entry | None,
+    band: tuple[float, float] | None,
     marks: dict[str, Mark],
     controls: list[str],
 ) -> None:
@@ -209,7 +228,7 @@ def _legend(
     if any(e.trained for e in points):
         label = "Pareto front off the shelf"
         handles.insert(1, Line2D([], [], color=_SHELF, linewidth=1.8, linestyle="--", label=label))
-    if reference and reference.interval:
+    if band:
         at = next(i for i, h in enumerate(handles) if h.get_label() == "dense model") + 1
         handles.insert(at, Patch(color=INK[0], alpha=0.08, lw=0, label="its 95 % interval"))
     if any(e.trained for e in points):
@@ -241,16 +260,20 @@ def _label_front(axes: Axes, view: View, points: list[Entry]) -> None:
     unit = figure.dpi / 72
     halo = [withStroke(linewidth=2.5, foreground="white", alpha=0.85)]
     bottom = axes.get_ylim()[0]
-    points = [e for e in points if (e.top1 or 0) >= bottom]
+
+    def height(entry: Entry) -> float:
+        return entry.score(view.metric) or 0.0
+
+    points = [e for e in points if height(e) >= bottom]
     shown = [e for e in view.front if e in points]
-    dots = [axes.transData.transform((e.gmacs or 0, e.top1 or 0)) for e in points]
+    dots = [axes.transData.transform((e.gmacs or 0, height(e))) for e in points]
     taken = [(x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for x, y in dots]
-    if (reference := view.reference) and reference.top1 is not None:
-        y = axes.transData.transform((0, reference.top1))[1]
+    if (reference := view.reference) and reference.score(view.metric) is not None:
+        y = axes.transData.transform((0, height(reference)))[1]
         taken.append((frame.x0, y - unit, frame.x1, y + unit))
     dense = [entry for entry in points if entry.dense and entry not in view.front]
     for entry in [*shown, *dense]:
-        place = (entry.gmacs or 0, entry.top1 or 0)
+        place = (entry.gmacs or 0, height(entry))
         for dx, dy, ha, va in _PLACES:
             text = axes.annotate(
                 _clip(f"{entry.name} {entry.budget}" if entry.control else entry.title, 28),

@@ -113,5 +113,5 @@ def switched_on(row: Mapping[str, Any]) -> list[str]:
     """Run-time options of a row that are not at their defaults."""
     given = row.get("runtime")
     given = given if isinstance(given, Mapping) else {}
-    usual = (None, False, "off", "full")
+    usual = (None, False, "off", "plain", "full")
     return [f"{key}={value}" for key, value in sorted(given.items()) if value not in usual]

@@ -36,6 +36,7 @@ def set_references(members: Sequence[Entry], identity: Identity) -> None:
         if base is None:
             continue
         entry.reference_id, entry.reference_top1 = base.id, base.top1
+        entry.reference_quality = base.quality
         entry.reference_gmacs = entry.reference_gmacs or base.gmacs
         entry.reference_differs = _differences(base, entry, start, identity.of_a_training(base.row))
         for name, speed in entry.speeds.items():

@@ -13,6 +13,7 @@ from zoo.report.compare import compare
 from zoo.report.entry import Comparison, Entry, View
 from zoo.report.links import links_of
 from zoo.report.notes import CONVENTION, environment
+from zoo.report.quality import METRICS, shown
 from zoo.report.words import (
     describe_budget,
     describe_size,
@@ -25,6 +26,11 @@ from zoo.report.words import (
     summary_line,
 )
 from zoo.results.rows import FIELDS, Row
+
+
+def _parts(start: str, *names: str) -> tuple[tuple[str, Any], ...]:
+    return tuple((f"{start}_{name}", name) for name in names)
+
 
 _SPREAD: dict[str, tuple[tuple[str, Any], ...]] = {
     "gmacs": (
@@ -47,6 +53,15 @@ _SPREAD: dict[str, tuple[tuple[str, Any], ...]] = {
         ("fidelity_cosine", "cosine"),
     ),
     "ci95": (("ci95_low", 0), ("ci95_high", 1)),
+    "knn": _parts("knn", "k", "temperature", "top1", "ci95", "agreement", "agreement_ci95"),
+    "linear_probe": _parts("probe", "c", "top1", "ci95", "agreement", "agreement_ci95"),
+    "retrieval": tuple(
+        (f"{kind}_{name}", (kind, name))
+        for kind in ("class", "crop")
+        for name in ("recall1", "recall5", "map", "n_queries", "n_gallery")
+    ),
+    "zeroshot": _parts("zeroshot", "top1", "top5", "ci95", "text"),
+    "centred_cosine": _parts("centred_cosine", "mean", "worst", "worst_image"),
     "versions": tuple(
         (f"version_{name}", name) for name in ("python", "torch", "timm", "lightning", "tokenzoo")
     ),
@@ -56,10 +71,13 @@ _DERIVED = (
     *("budget", "control", "gmacs_saved_percent", "top1_delta", "speedup", "efficiency"),
     *("current", "pareto", "pareto_untrained", "runs", "top1_mean", "top1_spread"),
 )
+
 COLUMNS = (
     *("Method", "Budget", "Input", "Params", "Tokens", "GMACs", "Reducer", "−GMACs", "Top-1 %"),
     *("Runs", "95 % interval", "Δ top-1", "img/s", "Speed-up", "Efficiency", "Memory"),
-    *("Agreement", "KL", "Cosine", "Weights"),
+    *("Agreement", "KL", "Cosine"),
+    *(metric.column for metric in METRICS),
+    "Weights",
 )
 
 
@@ -93,7 +111,8 @@ def csv_table(comparison: Comparison) -> str:
             derived += [entry.control, entry.saved, entry.delta]
             derived += [speed and speed.speedup, speed and speed.efficiency, True]
             derived += [id(entry) in front for front in fronts]
-            derived += [len(entry.runs) or None, entry.top1, entry.spread]
+            count = entry.count if entry.runs or entry.quality else None
+            derived += [count, entry.top1, entry.spread]
         else:
             derived += [None, None, None, None, None, False, False, False, None, None, None]
         values = [value for key in FIELDS for value in _flat(key, row.get(key))]
@@ -110,7 +129,10 @@ def _flat(key: str, value: Any) -> list[Any]:
     found = []
     for _, part in _SPREAD[key]:
         try:
-            found.append(value[part])
+            one = value
+            for name in part if isinstance(part, tuple) else (part,):
+                one = one[name]
+            found.append(one)
         except (TypeError, KeyError, IndexError):
             found.append(None)
     return found
@@ -235,8 +257,9 @@ def _console_view(view: View) -> str:
         method, budget, error = failure_cells(row)
         lines.append(f"! {_line([method, budget], widths[:2])}  FAILED: {error}")
     if view.front:
-        lines.append("* on the Pareto front of top-1 against GMACs; Δ and savings against dense")
-    if any(len(entry.runs) > 1 for entry in view.entries):
+        name = "top-1" if view.metric.key == "top1" else view.metric.words
+        lines.append(f"* on the Pareto front of {name} against GMACs; Δ and savings against dense")
+    if any(entry.count > 1 for entry in view.entries):
         lines.append("± standard deviation over so many runs with seeds of their own")
     return "\n".join(line.rstrip() for line in lines)
 
@@ -281,7 +304,7 @@ def entry_cells(entry: Entry, setting: str | None) -> list[str]:
         "" if share is None else f"{share:.1f} %",
         "" if entry.saved is None else f"{entry.saved:.1f} %",
         format_score(entry),
-        str(len(entry.runs)) if len(entry.runs) > 1 else "",
+        str(entry.count) if entry.count > 1 else "",
         "" if entry.interval is None else "{:.2f} – {:.2f}".format(*entry.interval),
         signed(entry.delta),
         format_rate(speed.rate) if speed else "",
@@ -289,7 +312,8 @@ def entry_cells(entry: Entry, setting: str | None) -> list[str]:
         format_share(faster.efficiency if faster else None),
         format_memory(memory),
         *fidelity_cells(entry.fidelity),
-        ("trained" if entry.trained else "off the shelf") if entry.top1 is not None else "",
+        *(shown(metric, entry.quality.get(metric.key)) for metric in METRICS),
+        ("trained" if entry.trained else "off the shelf") if entry.measured else "",
     ]
 
 

@@ -206,6 +206,34 @@ def _like_dense(row: Mapping[str, Any]) -> list[str]:
     return [] if cosine is None else [f"feature cosine {cosine:.4f}"]
 
 
+def _on_features(row: Mapping[str, Any]) -> list[str]:
+    """What tasks on features found."""
+    found = []
+    for key, name in (("knn", "k-NN"), ("linear_probe", "linear probe"), ("zeroshot", "zero-shot")):
+        given = row.get(key)
+        given = given if isinstance(given, Mapping) else {}
+        if (top1 := number(given.get("top1"))) is not None:
+            ends = interval(given)
+            found.append(f"{name} {top1:.2f} %" + (f" {bracketed(ends)}" if ends else ""))
+        if (same := number(given.get("agreement"))) is not None:
+            found.append(f"{name} {same:.1f} % as dense")
+    kinds = row.get("retrieval")
+    for kind, given in kinds.items() if isinstance(kinds, Mapping) else ():
+        given = given if isinstance(given, Mapping) else {}
+        known = (number(given.get(name)) for name in ("recall1", "recall5", "map"))
+        numbers = [value for value in known if value is not None]
+        if len(numbers) == 3:
+            of = "" if kind == "class" else f" of the same picture ({kind})"
+            found.append("recall@1 {:.2f}, @5 {:.2f}, mAP {:.2f} %".format(*numbers) + of)
+    cosine = row.get("centred_cosine")
+    cosine = cosine if isinstance(cosine, Mapping) else {}
+    if (mean := number(cosine.get("mean"))) is not None:
+        worst = number(cosine.get("worst"))
+        least = "" if worst is None else f", at least {worst:.4f}"
+        found.append(f"centred cosine {mean:.4f}{least}")
+    return found
+
+
 def summary_line(row: Mapping[str, Any]) -> str:
     """One line that says what a run found, or why it failed.
 
@@ -237,6 +265,7 @@ def summary_line(row: Mapping[str, Any]) -> str:
         text = f" {bracketed(ends)}" if ends else ""
         parts.append(f"top-1 {top1:.2f} %{text}")
     parts += _like_dense(row)
+    parts += _on_features(row)
     if (rate := number(row.get("imgs_per_s"))) is not None:
         parts.append(f"{format_rate(rate)} img/s")
     return " | ".join(parts)

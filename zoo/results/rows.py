@@ -45,7 +45,8 @@ FIELDS: dict[str, str] = {
     "error": "one line: why a failed run failed",
     "created": "when the row was made, ISO 8601 in UTC",
     "command": "the command line that made the row, ready to be pasted",
-    "task": "list of what was done: 'train', 'accuracy', 'flops', 'throughput', 'fidelity'",
+    "task": "list of what was done: 'train', 'accuracy', 'flops', 'throughput', 'fidelity', 'knn', "
+    "'linear_probe', 'retrieval', 'zeroshot'",
     # what was run
     "method": "registry name of the reducer; 'none' is the dense model",
     "reducer": "mapping: name and arguments of the reducer",
@@ -55,7 +56,11 @@ FIELDS: dict[str, str] = {
     "split": "split that accuracy was measured on",
     "class_order": "what gave class folders their numbers: 'natural' (timm's order), 'plain' "
     "(torchvision's), 'class_map' (a file), 'weights' (names saved with them)",
-    "n_images": "images that accuracy was measured on",
+    "n_images": "images that accuracy, or tasks on features, were measured on",
+    "gallery": "whose features images were looked up in: 'own' or 'dense', the same weights with "
+    "nothing reduced",
+    "gallery_split": "split that the gallery was made of",
+    "n_gallery": "images in the gallery",
     "img_size": "side of the square input, pixels (or [height, width])",
     "schedule": "mapping: name and arguments of the budget",
     # cost
@@ -73,6 +78,15 @@ FIELDS: dict[str, str] = {
     "top1_start": "top-1 accuracy of a trained model before its training, percent",
     "ci95": "[low, high]: 95 % Wilson interval of top1, percent",
     "fidelity": "mapping, against dense: agreement (percent), kl (nats), cosine, n_images",
+    "knn": "mapping, of the weighted nearest neighbours: k, temperature, top1 and its ci95; with "
+    "gallery=dense agreement with what the dense model's features give, and agreement_ci95",
+    "linear_probe": "mapping, of logistic regression on features: c, scores (of every C tried, on "
+    "a part of the training images), held_out (images in it), top1, ci95, agreement",
+    "retrieval": "mapping by relevance ('class', 'crop'): recall1, recall5, map (percent), each "
+    "with its interval, n_queries, n_gallery",
+    "zeroshot": "mapping, of classification by text: text, classes, top1, top5, ci95",
+    "centred_cosine": "mapping, with gallery=dense: mean and worst cosine of features with the "
+    "dense model's, both minus the mean feature of the gallery; worst_image (its place)",
     # speed
     "imgs_per_s": "throughput, images per second (median)",
     "imgs_per_s_dense": "throughput of the dense model, measured in the same run",
@@ -107,6 +121,7 @@ FIELDS: dict[str, str] = {
 # What a run measures: a number that is none makes the row a failure.
 _MEASURED = (
     *("gmacs", "gmacs_sample", "top1", "top5", "top1_start", "ci95", "fidelity"),
+    *("knn", "linear_probe", "retrieval", "zeroshot", "centred_cosine"),
     *("imgs_per_s", "imgs_per_s_dense", "ms", "by_batch"),
 )
 

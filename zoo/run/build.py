@@ -77,7 +77,8 @@ _TAKEN = {
     "schedule": "schedule=",
     "plugins": "plugin=",
     "last_block": "runtime.last_block=",
-    "fast_linear": "runtime.fast_linear=",
+    "linear": "runtime.linear=",
+    "fast_linear": "runtime.linear=",
 }
 
 

@@ -25,6 +25,7 @@ from zoo.model.runtime import Runtime
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model
 from zoo.run.costs import has_weights, sample_costs
+from zoo.run.features import FEATURE_TASKS, measure_features
 from zoo.run.images import image_names
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from zoo.data.module import ImageData
     from zoo.model.reduced import ReducedViT
 
-TASKS = ("accuracy", "flops", "throughput", "fidelity")
+TASKS = ("accuracy", "flops", "throughput", "fidelity", *FEATURE_TASKS)
 _BY_BATCH = ("batch", "imgs_per_s", "imgs_per_s_dense", "ms", "peak_mem_mb", "peak_mem_mb_dense")
 
 
@@ -90,10 +91,10 @@ def _measured(
     if "flops" in tasks and "accuracy" not in tasks:
         yield sample_costs(cfg, model, limit)
     data: Any = None
-    if "accuracy" in tasks or "fidelity" in tasks:
+    if set(tasks) & {"accuracy", "fidelity", *FEATURE_TASKS}:
         from zoo.data import build_data
 
-        # Labels are for accuracy; fidelity takes images of any classes.
+        # Outputs have classes for accuracy only; the others take images of any.
         data = build_data(cfg)
         data.attach(model, check="accuracy" in tasks)
         yield {"dataset": data.label, "split": data.splits["test"]}
@@ -106,6 +107,8 @@ def _measured(
         from zoo.run.fidelity import measure_fidelity
 
         yield measure_fidelity(cfg, model, data, device, dtype, limit)
+    if set(tasks) & set(FEATURE_TASKS):
+        yield measure_features(cfg, model, data, tasks, device, dtype, limit)
     if data is not None and data.damaged:
         yield {"notes": str(data.damaged)}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from zoo.adapters.standalone import as_standalone
 from zoo.measure.describe import dense_of
 from zoo.measure.fidelity import compare_answers
+from zoo.published import config_folder
 from zoo.run.images import image_names
 
 if TYPE_CHECKING:
@@ -73,17 +74,41 @@ def measure_fidelity(
 
 
 def full_size_config(cfg: DictConfig) -> DictConfig | None:
-    """The same configuration at the model's own input size; None where no other was asked for."""
+    """The same configuration at the model's own input size; None where no other was asked for.
+
+    The own size is that of the backbone option of this name, or else of the weights.
+    """
     from omegaconf import OmegaConf
 
-    if OmegaConf.select(cfg, "backbone.args.img_size") is None:
+    asked, own = OmegaConf.select(cfg, "backbone.args.img_size"), _own_size(cfg)
+    if asked is None or asked == own:
         return None
     # Weights that do not exist have no own size.
     if cfg.weights is None and not OmegaConf.select(cfg, "backbone.pretrained"):
         return None
     full = cfg.copy()
     OmegaConf.set_struct(full, False)
-    del full.backbone.args["img_size"]
+    if own is None:
+        del full.backbone.args["img_size"]
+    else:
+        full.backbone.args["img_size"] = own
     if OmegaConf.select(full, "data.img_size") is not None:
         full.data.img_size = None
     return full
+
+
+def _own_size(cfg: DictConfig) -> Any:
+    """The input size that the backbone option of this name has, None where it has none.
+
+    DINOv2 runs at 224 px here, and at 518 px where nobody asks.
+    """
+    from omegaconf import OmegaConf
+
+    name = OmegaConf.select(cfg, "backbone.name", default=None)
+    if name is None:
+        return None
+    for path in sorted((config_folder() / "backbone").glob("*.yaml")):
+        option = OmegaConf.load(path)
+        if OmegaConf.select(option, "name") == name:
+            return OmegaConf.select(option, "args.img_size")
+    return None

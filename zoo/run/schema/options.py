@@ -27,6 +27,7 @@ from zoo.run.schema.kinds import (
 Options = Mapping[str, Union[Kind, "Options"]]
 
 CONTROLS = ("dense", "resolution")
+RELEVANCE = ("class", "crop")
 
 _SHARE = real(0, 1)
 _POSITIVE = real(above=0)
@@ -64,7 +65,7 @@ _BACKBONE_ARGS: Options = {
 
 _RUNTIME: Options = {
     "last_block": choice("full", "class_token"),
-    "fast_linear": either(choice("off", "auto", "on"), flag()),
+    "linear": choice("plain", "auto", "packed", "onednn"),
     "own_kernels": flag(),
 }
 
@@ -103,6 +104,8 @@ _DATA: Options = {
         "size": either(whole(2, 4096), list_of(whole(2, 4096), "[height, width]", 2, 2)),
         "train_length": whole(1),
         "eval_length": whole(1),
+        "least": whole(1),
+        "smallest": whole(1),
     },
 }
 
@@ -262,6 +265,31 @@ EVAL: Options = {
     "compile": flag(),
     "deterministic": flag(),
     "limit": maybe(whole(1)),
+    "gallery": choice("own", "dense"),
+    "gallery_split": choice("train", "val", "test"),
+    "gallery_limit": maybe(whole(1)),
+    "knn": {"k": whole(1), "temperature": _POSITIVE},
+    "linear_probe": {
+        "c": list_of(_POSITIVE, "a list of numbers above 0", 1, 100),
+        "held_out": real(above=0, below=1),
+        "iterations": whole(1, 10**6),
+    },
+    "retrieval": {
+        "relevance": either(
+            choice(*RELEVANCE), list_of(choice(*RELEVANCE), f"a list of {', '.join(RELEVANCE)}")
+        ),
+        "crop": real(above=0, high=1),
+    },
+    "zeroshot": {
+        "embeddings": maybe(path("a file")),
+        "templates": either(_WORDS, list_of(_WORDS, "a list of sentences with {}")),
+    },
+    "features": {
+        "cache": flag(),
+        "folder": path("a folder"),
+        "max_gb": _POSITIVE,
+        "seed": _SEED,
+    },
     "control": maybe(
         either(
             choice(*CONTROLS),
@@ -316,6 +344,12 @@ TABLES: Mapping[str, Options] = {"eval": EVAL, "train": TRAIN}
 REQUIRED = (
     *("weights", "seed", "data", "paths", "results"),
     *("task", "device", "dtype", "weights_dtype", "compile", "limit", "throughput"),
+    *("gallery", "gallery_split", "gallery_limit"),
+    *(f"knn{end}" for end in ("", ".k", ".temperature")),
+    *(f"linear_probe{end}" for end in ("", ".c", ".held_out", ".iterations")),
+    *(f"retrieval{end}" for end in ("", ".relevance", ".crop")),
+    *(f"zeroshot{end}" for end in ("", ".embeddings", ".templates")),
+    *(f"features{end}" for end in ("", ".cache", ".folder", ".max_gb", ".seed")),
     *("ckpt", "test", "test_start", "aux_weight", "threads", "output_dir"),
     *("module", "loss", "optim", "lr_schedule", "trainer"),
 )

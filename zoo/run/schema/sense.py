@@ -9,6 +9,15 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 
+_LOOKUPS = ("knn", "linear_probe", "retrieval")
+# Options, and the tasks that look at them.
+_NEEDS = {
+    **{key: _LOOKUPS for key in ("gallery", "gallery_split", "gallery_limit")},
+    **{key: (key,) for key in (*_LOOKUPS, "zeroshot")},
+    "features": (*_LOOKUPS, "zeroshot"),
+}
+
+
 def check_sense(cfg: Mapping[str, Any], kind: str, typed: Sequence[str]) -> None:
     """Refuses options that contradict each other or that nothing would look at.
 
@@ -74,8 +83,16 @@ def _unread(cfg: Mapping[str, Any], keys: Sequence[str]) -> None:
         if key.split(".")[0] == "throughput" and "throughput" not in tasks:
             more = ",".join([*tasks, "throughput"])
             raise _error(f"{key} has no effect without the throughput task; add task=[{more}]")
+        needed = _NEEDS.get(key.split(".")[0])
+        if needed and not set(needed) & set(tasks):
+            more = ",".join([*tasks, needed[0]])
+            raise _error(f"{key} has no effect without the {_or(needed)} task; add task=[{more}]")
         if key == "limit" and tasks == ["throughput"]:
             raise _error("limit has no effect: task=throughput looks at no data; leave it out")
+
+
+def _or(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _two_of(keys: Sequence[str], one: str, other: str) -> None:
