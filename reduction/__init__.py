@@ -1,7 +1,7 @@
 """Token reduction for vision transformers, in plain torch.
 
-This package knows nothing of timm or Lightning: tokens, assignments, reducers and schedules work
-on tensors. `zoo` attaches them to models.
+This package knows nothing of timm or Lightning: tokens, assignments, reducers, selectors and
+schedules work on tensors. `zoo` attaches them to models.
 """
 
 from reduction.assignment import Assignment, Fuse, Keep, Merge, Mix, apply, unmerge
@@ -34,6 +34,16 @@ from reduction.schedules.geometric import Geometric
 from reduction.schedules.keep_rate import KeepRate
 from reduction.schedules.per_block import PerBlock
 from reduction.schedules.target import Target, TargetGmacs, register_family
+from reduction.selection.base import Selection, Selector
+from reduction.selection.registry import (
+    create_selector,
+    list_selectors,
+    register_selector,
+    retained_count,
+    retained_mask,
+    select,
+    signals_of,
+)
 from reduction.tokens import Signals, Tokens
 
 __all__ = [
@@ -68,6 +78,8 @@ __all__ = [
     "Schedule",
     "ScoreReducer",
     "SeesImages",
+    "Selection",
+    "Selector",
     "Signals",
     "Spec",
     "Staged",
@@ -84,10 +96,17 @@ __all__ = [
     "create",
     "create_reducer",
     "create_schedule",
+    "create_selector",
     "list_methods",
     "list_schedules",
+    "list_selectors",
     "parse_r",
     "register",
     "register_family",
+    "register_selector",
+    "retained_count",
+    "retained_mask",
+    "select",
+    "signals_of",
     "unmerge",
 ]

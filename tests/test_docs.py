@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import reduction
 import zoo
+from reduction.selection.registry import SELECTORS
 from zoo.cli import docs
 from zoo.published import config_folder
 
@@ -181,6 +183,25 @@ def test_every_method_has_a_page_that_says_where_it_is_from(name):
 def test_no_page_without_a_method():
     pages = {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} - {"index"}
     assert pages == set(reduction.list_methods())
+
+
+@pytest.mark.parametrize("name", reduction.list_selectors())
+def test_every_selector_has_a_page_that_says_where_it_is_from(name):
+    page = ROOT / "docs" / "selectors" / docs.selector_page(name)
+    text = page.read_text(encoding="utf-8")
+    assert f"[`{name}`]({page.name})" in (page.parent / "index.md").read_text(encoding="utf-8")
+    if name == "random":
+        return
+    card = SELECTORS.get(name).card
+    assert card.arxiv in text and card.code in text and "## Cite" in text
+    assert "## Defects repaired" in text
+    for option in inspect.signature(SELECTORS.get(name)).parameters:
+        assert f"`{option}`" in text
+
+
+def test_no_page_without_a_selector():
+    pages = {p.name for p in (ROOT / "docs" / "selectors").glob("*.md")}
+    assert pages == {docs.selector_page(n) for n in reduction.list_selectors()} | {"index.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

@@ -100,6 +100,8 @@ def test_a_fixture_belongs_to_what_it_is_named_after_and_what_it_builds() -> Non
     assert methods_of("tome_matching_functions", []) == ["tome"]
     assert methods_of("clca_paramfree", ["tome", "topk"]) == ["clca"]
     assert methods_of("kmedoids_kr50_p64", ["kmedoids_haurum"]) == ["kmedoids_haurum"]
+    assert methods_of("selector_prumerge_plus_p576", []) == ["selector_prumerge_plus"]
+    assert methods_of("selector_cdpruner_k12_p64", []) == ["selector_dpp"]
     with recorded() as built:
         reduction.create("random")
     assert built == {"random"}

@@ -19,8 +19,10 @@ __all__ = [
     "create_model",
     "list_methods",
     "list_models",
+    "list_selectors",
     "load",
     "profile",
+    "selector",
     "wrap",
 ]
 
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
         create_model,
         list_methods,
         list_models,
+        list_selectors,
         load,
         profile,
+        selector,
         wrap,
     )
     from zoo.model.reduced import ReducedViT

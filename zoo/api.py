@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 import reduction
+from reduction.selection.registry import SelectorLike, create_selector
 from zoo import backbones
 from zoo.build import create_model as create_model
 from zoo.build import wrap as wrap
@@ -17,6 +18,7 @@ from zoo.model.maps import AttentionMap as AttentionMap
 from zoo.model.maps import attention_maps as attention_maps
 from zoo.model.reduced import ReducedViT
 from zoo.model.runtime import Runtime
+from zoo.model.selecting import SelectingTower as SelectingTower
 
 
 def load(path_or_hub_name: str, **overrides: Any) -> ReducedViT:
@@ -33,6 +35,61 @@ def load(path_or_hub_name: str, **overrides: Any) -> ReducedViT:
     """
     runtime = {k: overrides.pop(k) for k in (*Runtime._fields, "fast_linear") if k in overrides}
     return _load(path_or_hub_name, **overrides).set_runtime(**runtime)
+
+
+def selector(
+    tower: nn.Module,
+    method: SelectorLike = "visionzip",
+    keep: int | float | None = 64,
+    *,
+    block: int = -2,
+    norm: bool = False,
+    projector: nn.Module | None = None,
+    merger: nn.Module | None = None,
+    group: int = 1,
+    group_order: str = "raster",
+    **options: Any,
+) -> SelectingTower:
+    """A vision tower whose output is the K tokens that a selector leaves.
+
+    For a language model behind a projector, or a search index. See `reduction.select` for what is
+    chosen and `SelectingTower` for how it runs.
+
+    Args:
+        tower: A model that `zoo.wrap` takes, or one that it returned, with a reducer inside.
+        method: Registry name, mapping `{"name": ..., **options}`, or instance.
+        keep: Tokens K, or a share in (0, 1) of those that the tower has left; None where an
+            adaptive method decides.
+        block: Whose output is chosen from; negative ones count from the end.
+        norm: Apply the tower's final norm to that output first.
+        projector: From the tower's width to the language model's, `(B, N, C)` to `(B, N, D)`.
+        merger: Makes one token of each group of patches, `(B, N, C)` to `(B, N / group, D)`.
+        group: Patches in each of its tokens.
+        group_order: Order of the patches: "raster", or "runs", group after group.
+        **options: Constructor arguments of the method.
+
+    Returns:
+        A module: images `(B, 3, H, W)` to tokens `(B, K, C)`.
+
+    Raises:
+        ZooError: If a name is unknown, the tower unsupported, or the parts do not go together.
+
+    Examples:
+        >>> import torch, zoo
+        >>> tower = zoo.selector(zoo.load("vit_digits"), "scope", keep=16)
+        >>> tower(torch.zeros(2, 1, 16, 16)).shape
+        torch.Size([2, 16, 96])
+        >>> tower.retained_count()
+        16
+    """
+    model = tower if isinstance(tower, ReducedViT) else wrap(tower, None)
+    chooses = create_selector(method, **options)
+    return SelectingTower(model, chooses, keep, block, norm, projector, merger, group, group_order)
+
+
+def list_selectors() -> list[str]:
+    """Registry names of all selectors."""
+    return reduction.list_selectors()
 
 
 def profile(model: nn.Module, **options: Any) -> Profile:

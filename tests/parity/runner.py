@@ -75,8 +75,12 @@ def methods_of(name: str, built: Collection[str]) -> list[str]:
     """Registry names that a fixture is evidence for.
 
     The plugin that its name begins with; otherwise the method that it begins with, and the
-    reducers that were built to run it.
+    reducers that were built to run it. Selectors stand there as "selector_NAME".
     """
+    selectors = {n: n for n in reduction.list_selectors()} | {"cdpruner": "dpp"}
+    own = _longest(name.removeprefix("selector_"), selectors)
+    if own and name.startswith("selector_"):
+        return [f"selector_{selectors[own]}"]
     plugin = _longest(name, list_plugins())
     if plugin:
         return [plugin]

@@ -251,7 +251,7 @@ def page(name: str) -> str:
     ]
     if facts["arguments"]:
         lines.append("  its arguments and their defaults:")
-        lines += [f"    reducer.{key}={_typed(one)}" for key, one in facts["arguments"].items()]
+        lines += [f"    reducer.{key}={typed(one)}" for key, one in facts["arguments"].items()]
     lines += [
         "Python:",
         f'  zoo.create_model("deit_small_patch16_224", "{name}")',
@@ -259,7 +259,8 @@ def page(name: str) -> str:
     return "\n".join(lines)
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
+    """A value as it is typed on the command line."""
     from zoo.run.schema.check import shown
 
     return shown(value)

@@ -2,7 +2,8 @@
 
 The table of methods in README.md (between two marker lines) and docs/methods/index.md come from the
 cards of the registered methods and from `zoo.report.evidence`; zoo/report/links.json, the links of
-a report, comes from the cards, and so does zoo/assets/methods.json, from which `zoo list` answers.
+a report, comes from the cards, and so do zoo/assets/methods.json and selectors.json, from which
+`zoo list` answers. The table in docs/selectors/index.md lies between the same two lines.
 `python -m zoo.cli.docs --check` writes nothing and fails if they are out of date.
 `--backbones` tries every model of timm that may work and writes zoo/assets/backbones.json.
 """
@@ -28,6 +29,10 @@ _INDEX = Path("docs/methods/index.md")
 _README = Path("README.md")
 _LINKS = Path("zoo/report/links.json")
 _METHODS = Path("zoo/assets/methods.json")
+_SELECTORS = Path("zoo/assets/selectors.json")
+_SELECTOR_INDEX = Path("docs/selectors/index.md")
+# Selectors whose page is that of another one, or of the index.
+_SHARED_PAGES = {"prumerge_plus": "prumerge", "random": "index"}
 # Architectures that reduce tokens by themselves, whose name is the method of their rows.
 _ARCHITECTURES = ("lookupvit",)
 
@@ -223,8 +228,46 @@ def _yaml(value: object) -> str:
     return str(value)
 
 
-def readme_with_table(text: str) -> str:
-    """Return README text with the table between the markers replaced.
+def selectors_table() -> str:
+    """Return the Markdown table of all selectors."""
+    from zoo.cli import selectors
+    from zoo.report import evidence
+
+    passed = evidence.fixtures()
+    lines = [
+        "| `selector=` | paper | by | reads of the attention | arguments and defaults "
+        "| official code | fixtures |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, facts in selectors.entries().items():
+        card = _selector_card(name)
+        arguments = ", ".join(f"`{k}={_yaml(v)}`" for k, v in facts["arguments"].items())
+        cells = [
+            f"[`{name}`]({selector_page(name)})",
+            _paper(card),
+            card.kind,
+            facts["reads"],
+            arguments,
+            _code(card),
+            str(passed.get(f"selector_{name}", "-")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def selector_page(name: str) -> str:
+    """File of docs/selectors that says what a selector does."""
+    return f"{_SHARED_PAGES.get(name, name)}.md"
+
+
+def _selector_card(name: str) -> Card:
+    from reduction.selection.registry import SELECTORS
+
+    return SELECTORS.get(name).card
+
+
+def with_table(text: str, page: Path, table: str) -> str:
+    """Return a page's text with the table between the markers replaced.
 
     Raises:
         ZooError: The markers are missing.
@@ -232,8 +275,13 @@ def readme_with_table(text: str) -> str:
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ZooError(f"README.md: expected the lines {BEGIN!r} and {END!r} around the table")
-    return f"{head}{BEGIN}\n{methods_table('docs/methods/')}\n{END}{tail}"
+        raise ZooError(f"{page}: expected the lines {BEGIN!r} and {END!r} around the table")
+    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+
+
+def readme_with_table(text: str) -> str:
+    """Return README text with the table of methods replaced."""
+    return with_table(text, _README, methods_table("docs/methods/"))
 
 
 def generated(root: Path) -> dict[Path, str]:
@@ -245,6 +293,7 @@ def generated(root: Path) -> dict[Path, str]:
     Raises:
         ZooError: This is no checkout, or the README lost its markers.
     """
+    from zoo.cli import selectors
     from zoo.cli.catalogue import stored_text
 
     readme = root / _README
@@ -255,6 +304,12 @@ def generated(root: Path) -> dict[Path, str]:
         root / _INDEX: index_page(),
         root / _LINKS: links(),
         root / _METHODS: stored_text(),
+        root / _SELECTORS: selectors.stored_text(),
+        root / _SELECTOR_INDEX: with_table(
+            (root / _SELECTOR_INDEX).read_text(encoding="utf-8"),
+            _SELECTOR_INDEX,
+            selectors_table(),
+        ),
     }
 
 

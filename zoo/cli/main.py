@@ -17,8 +17,9 @@ zoo: token reduction for vision transformers
 
   zoo train OPTION=VALUE ...       train or fine-tune; the same as python train.py
   zoo eval OPTION=VALUE ...        accuracy, FLOPs, throughput; the same as python eval.py
-  zoo list [PATTERN]               the methods, or with --models the backbones
-  zoo show METHOD                  paper, code, arguments of one method
+  zoo list [PATTERN]               the methods; with --selectors what chooses a
+                                   tower's tokens, with --models the backbones
+  zoo show NAME                    paper, code, arguments of one of them
   zoo report RESULTS [--out DIR]   tables and plots of the rows that runs have written
   zoo doctor                       does this installation compute what it should?
 
@@ -124,17 +125,23 @@ def _plain(command: str, rest: list[str]) -> int:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     if command == "list":
-        parser = _Parser("zoo list", description="Lists the methods, or the backbones.")
+        parser = _Parser("zoo list", description="Lists the methods, selectors or backbones.")
         parser.add_argument(
             "pattern", nargs="?", default="*", help="e.g. '*dinov3*' (shell pattern)"
         )
         what = parser.add_mutually_exclusive_group()
         what.add_argument("--methods", action="store_true", help="methods (the default)")
+        what.add_argument("--selectors", action="store_true", help="selectors behind a tower")
         what.add_argument("--models", action="store_true", help="backbones")
         parser.add_argument("--json", action="store_true", help="as JSON")
     elif command == "show":
-        parser = _Parser("zoo show", description="Shows paper, code and arguments of one method.")
-        parser.add_argument("method", help="a name that zoo list prints")
+        parser = _Parser(
+            "zoo show", description="Shows paper, code and arguments of a method or a selector."
+        )
+        parser.add_argument("method", help="a name that zoo list or zoo list --selectors prints")
+        parser.add_argument(
+            "--selector", action="store_true", help="the selector, where a method is called so too"
+        )
         parser.add_argument("--json", action="store_true", help="as JSON")
     elif command == "report":
         parser = _Parser("zoo report", description="Draws tables and plots of result rows.")
@@ -161,6 +168,15 @@ def _list(arguments: argparse.Namespace) -> int:
         else:
             print("\n".join(models))
         return 0
+    if arguments.selectors:
+        from zoo.cli import selectors
+
+        chosen = selectors.select(arguments.pattern)
+        if arguments.json:
+            print_json([_facts(selectors.entries()[name]) for name in chosen])
+        else:
+            print(selectors.table(chosen))
+        return 0
     names = select(arguments.pattern)
     if arguments.json:
         known = entries()
@@ -175,8 +191,19 @@ def _facts(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from zoo.cli.catalogue import entry, page, print_json
+    from zoo.cli import selectors
+    from zoo.cli.catalogue import entries, entry, page, print_json
 
+    name = arguments.method
+    if arguments.selector or (name not in entries() and name in selectors.entries()):
+        text = selectors.page(name)  # raises where there is none
+        if arguments.json:
+            print_json(_facts(selectors.entries()[name]))
+        else:
+            print(text)
+        return 0
+    if name not in entries():
+        raise selectors.unknown(name)
     if arguments.json:
         print_json(_facts(entry(arguments.method)))
     else:

@@ -9,7 +9,8 @@ costs as much as computing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -26,6 +27,9 @@ Reduce = Callable[[Tokens, Signals, Any], Tokens]
 #: `(block, t, weights)`: gets the attention weights of a block, `(B, H, queries, keys)`, and the
 #: tokens that are the keys; further keys of a method stand behind them.
 Watch = Callable[[int, Tokens, Tensor], None]
+#: Signals that somebody outside wants, by block.
+Hear = Mapping[int, frozenset[str]]
+NOBODY: Hear = MappingProxyType({})
 
 
 class Lane(Protocol):

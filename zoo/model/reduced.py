@@ -177,7 +177,7 @@ class ReducedViT(TimmContract):
             UnsupportedModel: If `return_info` is asked of a standalone backbone.
         """
         alone = self.checked(images, {"return_info": bool(return_info)})
-        with self._linear():
+        with self.linear():
             if alone or (not return_info and self._untouched()):
                 return self.backbone(images)
             whole = return_info or self.training
@@ -280,7 +280,7 @@ class ReducedViT(TimmContract):
             and not getattr(self.backbone, "grad_checkpointing", False)
         )
 
-    def _linear(self) -> AbstractContextManager[Any]:
+    def linear(self) -> AbstractContextManager[Any]:
         """Which product linear layers are computed with."""
         mode = self.runtime.linear
         return nullcontext() if mode == "plain" or traced() else using(mode)

@@ -23,7 +23,7 @@ from zoo.adapters.fast_linear import Mode, using
 from zoo.adapters.hooks import called, hooked
 from zoo.errors import ZooError
 from zoo.model.halves import Halves, Whole
-from zoo.model.lane import Frame, Lane, Reduce, Stage
+from zoo.model.lane import NOBODY, Frame, Hear, Lane, Reduce, Stage
 from zoo.model.plan import Plan
 from zoo.model.straight import Line, straight_blocks
 
@@ -104,7 +104,12 @@ def run_hooked(
 
 
 def stages(
-    blocks: Sequence[nn.Module], plans: Sequence[Plan], frame: Frame, t: Tokens, patches: int
+    blocks: Sequence[nn.Module],
+    plans: Sequence[Plan],
+    frame: Frame,
+    t: Tokens,
+    patches: int,
+    hear: Hear = NOBODY,
 ) -> list[Stage]:
     """Decide what happens in every block of a forward pass.
 
@@ -114,6 +119,7 @@ def stages(
         frame: What the blocks share.
         t: What enters the first.
         patches: Tokens that the embedding made, plugins apart.
+        hear: Signals that are wanted of blocks, beside those that the reducer reads.
     """
     reducer, depth = frame.reducer, len(blocks)
     inside = reducer if isinstance(reducer, InAttention) else None
@@ -130,6 +136,8 @@ def stages(
         reduce = None if site is None else _bound(reducer, plan.spared)
         follows = reducer if isinstance(reducer, Follows) and plan.need else None
         parks = reducer if isinstance(reducer, Parks) and plan.restore else None
+        if i in hear:
+            plan = plan._replace(need=plan.need | hear[i])
         changed = changed or site == "pre"
         adapter = block_adapter(block)
         halves = Halves(block, adapter, straight, straight is None and hooked(adapter.attn(block)))
@@ -157,7 +165,7 @@ def stages(
                 _behind(i, reduce if site == "post" else None, follows, parks),
                 asks and lane is not halves,
                 inside,
-                follows is not None,
+                follows is not None or i in hear,
                 bool(_OF_THE_MLP & plan.need),
             )
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from zoo.adapters.hooks import hooked
 from zoo.adapters.tower import Embedded
 from zoo.errors import ZooError
 from zoo.model.heard import warn_unheard
-from zoo.model.lane import Frame, Watch
+from zoo.model.lane import NOBODY, Frame, Hear, Watch
 from zoo.model.recorded import for_tracers
 from zoo.model.stage import checkpointed, run, run_hooked, stages
 
@@ -63,11 +64,14 @@ class Outflow(NamedTuple):
         t: Tokens before the final norm.
         info: What happened to them.
         memories: Of the plugins.
+        heard: By block: tokens that entered it, and what its attention said, where that was asked
+            for.
     """
 
     t: Tokens
     info: Info
     memories: Sequence[Any]
+    heard: Mapping[int, tuple[Tokens, Signals]] = MappingProxyType({})
 
 
 def flow(
@@ -79,6 +83,7 @@ def flow(
     last_block: str = "full",
     until: int | None = None,
     watch: Watch | None = None,
+    hear: Hear = NOBODY,
 ) -> Outflow:
     """Run the blocks.
 
@@ -91,6 +96,7 @@ def flow(
         last_block: See `zoo.model.runtime.Runtime`.
         until: Stop behind this block; None runs all.
         watch: Wants the attention weights of every block.
+        hear: Signals of blocks that are wanted beside those that the reducer reads.
     """
     if traced():
         images = for_tracers(images)
@@ -114,9 +120,13 @@ def flow(
         block = checkpointed(block, model.runtime.linear)
     kept = range(len(blocks)) if trace is True else (trace or ())
     counts, states, signals = [], [], Signals()
-    for stage in stages(blocks, plans, frame, t, patches)[: None if until is None else until + 1]:
-        entering = t.x.shape[1]
+    heard: dict[int, tuple[Tokens, Signals]] = {}
+    whole = stages(blocks, plans, frame, t, patches, hear)
+    for stage in whole[: None if until is None else until + 1]:
+        before, entering = t, t.x.shape[1]
         t, signals = block(stage, t, signals)
+        if stage.block in hear:
+            heard[stage.block] = before, signals
         length = t.x.shape[1]
         for i, plugin in enumerate(frame.plugins):
             t, memories[i] = plugin.after(stage.block, t, memories[i])
@@ -129,7 +139,8 @@ def flow(
     if isinstance(reducer, OwnAnswer) and until is None:
         t = reducer.finish(t)
     source = t.source if t.source is not None else t.size.new_zeros(0)
-    return Outflow(t, Info(tuple(counts), t.size, source, grid, tuple(states), t), memories)
+    info = Info(tuple(counts), t.size, source, grid, tuple(states), t)
+    return Outflow(t, info, memories, heard)
 
 
 def _enter(

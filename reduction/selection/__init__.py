@@ -1,0 +1,1 @@
+"""What selectors are made of: their inputs, their answer, ranking, and the registry."""
