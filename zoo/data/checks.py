@@ -32,7 +32,8 @@ def data_config(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
 
     given = {k: v for k, v in (overrides or {}).items() if v is not None}
     published: Any = getattr(model, "pretrained_cfg", None) or {}
-    config = dict(resolve_data_config(pretrained_cfg=dict(published)))
+    # timm's defaults where nothing was published, but not its refusal of an empty mapping.
+    config = dict(resolve_data_config(pretrained_cfg=dict(published) or {"tag": None}))
     embed: Any = getattr(getattr(model, "backbone", model), "patch_embed", None)
     channels, height, width = config["input_size"]
     first = [m for m in embed.modules() if isinstance(m, nn.Conv2d)] if embed is not None else []

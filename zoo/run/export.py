@@ -1,4 +1,4 @@
-"""The task `export`: a model as a folder for another runtime, compared on the images of the data."""
+"""The task `export`: a model as a folder for another runtime, compared on images of the data."""
 
 from __future__ import annotations
 
