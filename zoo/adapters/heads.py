@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from reduction.functional.attention import attention_bias
 from reduction.tokens import Tokens
+from zoo.adapters.attention import linear_weights
 from zoo.errors import ZooError
 
 #: `(model, x, weight) -> pooled`: tokens `(B, P+N, C)`, and weights `(B, N)` that add up to one.
@@ -89,3 +90,35 @@ def head(m: Any, t: Tokens, pre_logits: bool = False) -> Tensor:
             pooled = peak if kind == "max" else 0.5 * (peak + mean)
     pooled = m.head_drop(m.fc_norm(pooled))
     return pooled if pre_logits else m.head(pooled)
+
+
+def head_macs(m: Any, tokens: int) -> tuple[int, int]:
+    """Linear and attention multiply-accumulates of pooling and classifier.
+
+    Args:
+        m: The backbone.
+        tokens: What enters, prefix included.
+    """
+    linear = sum(
+        linear_weights(getattr(m, name)) for name in ("head", "head_dist") if _has(m, name)
+    )
+    pool = getattr(m, "attn_pool", None)
+    if pool is None:
+        # Nothing is pooled for the empty word: every token is classified.
+        whole = getattr(m, "global_pool", None) == ""
+        return linear * (tokens if whole else 1), 0
+    if not hasattr(pool, "kv"):
+        width = int(m.embed_dim)
+        return linear, 2 * tokens * tokens * width
+    rows = pool.latent_len
+    keys = tokens - first_pooled(m, int(m.num_prefix_tokens))
+    linear += pool.kv.weight.numel() * keys
+    for part in ("q", "proj", "mlp"):
+        if isinstance(getattr(pool, part), nn.Module):
+            linear += linear_weights(getattr(pool, part)) * rows
+    width = pool.num_heads * pool.head_dim
+    return linear, 2 * rows * keys * width
+
+
+def _has(module: Any, name: str) -> bool:
+    return isinstance(getattr(module, name, None), nn.Module)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from zoo.adapters.attention import projection, separable, split_heads
+from zoo.adapters.attention import attention_weights, projection, separable, split_heads
 from zoo.adapters.fast_linear import linear
 
 
@@ -47,11 +47,7 @@ def without_keys(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def part_weights(attn: Any) -> tuple[int, int]:
     """Multiply-accumulates per token of `queries_keys` and of `values`."""
     if not separable(attn):
-        whole = sum(
-            m.weight.numel()
-            for name, m in attn.named_modules()
-            if isinstance(m, nn.Linear) and name != "proj"
-        )
+        whole = attention_weights(attn)[1]
         return whole, whole
     if attn.qkv is None:
         return attn.q_proj.weight.numel() + attn.k_proj.weight.numel(), attn.v_proj.weight.numel()

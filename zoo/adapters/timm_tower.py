@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reduction.tokens import Tokens
 from zoo.adapters.attention import through
-from zoo.adapters.heads import head, weighs
+from zoo.adapters.heads import head, head_macs, weighs
 from zoo.adapters.tower import STANDALONE, Tower, register_tower
 from zoo.errors import ZooError
 
@@ -90,6 +90,38 @@ class TimmTower(Tower):
             return "the classifier attends to all tokens"
         return ""
 
+    def stem(self, m: Any) -> nn.Module:
+        """See `Tower`."""
+        return m.patch_embed  # type: ignore[no-any-return]
+
+    def stem_of_layers(self, m: Any) -> bool:
+        """See `Tower`."""
+        return getattr(m.patch_embed, "backbone", None) is not None
+
+    def head_macs(self, m: Any, tokens: int) -> tuple[int, int]:
+        """See `Tower`."""
+        return head_macs(m, tokens)
+
+    def classifier(self, m: Any) -> Any:
+        """See `Tower`."""
+        return m.get_classifier()
+
+    def reset_classifier(self, m: Any, classes: int, pool: str | None = None) -> None:
+        """See `Tower`."""
+        m.reset_classifier(classes, pool)
+
+    def features(self, m: Any) -> int:
+        """See `Tower`."""
+        return int(m.num_features)
+
+    def set_checkpointing(self, m: Any, enable: bool) -> None:
+        """See `Tower`."""
+        m.set_grad_checkpointing(enable)
+
+    def groups(self, m: Any, coarse: bool = False) -> dict[str, Any]:
+        """See `Tower`."""
+        return m.group_matcher(coarse)  # type: ignore[no-any-return]
+
     def weighs(self, m: Any) -> bool:
         """See `Tower`."""
         return weighs(m)
@@ -97,6 +129,10 @@ class TimmTower(Tower):
     def leave(self, m: Any, t: Tokens, pre_logits: bool = False) -> Tensor:
         """See `Tower`."""
         return head(m, t, pre_logits)
+
+    def classify(self, m: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """See `Tower`."""
+        return m.forward_head(x, pre_logits=pre_logits)  # type: ignore[no-any-return]
 
 
 def channels(m: Any) -> int:

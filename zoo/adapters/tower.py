@@ -40,9 +40,18 @@ class Tower:
 
     Attributes:
         title: The family in words, for messages and listings.
+        library: Whose models these are, as recipes name it.
     """
 
     title: ClassVar[str]
+    library: ClassVar[str] = "timm"
+
+    def check(self, m: Any) -> None:
+        """Refuse a model of the class that is put together so that it cannot be run.
+
+        Raises:
+            UnsupportedModel: With the reason.
+        """
 
     def blocks(self, m: Any) -> Sequence[nn.Module]:
         """The transformer blocks, in order."""
@@ -108,6 +117,62 @@ class Tower:
         """Why the head needs more than the prefix tokens; empty where it reads nothing else."""
         return f"the classifier of a {type(m).__name__} is not known to read the class token alone"
 
+    def settings(self, m: Any) -> dict[str, Any]:
+        """Arguments that build a model like this one again, read off the model itself.
+
+        Of timm's models they are known to whoever built them, and nothing is read here.
+        """
+        return {}
+
+    def stem(self, m: Any) -> nn.Module:
+        """What makes tokens of images."""
+        raise NotImplementedError
+
+    def stem_of_layers(self, m: Any) -> bool:
+        """Whether the stem has several layers, with maps of different sizes."""
+        return False
+
+    def head_macs(self, m: Any, tokens: int) -> tuple[int, int]:
+        """Linear and attention multiply-accumulates of pooling and classifier.
+
+        Args:
+            m: The backbone.
+            tokens: What enters, prefix included.
+        """
+        raise NotImplementedError
+
+    def classifier(self, m: Any) -> Any:
+        """The layer that classifies, or several; None where nothing does."""
+        return None
+
+    def reset_classifier(self, m: Any, classes: int, pool: str | None = None) -> None:
+        """Put a new classifier in place of the old one.
+
+        Raises:
+            ZooError: If this kind of model has none.
+        """
+        raise ZooError(f"a {self.title} has no classifier that could be replaced")
+
+    def features(self, m: Any) -> int:
+        """Width of what the classifier reads."""
+        return self.width(m)
+
+    def checkpointing(self, m: Any) -> bool:
+        """Whether blocks run again in the backward pass."""
+        return bool(getattr(m, "grad_checkpointing", False))
+
+    def set_checkpointing(self, m: Any, enable: bool) -> None:
+        """Switch that."""
+        m.grad_checkpointing = enable
+
+    def undecayed(self, m: Any) -> set[str]:
+        """Names of parameters that optimisers should not decay, where the model names some."""
+        return set(m.no_weight_decay()) if hasattr(m, "no_weight_decay") else set()
+
+    def groups(self, m: Any, coarse: bool = False) -> dict[str, Any]:
+        """Groups of parameters by depth, as timm's `group_matcher` gives them."""
+        raise ZooError(f"a {self.title} has no groups of layers")
+
     def weighs(self, m: Any) -> bool:
         """Whether `leave` has to know how many patches each token stands for."""
         return self.reads(m) == "patches"
@@ -121,6 +186,10 @@ class Tower:
             pre_logits: Stop before the classifier.
         """
         raise NotImplementedError
+
+    def classify(self, m: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """`leave` for tokens of size one, `(B, P+N, C)`."""
+        return self.leave(m, Tokens.start(x, self.prefix(m)), pre_logits)
 
 
 #: Under this key stands the tower of backbones that run themselves: what is asked of them is
@@ -177,7 +246,9 @@ def check_backbone(m: nn.Module) -> None:
     """
     if as_standalone(m) is not None:
         return
-    for block in tower_of(m).blocks(m):
+    tower = tower_of(m)
+    tower.check(m)
+    for block in tower.blocks(m):
         if shell := why_shell(block, in_place=False):
             raise UnsupportedModel(shell.replace("the model is", "a block is", 1))
         block_adapter(block)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.adapters.tower import find_tower
 from zoo.errors import ZooError
 from zoo.measure.device import like_weights
 from zoo.model.answers import check_finite
@@ -103,7 +104,8 @@ def _answer(model: nn.Module, images: Tensor, dtype: torch.dtype) -> tuple[Tenso
 def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collects what enters the classifier while the block runs."""
     backbone: Any = getattr(model, "backbone", model)
-    found = backbone.get_classifier() if hasattr(backbone, "get_classifier") else None
+    tower = find_tower(backbone)
+    found = None if tower is None else tower.classifier(backbone)
     # The distilled models have two; the class token's comes first.
     head = found[0] if isinstance(found, (tuple, list)) else found
     seen: list[Tensor] = []

@@ -9,6 +9,7 @@ from torch import nn
 
 from reduction.base import Reducer
 from reduction.counts import Dims, Spec, Step
+from zoo.adapters.attention import parts_of
 from zoo.adapters.blocks import block_adapter
 from zoo.adapters.standalone import Standalone, as_standalone, check_alone
 from zoo.adapters.tower import Tower, check_backbone, tower_of
@@ -70,9 +71,9 @@ class Anatomy(NamedTuple):
 
     def dims(self, block: int) -> Dims:
         """Widths of a block."""
-        attn = self.attention(block)
+        parts = parts_of(self.attention(block))
         classes = max(1, self.tower.class_tokens(self.backbone))
-        return Dims(attn.proj.out_features, attn.num_heads, attn.head_dim, classes)
+        return Dims(parts.width, parts.heads, parts.head_dim, classes)
 
     def spec(self, steps: Sequence[Step | None]) -> Spec:
         """What learned parts are sized by.
@@ -80,11 +81,11 @@ class Anatomy(NamedTuple):
         Args:
             steps: The reduction of each block.
         """
-        attn, tower, m = self.attention(0), self.tower, self.backbone
+        parts, tower, m = parts_of(self.attention(0)), self.tower, self.backbone
         return Spec(
             width=tower.width(m),
-            heads=int(attn.num_heads),
-            head_dim=int(attn.head_dim),
+            heads=int(parts.heads),
+            head_dim=int(parts.head_dim),
             depth=self.depth,
             prefix=self.prefix,
             grid=self.grid,

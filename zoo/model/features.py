@@ -79,7 +79,7 @@ def classify(
         if own is not None:
             return own
     if not _weighs(model):
-        return model.backbone.forward_head(x, pre_logits=pre_logits)  # type: ignore[no-any-return]
+        return model.tower.classify(model.backbone, x, pre_logits)
     if sizes is not None:
         known = {"size": sizes, "unit": False, "policy": None, "mask": None}
     if known is None:

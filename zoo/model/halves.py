@@ -15,7 +15,15 @@ from reduction.functional.carriers import append, trim
 from reduction.mixins.attention import AttentionInput, AttentionOutput, ExtraKeys, OwnAttention
 from reduction.schedules.base import Schedule
 from reduction.tokens import Signals, Tokens
-from zoo.adapters.attention import Shift, attend, projection, ready, through, watched_attend
+from zoo.adapters.attention import (
+    Shift,
+    attend,
+    parts_of,
+    projection,
+    ready,
+    through,
+    watched_attend,
+)
 from zoo.adapters.blocks import BlockAdapter
 from zoo.adapters.split_qkv import without_keys, without_values
 from zoo.adapters.tower import rope_for
@@ -128,7 +136,8 @@ class Halves(NamedTuple):
                 "looked at; choose a method that does not read it"
             )
         branch = self.adapter.mlp_branch(self.block, x)
-        return x + through(self.block.drop_path2, branch), branch
+        drop = self.adapter.mlp_drop(self.block)
+        return x + (branch if drop is None else through(drop, branch)), branch
 
     def _rereading(self, stage: Stage, shift: Shift | None) -> dict[str, Any]:
         """Arguments of `attend` for a reducer that changes tokens between keys and values."""
@@ -147,8 +156,9 @@ class Halves(NamedTuple):
             rope = None if values_only else rope_for(frame.embedded, stage.block, t, True)
             q, k, v = ready(attn, q, k, v, t.prefix, rope)
             bias = attention_bias(_sizes(t, stage), t.mask, t.x.dtype)
-            dropout = attn.attn_drop.p if attn.training else 0.0
-            return AttentionInput(q, k, v, attn.scale, bias, dropout, attn.fused_attn, frozenset())
+            parts = parts_of(attn)
+            dropout = parts.dropout if attn.training else 0.0
+            return AttentionInput(q, k, v, parts.scale, bias, dropout, parts.fused, frozenset())
 
         return {"project": without_values, "again": again}
 

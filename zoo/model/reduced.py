@@ -277,7 +277,7 @@ class ReducedViT(TimmContract):
             and not len(self.plugins)
             and self.runtime.last_block == "full"
             and not self.runtime.own_kernels
-            and not getattr(self.backbone, "grad_checkpointing", False)
+            and not self.tower.checkpointing(self.backbone)
         )
 
     def _linear(self) -> AbstractContextManager[Any]:

@@ -142,6 +142,8 @@ def stages(
         elif not listened and not shifted and site != "attn":
             # Once tokens have changed, nothing has to equal the tower's kernels to the last bit.
             own = (changed or frame.own_kernels) and free
+            # Sizes, which only tokens that have changed come with, must reach the attention.
+            own = own or (changed and not adapter.masks)
             whole = block.forward if straight is None and hooked(block) else block
             lane = halves if own else Whole(whole, adapter.rope)
         out.append(

@@ -110,7 +110,7 @@ def flow(
     block = run
     if hooked(*blocks):
         block = partial(run_hooked, blocks)
-    if getattr(m, "grad_checkpointing", False) and torch.is_grad_enabled() and watch is None:
+    if tower.checkpointing(m) and torch.is_grad_enabled() and watch is None:
         block = checkpointed(block, model.runtime.linear)
     kept = range(len(blocks)) if trace is True else (trace or ())
     counts, states, signals = [], [], Signals()

@@ -182,6 +182,8 @@ def _set_runtime(cfg: DictConfig, model: ReducedViT) -> ReducedViT:
 
 def _checked(model: ReducedViT) -> ReducedViT:
     # timm builds such a model and fails at the first image.
+    if model.tower.library != "timm":
+        return model
     embed: Any = model.backbone.patch_embed
     size, patch = embed.img_size, model.tower.patch_size(model.backbone)
     published = tuple((model.pretrained_cfg.get("input_size") or ())[1:])
