@@ -39,7 +39,7 @@ def first_pooled(m: Any, prefix: int) -> int:
     return 0 if whole or getattr(m, "pool_include_prefix", False) else prefix
 
 
-def _mean_weight(size: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+def mean_weight(size: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Share of each token in an average, `(B, N)`."""
     weight = size if mask is None else size * mask
     weight = weight.to(torch.promote_types(dtype, weight.dtype))
@@ -75,13 +75,13 @@ def head(m: Any, t: Tokens, pre_logits: bool = False) -> Tensor:
         )
     own = _POOLS.get(getattr(type(m), "pool", None))
     if own is not None:
-        pooled = own(m, t.x, _mean_weight(size, mask, x.dtype))
+        pooled = own(m, t.x, mean_weight(size, mask, x.dtype))
     elif map_pool is not None:
         # Equal to counting a merged token once for every patch in it.
         bias = attention_bias(size, mask, x.dtype)
         pooled = map_pool(x, attn_mask=None if bias is None else bias.to(x.dtype))
     else:
-        mean = (x * _mean_weight(size, mask, x.dtype).unsqueeze(-1)).sum(1)
+        mean = (x * mean_weight(size, mask, x.dtype).unsqueeze(-1)).sum(1)
         if kind == "avg":
             pooled = mean
         else:

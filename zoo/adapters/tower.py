@@ -113,6 +113,10 @@ class Tower:
         """The norm behind the last block."""
         raise NotImplementedError
 
+    def norm_maps(self, m: Any, x: Tensor) -> Tensor:
+        """The norm that features of single blocks go through where it is asked for."""
+        return self.norm(m, x)
+
     def why_all_tokens(self, m: Any) -> str:
         """Why the head needs more than the prefix tokens; empty where it reads nothing else."""
         return f"the classifier of a {type(m).__name__} is not known to read the class token alone"

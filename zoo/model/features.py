@@ -109,7 +109,7 @@ def intermediates(
     out = flow(model, images, track=True, trace=taken, until=last if stop_early else None)
     states = out.info.trace
     if norm:
-        states = tuple(t._replace(x=model.tower.norm(model.backbone, t.x)) for t in states)
+        states = tuple(t._replace(x=model.tower.norm_maps(model.backbone, t.x)) for t in states)
     maps: list[Any] = [unmerge(t) for t in states]
     if output_fmt == "NCHW":
         maps = [x.transpose(1, 2).unflatten(2, out.info.grid).contiguous() for x in maps]
