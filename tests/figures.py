@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zoo.measure",),
     ("zoo.cost",),
     ("zoo.model",),
-    ("zoo.plugins", "zoo.models"),
+    ("zoo.plugins", "zoo.models", "zoo.libraries"),
     ("zoo.adapters",),
     ("zoo.published",),
     ("zoo.errors", "zoo.version"),

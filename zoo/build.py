@@ -18,6 +18,8 @@ from zoo.adapters.tower import check_backbone
 from zoo.budget.align import resolved
 from zoo.budget.solve import solve
 from zoo.errors import UnknownName, UnsupportedModel, ZooError
+from zoo.libraries.build import create
+from zoo.libraries.names import split
 from zoo.model.anatomy import Anatomy
 from zoo.model.reduced import ReducedViT
 from zoo.model.runtime import former
@@ -66,10 +68,11 @@ def wrap(
     linear: str = "plain",
     fast_linear: str | bool | None = None,
 ) -> ReducedViT:
-    """Attach a reducer to a timm model that you already have.
+    """Attach a reducer to a model that you already have.
 
     Args:
-        timm_model: A VisionTransformer or Eva of timm, with any weights. It is not copied.
+        timm_model: A supported model of timm, torchvision or open_clip, with any weights. It is not
+            copied.
         reducer: Registry name, mapping `{"name": ..., **args}`, instance, or None.
         schedule: Mapping such as `{"name": "constant_r", "r": 13}`, name of a published one such as
             "diffrate/deit_small_2.9", instance, or None for a keep rate of 0.7 at the quarter
@@ -113,24 +116,27 @@ def create_model(
     fast_linear: str | bool | None = None,
     **backbone_kwargs: Any,
 ) -> ReducedViT:
-    """Build a timm backbone by name and attach a reducer.
+    """Build a backbone by name and attach a reducer.
 
     Args:
-        backbone: timm name, with or without a weight tag (`deit_small_patch16_224.fb_in1k`).
+        backbone: timm name, with or without a weight tag (`deit_small_patch16_224.fb_in1k`); or a
+            name of another library behind its prefix: `hf:facebook/dinov2-small`,
+            `open_clip:ViT-B-32.openai`, `torchvision:vit_b_16`.
         reducer: See `wrap`.
         schedule: See `wrap`.
         plugins: See `wrap`.
-        pretrained: Load timm's weights from the hub.
+        pretrained: Load the library's weights, from its cache or from the hub.
         last_block: See `wrap`.
         linear: See `wrap`.
         fast_linear: See `wrap`.
-        **backbone_kwargs: Arguments of `timm.create_model`, e.g. `num_classes`, `img_size`.
+        **backbone_kwargs: Arguments of `timm.create_model`, e.g. `num_classes`, `img_size`, which
+            the others know, too; else arguments by the library's own names.
 
     Returns:
         The wrapped model, in training mode as timm's models are.
 
     Raises:
-        UnknownName: If timm has no such model, with the nearest names.
+        UnknownName: If the library has no such model, with the nearest names.
         ZooError: As `wrap` does.
     """
     import zoo.models  # noqa: F401  (registers this package's own architectures with timm)
@@ -139,6 +145,11 @@ def create_model(
     built = create_reducer(reducer)
     sched = create_schedule(published(schedule))
     parts = create_plugins(plugins)
+    library, own_name = split(backbone)
+    if library is not None:
+        model = create(library, own_name, pretrained, backbone_kwargs)
+        return assemble(model, built, sched, parts, last_block, fast_linear)
+    backbone = own_name
     if not timm.is_model(backbone):
         raise UnknownName("backbone", backbone, timm.list_models())
     try:

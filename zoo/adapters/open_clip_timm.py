@@ -74,8 +74,21 @@ class OpenClipTimm(Tower):
         return int(last[-1]) if last else trunk
 
     def settings(self, m: Any) -> dict[str, Any]:
-        """See `Tower`: the trunk's own arguments are known to its name alone."""
-        return {}
+        """See `Tower`."""
+        trunk, head = m.trunk, m.head
+        known = getattr(trunk, "pretrained_cfg", None) or {}
+        kind = "mlp" if hasattr(head, "mlp") else "linear" if hasattr(head, "proj") else ""
+        last = head.mlp.fc2 if kind == "mlp" else getattr(head, "proj", None)
+        drop = getattr(head, "drop", None)
+        vision = {
+            "timm_model_name": known.get("architecture") or type(trunk).__name__,
+            "timm_pool": str(trunk.global_pool),
+            "timm_proj": kind or ("" if trunk.num_classes else "none"),
+            "timm_proj_bias": getattr(last, "bias", None) is not None,
+            "timm_drop": float(getattr(drop, "p", 0.0)),
+            "image_size": list(self.input_size(m)[1:]),
+        }
+        return {"embed_dim": self.features(m), "quick_gelu": False, "vision_cfg": vision}
 
     def head_macs(self, m: Any, tokens: int) -> tuple[int, int]:
         """See `Tower`."""

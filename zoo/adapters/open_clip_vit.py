@@ -1,4 +1,4 @@
-"""OpenCLIP's own VisionTransformer: the image towers of ViT-B-32, ViT-L-14, EVA-less ViT-H and so on."""
+"""OpenCLIP's own VisionTransformer: the image towers of ViT-B-32, ViT-L-14, ViT-H-14 and so on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from open_clip.transformer import (
     AttentionalPooler,
     CustomResidualAttentionBlock,
     CustomTransformer,
-    LayerNormFp32,
     QuickGELU,
     ResidualAttentionBlock,
     Transformer,
@@ -214,7 +213,9 @@ def _why_odd(block: Any) -> str:
     if isinstance(block.attn, nn.MultiheadAttention):
         return why_not_plain(block.attn)
     if getattr(block.attn, "scaled_cosine", False):
-        return "scaled cosine attention (scaled_cosine_attn=True), which open_clip cannot run either"
+        return (
+            "scaled cosine attention (scaled_cosine_attn=True), which open_clip cannot run either"
+        )
     return ""
 
 
@@ -256,38 +257,35 @@ def _pooler_macs(pooler: Any, tokens: int) -> tuple[int, int]:
 
 
 def _settings(m: Any) -> dict[str, Any]:
-    """Arguments of `VisionTransformer`, read off a model."""
-    block, pool = m.transformer.resblocks[0], m.attn_pool
-    custom = isinstance(block, CustomResidualAttentionBlock)
-    attn = block.attn
-    found = {
-        "image_size": list(m.image_size),
-        "patch_size": list(m.patch_size),
-        "width": int(m.transformer.width),
-        "layers": len(m.transformer.resblocks),
-        "heads": int(attn.num_heads),
-        "mlp_ratio": block.mlp.c_fc.out_features / m.transformer.width,
+    """What open_clip's own configurations say of a tower, read off a model."""
+    inner, pool = m.transformer, m.attn_pool
+    block = inner.resblocks[0]
+    attn, hidden = block.attn, block.mlp.c_fc.out_features
+    ratio = hidden / inner.width
+    vision: dict[str, Any] = {
+        "layers": len(inner.resblocks),
+        "width": int(inner.width),
+        "head_width": int(inner.width) // int(attn.num_heads),
+        "mlp_ratio": ratio if int(inner.width * ratio) == hidden else (hidden + 0.5) / inner.width,
+        "patch_size": _side(m.patch_size),
+        "image_size": _side(m.image_size),
         "ls_init_value": None if isinstance(block.ls_1, nn.Identity) else 1e-5,
-        "output_dim": int(m.output_dim),
         "patch_dropout": float(getattr(m.patch_dropout, "prob", 0.0)),
         "no_ln_pre": isinstance(m.ln_pre, nn.Identity),
+        "pos_embed_type": "learnable" if m.positional_embedding.requires_grad else "sin_cos_2d",
         "final_ln_after_pool": bool(m.final_ln_after_pool),
         "pool_type": str(m.pool_type),
         "output_tokens": bool(m.output_tokens),
-        "quick_gelu": isinstance(block.mlp.gelu, QuickGELU),
-        "norm_fp32": isinstance(m.ln_post, LayerNormFp32),
-        "norm_eps": float(m.ln_post.eps),
+        "norm_kwargs": {"eps": float(m.ln_post.eps)},
     }
-    if not m.positional_embedding.requires_grad:
-        found["pos_embed_type"] = "sin_cos_2d"
     if pool is not None:
-        found |= {
+        vision |= {
             "attentional_pool": m.attn_pool_type or True,
             "attn_pooler_queries": len(pool.query),
             "attn_pooler_heads": int(pool.attn.num_heads),
         }
-    if custom:
-        found |= {
+    if isinstance(block, CustomResidualAttentionBlock):
+        vision |= {
             "block_type": "custom",
             "qk_norm": not isinstance(attn.ln_q, nn.Identity),
             "scale_heads": attn.head_scale is not None,
@@ -295,7 +293,13 @@ def _settings(m: Any) -> dict[str, Any]:
             "scale_attn": not isinstance(block.ln_attn, nn.Identity),
             "scale_fc": not isinstance(block.mlp.ln, nn.Identity),
         }
-    return found
+    quick = isinstance(block.mlp.gelu, QuickGELU)
+    return {"embed_dim": int(m.output_dim), "quick_gelu": quick, "vision_cfg": vision}
+
+
+def _side(size: Sequence[int]) -> int | list[int]:
+    height, width = size
+    return int(height) if height == width else [int(height), int(width)]
 
 
 def _project(attn: Any, x: Tensor, shift: Shift | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,6 +30,8 @@ from zoo.checkpoint.weights import (
     tower_of,
 )
 from zoo.errors import BadCheckpoint, UnknownName, ZooError
+from zoo.libraries.build import create, rebuild
+from zoo.libraries.names import by_package
 
 if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
@@ -210,7 +212,7 @@ def _build(
 
     config, origin = stored.config, stored.origin
     saved = config["backbone"]
-    if not timm.is_model(saved["name"]):
+    if not saved.get("library") and not timm.is_model(saved["name"]):
         raise BadCheckpoint(
             f"{origin}: {UnknownName('backbone', saved['name'][:80], timm.list_models())} "
             f"({_writer(config)}); a newer timm may have it"
@@ -227,7 +229,8 @@ def _build(
     if saved["num_classes"] is not None:
         args["num_classes"] = saved["num_classes"]
     kept = plugins is KEEP and _same_method(reducer, config["reducer"])
-    with _of_the_file(origin, config, f"timm cannot build {saved['name']} with {saved['args']}"):
+    who = saved.get("library") or "timm"
+    with _of_the_file(origin, config, f"{who} cannot build {saved['name']} with {saved['args']}"):
         before = twin(saved)
     # Built here, one by one, so that a message tells the file's mistakes from the caller's.
     own_reducer = reducer is KEEP
@@ -244,7 +247,8 @@ def _build(
     backbone = _backbone(stored, args, overrides)
     with _of_the_file(origin, config, only=own):
         model = wrap(backbone, reducer, schedule, parts)
-    model.backbone_args = {k: v for k, v in args.items() if k != "num_classes"}
+    if not saved.get("library"):  # the towers of the others read them off the model
+        model.backbone_args = {k: v for k, v in args.items() if k != "num_classes"}
     if stored.shapes is not None:
         fit(
             model,
@@ -281,7 +285,8 @@ def _check_size(stored: _Stored, before: nn.Module, exact: bool, whole: bool) ->
             model = wrap(before, config["reducer"], config["schedule"], config["plugins"])
             extras = parts_of(model)[1]
     if stored.shapes is None:
-        _check_proportion(before, name, origin)
+        if not config["backbone"].get("library"):
+            _check_proportion(before, name, origin)
         return
     with _of_the_file(origin, config):
         found = stored.shapes(before)
@@ -320,6 +325,8 @@ def _backbone(stored: _Stored, args: Mapping[str, Any], overrides: Mapping[str, 
     config, origin, pretrained = stored.config, stored.origin, stored.shapes is None
     saved = config["backbone"]
     try:
+        if saved.get("library"):
+            return _of_library(saved, args, overrides, pretrained)
         return timm.create_model(_tagged(saved, origin), pretrained=pretrained, **args)
     except (OSError, RuntimeError) as error:
         if not pretrained:
@@ -332,6 +339,18 @@ def _backbone(stored: _Stored, args: Mapping[str, Any], overrides: Mapping[str, 
         raise _refusal(error, saved, args, origin, config) from error
 
 
+def _of_library(
+    saved: Mapping[str, Any], args: Mapping[str, Any], overrides: Mapping[str, Any], fetch: bool
+) -> nn.Module:
+    """A backbone of another library; one without weights in the folder is fetched by its tag."""
+    library, name = by_package(saved["library"]), saved["name"]
+    given = {k: v for k, v in args.items() if k != "num_classes"}
+    if not fetch:
+        return rebuild(library.name, name, saved["num_classes"], given)
+    tagged = name if library.prefix == "hf" else f"{name}.{saved['tag']}"
+    return create(library, tagged, True, overrides)
+
+
 def _refusal(
     error: Exception,
     saved: Mapping[str, Any],
@@ -340,7 +359,8 @@ def _refusal(
     config: Mapping[str, Any],
 ) -> BadCheckpoint:
     return BadCheckpoint(
-        f"{origin}: timm cannot build {saved['name']} with {short(dict(args), 200)}: "
+        f"{origin}: {saved.get('library') or 'timm'} cannot build {saved['name']} with "
+        f"{short(dict(args), 200)}: "
         f"{cut(first_line(error))} ({_writer(config)})"
     )
 
