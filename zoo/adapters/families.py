@@ -1,7 +1,8 @@
 """Where the adapters of a class are: in a file of this folder that bears the name of its library.
 
-`timm_vit.py` adapts classes of timm, `open_clip_vit.py` those of open_clip. A file is imported when the first object of its library is asked for, so none needs a library that is
-not installed, and no list has to be edited.
+`timm_vit.py` adapts classes of timm, `open_clip_vit.py` those of open_clip. A file is imported when
+the first object of its library is asked for, so none needs a library that is not installed, and no
+list has to be edited.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """torch's `nn.MultiheadAttention`, which torchvision and open_clip build their towers of.
 
-In evaluation without gradients torch computes it by one kernel of its own, whose answer differs from
-its other one in the last bits. Where somebody listens, the pieces here are those of the other one.
+In evaluation without gradients torch computes it by one kernel of its own, whose answer differs
+from its other one in the last bits. Where somebody listens, the pieces here are those of the other.
 """
 
 from __future__ import annotations

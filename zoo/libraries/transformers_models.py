@@ -120,7 +120,8 @@ def _fetched(name: str) -> Path:
         validate_repo_id(name)
     except HFValidationError:
         raise ZooError(
-            f"{name!r} is neither a folder nor a name of Hugging Face, such as facebook/dinov2-small"
+            f"{name!r} is neither a folder nor a name of Hugging Face; expected for example "
+            "facebook/dinov2-small"
         ) from None
     near = UnknownName("model of Hugging Face", name, list(hf_configs()))
     if constants.HF_HUB_OFFLINE:
