@@ -21,6 +21,7 @@ from zoo.errors import UnknownName, UnsupportedModel, ZooError
 from zoo.libraries.build import create
 from zoo.libraries.names import split
 from zoo.model.anatomy import Anatomy
+from zoo.model.clip_tower import wrapper_of
 from zoo.model.reduced import ReducedViT
 from zoo.model.runtime import former
 from zoo.plugins.base import Plugin, create_plugins
@@ -243,4 +244,5 @@ def assemble(
         schedule = solve(target, Anatomy(backbone, reducer, plugins), last_block)
     elif target is not None:
         schedule = None
-    return ReducedViT(backbone, reducer, schedule, plugins, last_block, linear, target)
+    made = wrapper_of(backbone)
+    return made(backbone, reducer, schedule, plugins, last_block, linear, target)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import Encoder, EncoderBlock, VisionTransformer
 
-import zoo.adapters.torch_attention  # noqa: F401  (the attention of its blocks)
 from reduction.tokens import Tokens
 from zoo.adapters.attention import linear_weights, through
 from zoo.adapters.blocks import Attend, BlockAdapter, register_block
+from zoo.adapters.torch_attention import why_not_plain
 from zoo.adapters.tower import Embedded, Tower, register_tower
 from zoo.errors import UnsupportedModel, ZooError
 
@@ -30,6 +30,10 @@ class TorchvisionViT(Tower):
                 f"the encoder of the VisionTransformer is a {type(m.encoder).__name__}, not "
                 "torchvision's Encoder, so its forward is not known"
             )
+        attentions = (getattr(block, "self_attention", None) for block in m.encoder.layers)
+        plain = (a for a in attentions if isinstance(a, nn.MultiheadAttention))
+        if reason := next(filter(None, map(why_not_plain, plain)), ""):
+            raise UnsupportedModel(f"a VisionTransformer that cannot be run: {reason}")
 
     def blocks(self, m: Any) -> Sequence[nn.Module]:
         """See `Tower`."""
@@ -100,12 +104,10 @@ class TorchvisionViT(Tower):
 
     def settings(self, m: Any) -> dict[str, Any]:
         """See `Tower`."""
-        if isinstance(m.conv_proj, nn.Sequential):
-            raise ZooError(
-                "a torchvision VisionTransformer with a convolutional stem (conv_stem_configs) "
-                "cannot be written into a recipe; keep its state_dict instead"
-            )
         block = m.encoder.layers[0]
+        stem = m.conv_proj if isinstance(m.conv_proj, nn.Sequential) else []
+        convs = [layer[0] for layer in stem if isinstance(layer, nn.Sequential)]
+        own = [[c.out_channels, c.kernel_size[0], c.stride[0]] for c in convs]
         return {
             "image_size": int(m.image_size),
             "patch_size": int(m.patch_size),
@@ -116,6 +118,7 @@ class TorchvisionViT(Tower):
             "dropout": float(m.dropout),
             "attention_dropout": float(m.attention_dropout),
             "representation_size": m.representation_size,
+            **({"conv_stem_configs": own} if own else {}),
         }
 
     def stem(self, m: Any) -> nn.Module:

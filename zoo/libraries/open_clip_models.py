@@ -13,6 +13,7 @@ from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from open_clip.transform import PreprocessCfg
 from torch import nn
 
+from zoo.adapters.tower import find_tower, tower_of
 from zoo.errors import UnknownName, UnsupportedModel, ZooError
 from zoo.libraries.build import Built, fetched
 from zoo.libraries.names import LIBRARIES, known, why_no_tower
@@ -58,7 +59,8 @@ def create(name: str, pretrained: bool, args: dict[str, Any]) -> Built:
         model = open_clip.create_model(stem, pretrained=tag, force_image_size=size)
     except Exception as error:  # of its many ways to fetch, all say what they could not
         raise fetched(f"the weights {tag} of {stem}", _LIBRARY, error) from error
-    return Built(_alone(model.visual), stem, tag, data)
+    tower = _sized(model.visual, {} if size is None else {"image_size": size})
+    return Built(_alone(tower), stem, tag, data)
 
 
 def rebuild(name: str, args: dict[str, Any]) -> Built:
@@ -74,17 +76,27 @@ def rebuild(name: str, args: dict[str, Any]) -> Built:
     _check_fields(vision, name)
     if (trunk := vision.get("timm_model_name")) and not timm.is_model(str(trunk)):
         raise UnknownName("backbone", str(trunk), timm.list_models())
-    return Built(_alone(_tower(width, vision, bool(quick))), name, None, _data({}))
+    return Built(_tower(width, vision, bool(quick)), name, None, _data({}))
 
 
 def _tower(width: int, vision: Mapping[str, Any], quick_gelu: bool) -> nn.Module:
     try:
-        return _build_vision_tower(width, dict(vision), quick_gelu)  # type: ignore[no-any-return]
+        return _sized(_build_vision_tower(width, dict(vision), quick_gelu), vision)
     except ZooError:
         raise
     except Exception as error:  # it checks little of what it is given
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ZooError(f"open_clip cannot build {dict(vision)}: {reason}") from error
+
+
+def _sized(tower: Any, vision: Mapping[str, Any]) -> nn.Module:
+    """A tower for images of its configuration's size, which open_clip does not tell a timm trunk."""
+    size, trunk = vision.get("image_size"), getattr(tower, "trunk", None)
+    if size is not None and trunk is not None and find_tower(trunk) is not None:
+        wanted = (size, size) if isinstance(size, int) else tuple(size)
+        if tower_of(trunk).input_size(trunk)[1:] != wanted:
+            tower.set_input_size(wanted)
+    return tower  # type: ignore[no-any-return]
 
 
 def _alone(tower: Any) -> nn.Module:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torchvision
-from torchvision.models.vision_transformer import VisionTransformer
+from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
 from zoo.errors import UnknownName, ZooError
 from zoo.libraries.build import Built, fetched
@@ -17,6 +17,7 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _DATA = {**_IMAGENET, "interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"}
 #: Arguments that may be changed, and those of the constructor that a recipe holds.
 _CHANGES = ("representation_size", "dropout", "attention_dropout")
+_STEM = "conv_stem_configs"
 _SHAPE = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
 
 
@@ -55,11 +56,13 @@ def create(name: str, pretrained: bool, args: dict[str, Any]) -> Built:
 def rebuild(name: str, args: dict[str, Any]) -> Built:
     """See `zoo.libraries.build`."""
     given = _renamed(args)
-    unknown = sorted(set(given) - {*_SHAPE, *_CHANGES})
+    unknown = sorted(set(given) - {*_SHAPE, *_CHANGES, _STEM})
     missing = [key for key in _SHAPE if key not in given]
     if unknown or missing:
         wrong = f"has no argument {unknown[0]!r}" if unknown else f"needs {missing[0]!r}"
         raise ZooError(f"torchvision's VisionTransformer {wrong}")
+    if _STEM in given:
+        given[_STEM] = [ConvStemConfig(*layer) for layer in given[_STEM]]
     return Built(VisionTransformer(**given), name, None, _DATA)
 
 
