@@ -30,8 +30,7 @@ from zoo.checkpoint.weights import (
     tower_of,
 )
 from zoo.errors import BadCheckpoint, UnknownName, ZooError
-from zoo.libraries.build import create, rebuild
-from zoo.libraries.names import by_package
+from zoo.libraries.build import of_recipe
 
 if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
@@ -326,7 +325,7 @@ def _backbone(stored: _Stored, args: Mapping[str, Any], overrides: Mapping[str, 
     saved = config["backbone"]
     try:
         if saved.get("library"):
-            return _of_library(saved, args, overrides, pretrained)
+            return of_recipe(saved, args, overrides, fetch=pretrained)
         return timm.create_model(_tagged(saved, origin), pretrained=pretrained, **args)
     except (OSError, RuntimeError) as error:
         if not pretrained:
@@ -337,18 +336,6 @@ def _backbone(stored: _Stored, args: Mapping[str, Any], overrides: Mapping[str, 
         ) from error
     except Exception as error:  # timm's models check little of what they are given
         raise _refusal(error, saved, args, origin, config) from error
-
-
-def _of_library(
-    saved: Mapping[str, Any], args: Mapping[str, Any], overrides: Mapping[str, Any], fetch: bool
-) -> nn.Module:
-    """A backbone of another library; one without weights in the folder is fetched by its tag."""
-    library, name = by_package(saved["library"]), saved["name"]
-    given = {k: v for k, v in args.items() if k != "num_classes"}
-    if not fetch:
-        return rebuild(library.name, name, saved["num_classes"], given)
-    tagged = name if library.prefix == "hf" else f"{name}.{saved['tag']}"
-    return create(library, tagged, True, overrides)
 
 
 def _refusal(

@@ -70,6 +70,25 @@ def rebuild(package: str, name: str, classes: int | None, args: Mapping[str, Any
     return _described(built, library, changed)
 
 
+def of_recipe(
+    recipe: Mapping[str, Any], args: Mapping[str, Any], changes: Mapping[str, Any], fetch: bool
+) -> nn.Module:
+    """The backbone of a saved recipe.
+
+    Args:
+        recipe: `backbone` of it.
+        args: Its arguments, with those that a caller changes.
+        changes: The latter alone.
+        fetch: Get the library's weights by the recipe's tag; else what the recipe says is built.
+    """
+    library, name = by_package(recipe["library"]), recipe["name"]
+    if fetch:
+        tagged = name if library.prefix == "hf" else f"{name}.{recipe['tag']}"
+        return create(library, tagged, True, changes)
+    given = {k: v for k, v in args.items() if k != "num_classes"}
+    return rebuild(library.name, name, recipe["num_classes"], given)
+
+
 def _module(library: Library) -> Any:
     return importlib.import_module(f"zoo.libraries.{library.name}_models")
 

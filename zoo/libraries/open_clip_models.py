@@ -90,7 +90,7 @@ def _tower(width: int, vision: Mapping[str, Any], quick_gelu: bool) -> nn.Module
 
 
 def _sized(tower: Any, vision: Mapping[str, Any]) -> nn.Module:
-    """A tower for images of its configuration's size, which open_clip does not tell a timm trunk."""
+    """A tower for images of its configuration's size, which a timm trunk is not told."""
     size, trunk = vision.get("image_size"), getattr(tower, "trunk", None)
     if size is not None and trunk is not None and find_tower(trunk) is not None:
         wanted = (size, size) if isinstance(size, int) else tuple(size)

@@ -1,4 +1,4 @@
-"""A reduced image tower in the place of open_clip's own: `model.visual = zoo.wrap(model.visual)`."""
+"""A reduced tower in the place of open_clip's own: `model.visual = zoo.wrap(model.visual, ...)`."""
 
 from __future__ import annotations
 
