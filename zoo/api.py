@@ -46,12 +46,14 @@ def profile(model: nn.Module, **options: Any) -> Profile:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the backbones, of timm and of this package, that can be wrapped.
+    """Names of the backbones that can be wrapped: of timm and this package, and of the others.
+
+    The latter begin with the name of their library, as in "open_clip:ViT-B-32".
 
     Args:
         pattern: Shell pattern such as `"deit*"`.
     """
-    return backbones.works(pattern)
+    return [*backbones.works(pattern), *backbones.elsewhere(pattern)]
 
 
 def list_methods() -> list[str]:

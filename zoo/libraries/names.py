@@ -1,6 +1,6 @@
 """Names of backbones of other libraries: `hf:facebook/dinov2-small`, `open_clip:ViT-B-32`.
 
-Nothing here imports torch or any of the libraries.
+Nothing here imports torch or any of the libraries; errors, which do, come along when one is raised.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from zoo.errors import UnknownName, ZooError
 
 #: Facts about well-known models of Hugging Face, so that they can be built without a network.
 FILE = Path(__file__).parents[1] / "assets" / "hf_configs.json"
@@ -62,6 +60,8 @@ def split(name: str) -> tuple[Library | None, str]:
         UnknownName: There is no such library.
         ZooError: Nothing stands behind the prefix.
     """
+    from zoo.errors import UnknownName, ZooError
+
     prefix, colon, rest = name.partition(":")
     if not colon:
         return None, name
@@ -85,6 +85,8 @@ def by_package(package: str) -> Library:
     Raises:
         UnknownName: There is no such library.
     """
+    from zoo.errors import UnknownName
+
     for library in LIBRARIES.values():
         if package in (library.name, library.prefix):
             return library
@@ -102,6 +104,8 @@ def need(library: Library) -> None:
     Raises:
         ZooError: It is not installed.
     """
+    from zoo.errors import ZooError
+
     if not installed(library):
         raise ZooError(
             f"models of {library.title} need the package {library.name}, which is not installed: "
