@@ -80,17 +80,6 @@ def rebuild(name: str, args: dict[str, Any]) -> Built:
     return Built(_built(cls, _changed(_config(config, name), changes, name)), name, None, {})
 
 
-def settings(m: Any) -> dict[str, Any]:
-    """What `rebuild` needs of a model: its class and its configuration.
-
-    Args:
-        m: A model of Hugging Face.
-    """
-    config = {k: v for k, v in m.config.to_diff_dict().items() if k not in _PASSING}
-    config["model_type"] = m.config.model_type
-    return {"class": type(m).__name__, "config": config}
-
-
 def _known(name: str) -> tuple[PretrainedConfig, str, Mapping[str, Any]]:
     """Configuration, class and preprocessing behind a name.
 
