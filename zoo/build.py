@@ -22,6 +22,7 @@ from zoo.libraries.build import create
 from zoo.libraries.names import split
 from zoo.model.anatomy import Anatomy
 from zoo.model.clip_tower import wrapper_of
+from zoo.model.hf_model import as_called
 from zoo.model.reduced import ReducedViT
 from zoo.model.runtime import former
 from zoo.plugins.base import Plugin, create_plugins
@@ -68,12 +69,16 @@ def wrap(
     last_block: str = "full",
     linear: str = "plain",
     fast_linear: str | bool | None = None,
+    tensors: bool = False,
 ) -> ReducedViT:
     """Attach a reducer to a model that you already have.
 
+    A model of Hugging Face is called as before, `pixel_values=` and all, and answers with its own
+    output classes; see `zoo.model.hf_model.ReducedHfModel`.
+
     Args:
-        timm_model: A supported model of timm, torchvision or open_clip, with any weights. It is not
-            copied.
+        timm_model: A supported model of timm, torchvision, open_clip or Hugging Face, with any
+            weights. It is not copied.
         reducer: Registry name, mapping `{"name": ..., **args}`, instance, or None.
         schedule: Mapping such as `{"name": "constant_r", "r": 13}`, name of a published one such as
             "diffrate/deit_small_2.9", instance, or None for a keep rate of 0.7 at the quarter
@@ -84,6 +89,8 @@ def wrap(
         linear: "auto", "packed" or "onednn": linear layers by a faster matrix product of this CPU;
             equal to rounding. See `zoo.model.runtime.Runtime`.
         fast_linear: What `linear` was called: "off", "auto" or "on".
+        tensors: Images in and logits out, as all others are called, for a model of Hugging Face
+            too.
 
     Returns:
         The wrapped model.
@@ -103,7 +110,8 @@ def wrap(
     if _as_initialised(timm_model):
         set_tag(timm_model, None)
     linear = linear if fast_linear is None else former(fast_linear)
-    return assemble(timm_model, built, sched, parts, last_block, linear)
+    made = assemble(timm_model, built, sched, parts, last_block, linear)
+    return made if tensors or made.tower.tensors else as_called(made)
 
 
 def create_model(

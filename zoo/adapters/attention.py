@@ -46,6 +46,7 @@ class Parts(NamedTuple):
         fused: Whether the model allows a fused kernel.
         norm: What the heads go through, `(B, N, H d)`, before the output projection.
         proj: The output projection, with whatever stands behind it.
+        rotate_half: Whether rotary embedding turns the halves of a head and not its pairs.
     """
 
     heads: int
@@ -57,6 +58,7 @@ class Parts(NamedTuple):
     fused: bool
     norm: Callable[[Tensor], Tensor] | None
     proj: Callable[[Tensor], Tensor]
+    rotate_half: bool = False
 
 
 class Calling(NamedTuple):
@@ -146,6 +148,7 @@ def _timm_parts(attn: Any) -> Parts:
         attn.fused_attn,
         None if norm is None else partial(through, norm),
         lambda x: through(after, proj(x)),
+        attn.__dict__.get("rotate_half", False),
     )
 
 
@@ -237,6 +240,11 @@ def splits_queries(attn: Any) -> bool:
     return True
 
 
+def fused_layer(attn: Any) -> Any:
+    """The one layer that makes queries, keys and values; None where each has its own."""
+    return attn._modules.get("qkv")
+
+
 def separable(attn: Any) -> bool:
     """Whether the projection is one of timm's, of whose plain layers rows may be taken.
 
@@ -244,7 +252,7 @@ def separable(attn: Any) -> bool:
     """
     if type(attn).forward not in _SEPARABLE:
         return False
-    layer = attn.qkv
+    layer = fused_layer(attn)
     # The hooks of a tracer only keep its books.
     watched = layer is not None and awaited(layer) and not traced()
     return layer is None or (type(layer) in (nn.Linear, FastLinear) and not watched)
@@ -262,7 +270,7 @@ def ready(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate queries and keys and give every head its own key, where the model does so."""
     if rope is not None:
-        half = getattr(attn, "rotate_half", False)
+        half = parts_of(attn).rotate_half
         q = _rotate(q, rope, prefix, half).type_as(v)
         k = _rotate(k, rope, prefix, half).type_as(v)
     groups = attn.__dict__.get("num_kv_groups", 1)

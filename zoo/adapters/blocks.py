@@ -15,6 +15,10 @@ from zoo.errors import UnsupportedModel
 Attend = Callable[[nn.Module, Tensor], tuple[Tensor, Any]]
 
 
+def _as_timm(block: Callable[..., Tensor], x: Tensor, extra: dict[str, Any]) -> Tensor:
+    return block(x, **extra)
+
+
 class BlockAdapter(NamedTuple):
     """How to run one block class.
 
@@ -33,6 +37,8 @@ class BlockAdapter(NamedTuple):
         mlp_drop: `block -> module`: what the branch goes through on its way into the stream, or
             None.
         masks: Whether the block's own `forward` takes a size bias `(B, 1, 1, N)` as `attn_mask`.
+        call: `(block, x, extra) -> x`: how its library calls the block, or its `forward`; what is
+            extra has timm's names, `rope` and `attn_mask`.
     """
 
     attn_branch: Callable[[Any, Tensor, Attend], tuple[Tensor, Any]]
@@ -45,6 +51,7 @@ class BlockAdapter(NamedTuple):
     mlp: Callable[[Any], nn.Module] = lambda block: block.mlp
     mlp_drop: Callable[[Any], nn.Module | None] = lambda block: block.drop_path2
     masks: bool = True
+    call: Callable[[Callable[..., Tensor], Tensor, dict[str, Any]], Tensor] = _as_timm
 
 
 _BLOCKS: dict[object, BlockAdapter] = {}

@@ -41,10 +41,12 @@ class Tower:
     Attributes:
         title: The family in words, for messages and listings.
         library: Whose models these are, as recipes name it.
+        tensors: Whether a model, called with images, answers with a tensor.
     """
 
     title: ClassVar[str]
     library: ClassVar[str] = "timm"
+    tensors: ClassVar[bool] = True
 
     def check(self, m: Any) -> None:
         """Refuse a model of the class that is put together so that it cannot be run.
@@ -108,6 +110,10 @@ class Tower:
     def pre_norm(self, m: Any, x: Tensor) -> Tensor:
         """The norm before the first block, where there is one."""
         return x
+
+    def whole(self, m: Any, images: Tensor) -> Tensor:
+        """What the model itself makes of images, as `leave` answers."""
+        return m(images)  # type: ignore[no-any-return]
 
     def norm(self, m: Any, x: Tensor) -> Tensor:
         """The norm behind the last block."""

@@ -245,7 +245,7 @@ def _build(
     _check_size(stored, before, exact=not overrides, whole=own)
     backbone = _backbone(stored, args, overrides)
     with _of_the_file(origin, config, only=own):
-        model = wrap(backbone, reducer, schedule, parts)
+        model = wrap(backbone, reducer, schedule, parts, tensors=True)
     if not saved.get("library"):  # the towers of the others read them off the model
         model.backbone_args = {k: v for k, v in args.items() if k != "num_classes"}
     if stored.shapes is not None:
@@ -281,7 +281,8 @@ def _check_size(stored: _Stored, before: nn.Module, exact: bool, whole: bool) ->
     name, want, extras = config["backbone"]["name"], before.state_dict(), None
     if whole:
         with _of_the_file(origin, config), torch.device("meta"):
-            model = wrap(before, config["reducer"], config["schedule"], config["plugins"])
+            parts = config["reducer"], config["schedule"], config["plugins"]
+            model = wrap(before, *parts, tensors=True)
             extras = parts_of(model)[1]
     if stored.shapes is None:
         if not config["backbone"].get("library"):

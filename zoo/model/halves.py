@@ -39,22 +39,22 @@ class Whole(NamedTuple):
 
     Attributes:
         block: The block, or its `forward` where its hooks are called elsewhere.
-        rope: Whether it takes a rotary table.
+        adapter: How to run its class.
     """
 
     block: Callable[..., Tensor]
-    rope: bool
+    adapter: BlockAdapter
 
     def attention(self, t: Tokens, stage: Stage) -> tuple[Tokens, Signals]:
         """All of the block. Nothing is seen inside."""
         extra: dict[str, Any] = {}
-        if self.rope:
+        if self.adapter.rope:
             embedded = stage.frame.embedded
             extra["rope"] = rope_for(embedded, stage.block, t, stage.positions_changed)
         bias = attention_bias(_sizes(t, stage), t.mask, t.x.dtype)
         if bias is not None:
             extra["attn_mask"] = bias if autocasting(t.x) else bias.to(t.x.dtype)
-        return t._replace(x=self.block(t.x, **extra)), _NONE
+        return t._replace(x=self.adapter.call(self.block, t.x, extra)), _NONE
 
     def mlp(self, x: Tensor) -> Tensor:
         """Nothing is left to do."""

@@ -179,7 +179,7 @@ class ReducedViT(TimmContract):
         alone = self.checked(images, {"return_info": bool(return_info)})
         with self._linear():
             if alone or (not return_info and self._untouched()):
-                return self.backbone(images)
+                return self.tower.whole(self.backbone, images)
             whole = return_info or self.training
             out = flow(
                 self,

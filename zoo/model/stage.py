@@ -145,7 +145,7 @@ def stages(
             # Sizes, which only tokens that have changed come with, must reach the attention.
             own = own or (changed and not adapter.masks)
             whole = block.forward if straight is None and hooked(block) else block
-            lane = halves if own else Whole(whole, adapter.rope)
+            lane = halves if own else Whole(whole, adapter)
         out.append(
             Stage(
                 i,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,6 +29,9 @@ from zoo.model.stage import checkpointed, run, run_hooked, stages
 
 if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
+
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Info(NamedTuple):
@@ -63,11 +67,13 @@ class Outflow(NamedTuple):
         t: Tokens before the final norm.
         info: What happened to them.
         memories: Of the plugins.
+        entered: Tokens that entered the first block, where the state behind all is kept.
     """
 
     t: Tokens
     info: Info
     memories: Sequence[Any]
+    entered: Tokens | None = None
 
 
 def flow(
@@ -79,6 +85,7 @@ def flow(
     last_block: str = "full",
     until: int | None = None,
     watch: Watch | None = None,
+    options: Mapping[str, Any] = NOTHING,
 ) -> Outflow:
     """Run the blocks.
 
@@ -91,6 +98,7 @@ def flow(
         last_block: See `zoo.model.runtime.Runtime`.
         until: Stop behind this block; None runs all.
         watch: Wants the attention weights of every block.
+        options: What else the embedding of this family takes.
     """
     if traced():
         images = for_tracers(images)
@@ -99,13 +107,14 @@ def flow(
     reducer, schedule = model.reducer, schedule or model.schedule
     m, tower = model.backbone, model.tower
     grid = tower.grid_of(m, images)
-    embedded = tower.embed(m, images)
+    embedded = tower.embed(m, images, **options)
     patches = embedded.x.shape[1] - model.prefix
     plans = model.planner.plan(model.anatomy, schedule, grid, patches, last_block)
     t, memories = _enter(model, images, embedded, grid, plans[0].entry, track)
     # Without its features, so that no later block holds on to them.
     frame = _frame(model, embedded._replace(x=None), watch)
     del embedded
+    entered = t if trace is True else None
     blocks = tower.blocks(m)
     block = run
     if hooked(*blocks):
@@ -129,7 +138,9 @@ def flow(
     if isinstance(reducer, OwnAnswer) and until is None:
         t = reducer.finish(t)
     source = t.source if t.source is not None else t.size.new_zeros(0)
-    return Outflow(t, Info(tuple(counts), t.size, source, grid, tuple(states), t), memories)
+    return Outflow(
+        t, Info(tuple(counts), t.size, source, grid, tuple(states), t), memories, entered
+    )
 
 
 def _enter(

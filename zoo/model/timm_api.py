@@ -54,7 +54,12 @@ class TimmContract(nn.Module):
             with torch.no_grad():
                 dense = type(self)(self.backbone)  # type: ignore[call-arg]
                 dense.eval()
-                gap = (dense(images) - self.backbone(images)).abs().max().item()
+                gap = (
+                    (dense(images) - tower_of(self.backbone).whole(self.backbone, images))
+                    .abs()
+                    .max()
+                    .item()
+                )
         finally:
             self.train(was)
         if not gap <= tolerance:
