@@ -334,3 +334,126 @@ def test_wrong_names_of_hugging_face_on_the_command_line(hub: list[str], run: An
     assert code == 2 and "backbone.name" in err
     code, _, err = run("eval backbone=timm backbone.library=keras backbone.name=x task=flops")
     assert code == 2 and err.count("\n") == 1
+
+
+def test_dinov2_without_a_network_is_timms(hub: list[str], run: Any, tmp_path: Path) -> None:
+    """The same tokens and the same cost as timm's model of that name, and nothing is asked for."""
+    for line in ("backbone=hf backbone.name=facebook/dinov2-small", "backbone=dinov2_small"):
+        code, out, err = run(f"eval {line} reducer=tome schedule.r=13 task=flops")
+        assert (code, err) == (0, ""), err
+    one, other = rows(tmp_path)
+    assert hub == []
+    assert one["tokens"] == other["tokens"] and one["tokens"][-1] == [114, 101]
+    assert one["gmacs"]["total"] == pytest.approx(other["gmacs"]["total"], rel=1e-3)
+    assert one["gmacs_fvcore"] == pytest.approx(one["gmacs"]["total"], rel=1e-5)
+    assert one["backbone"] == "facebook/dinov2-small" and one["tag"] is None
+
+
+def test_every_well_known_class_is_run(hub: list[str]) -> None:
+    from zoo.libraries.build import rebuild
+
+    small = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    for entry in {e["class"]: e for e in names.hf_configs().values()}.values():
+        config = {**entry["config"], **small, "intermediate_size": 48, "image_size": 64}
+        args = {"class": entry["class"], "config": {**config, "patch_size": 16}}
+        model = zoo.wrap(rebuild("transformers", "x", None, args), "tome", R1, tensors=True).eval()
+        with torch.no_grad():
+            answer = model(torch.randn(1, 3, 64, 64))
+        assert answer.ndim == 2 and answer.isfinite().all(), entry["class"]
+
+
+@pytest.fixture
+def dinov2(hub: list[str], tmp_path: Path) -> tuple[Any, str]:
+    """A small DINOv2 with its weights, as a folder whose processor makes smaller images."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=70, patch_size=14
+    )
+    model = Dinov2Model(config).eval()
+    torch.nn.init.normal_(model.embeddings.position_embeddings)
+    model.save_pretrained(tmp_path / "dino")
+    processor = {
+        "do_center_crop": True,
+        "crop_size": {"height": 42, "width": 42},
+        "size": {"shortest_edge": 48},
+        "resample": 3,
+        "image_mean": [0.4, 0.4, 0.4],
+        "image_std": [0.2, 0.2, 0.2],
+    }
+    (tmp_path / "dino" / "preprocessor_config.json").write_text(json.dumps(processor))
+    return model, f"hf:{tmp_path / 'dino'}"
+
+
+def test_a_folder_with_weights_and_a_processor(dinov2: tuple[Any, str], tmp_path: Path) -> None:
+    original, name = dinov2
+    x = torch.randn(2, 3, 42, 42)
+    dense = zoo.create_model(name, pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(dense(x), original(x).pooler_output)
+    assert data_config(dense) == {
+        "input_size": (3, 42, 42),
+        "mean": (0.4, 0.4, 0.4),
+        "std": (0.2, 0.2, 0.2),
+        "interpolation": "bicubic",
+        "crop_pct": 42 / 48,
+        "crop_mode": "center",
+    }
+    model = zoo.create_model(name, "tome", R1, pretrained=True).eval()
+    save_pretrained(model, tmp_path / "m")
+    again = zoo.load(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    assert again.recipe == model.recipe and data_config(again) == data_config(model)
+    assert again.recipe["backbone"]["library"] == "transformers"
+    other = zoo.create_model(name, pretrained=True, img_size=70).eval()
+    with torch.no_grad():
+        large = torch.randn(1, 3, 70, 70)
+        assert torch.equal(other(large), original(large).pooler_output)
+
+
+def test_a_classifier_of_hugging_face_keeps_its_names(hub: list[str], tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    words = {0: "cat", 1: "dog", 2: "cow"}
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=8,
+        id2label=words,
+        label2id={v: k for k, v in words.items()},
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    name, x = f"hf:{tmp_path / 'vit'}", torch.randn(2, 3, 32, 32)
+    model = zoo.create_model(name, "tome", R1, pretrained=True).eval()
+    assert model(x).shape == (2, 3)
+    save_pretrained(model, tmp_path / "m")
+    again = zoo.load(tmp_path / "m")
+    assert again.pretrained_cfg["zoo_data"]["class_names"] == ["cat", "dog", "cow"]
+    assert torch.equal(again(x), model(x))
+    new = zoo.create_model(name, "tome", R1, pretrained=True, num_classes=5, img_size=48).eval()
+    assert new(torch.randn(1, 3, 48, 48)).shape == (1, 5)
+    assert "zoo_data" not in new.pretrained_cfg
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"depth": 3}, "a dinov2 of Hugging Face has no argument 'depth'"),
+        ({"num_classes": 3}, "answers with features and has no classifier"),
+    ],
+)
+def test_odd_arguments_of_hugging_face(
+    dinov2: tuple[Any, str], args: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ZooError, match=message):
+        zoo.create_model(dinov2[1], "tome", R1, **args)
+
+
+def test_weights_that_are_nowhere_are_one_line(hub: list[str]) -> None:
+    with pytest.raises(ZooError, match=r"not in the local cache, and the hub .*\(Name or service"):
+        zoo.create_model("hf:facebook/dinov2-small", "tome", pretrained=True)
+    assert len(hub) == 1

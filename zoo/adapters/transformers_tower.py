@@ -29,6 +29,8 @@ from zoo.errors import UnsupportedModel, ZooError
 KERNELS = ("sdpa", "eager")
 #: Said in every configuration, and nothing about the model.
 _PASSING = ("_name_or_path", "transformers_version", "architectures", "auto_map", "dtype")
+#: What the classes are called, which is said with the preprocessing; their number is what counts.
+_LABELS = ("id2label", "label2id")
 
 
 class HfTower(Tower):
@@ -304,8 +306,11 @@ class HfTower(Tower):
 
     def settings(self, m: Any) -> dict[str, Any]:
         """See `Tower`."""
-        config = {k: v for k, v in m.config.to_diff_dict().items() if k not in _PASSING}
+        left_out = (*_PASSING, *_LABELS)
+        config = {k: v for k, v in m.config.to_diff_dict().items() if k not in left_out}
         config["model_type"] = m.config.model_type
+        if self.classifier(m) is not None:
+            config["num_labels"] = int(m.config.num_labels)
         return {"class": type(m).__name__, "config": config}
 
 

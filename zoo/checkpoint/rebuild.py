@@ -13,7 +13,9 @@ from zoo.checkpoint.positions import Grid, own_grid
 from zoo.libraries.build import rebuild
 
 # Switches of how to run, not of what is computed.
-_RUNTIME = frozenset({"training", "grad_checkpointing", "fused_attn", "inplace", "export"})
+_RUNTIME = frozenset(
+    {"training", "grad_checkpointing", "fused_attn", "inplace", "export", "name_or_path"}
+)
 
 
 def tuples(value: Any) -> Any:

@@ -3,16 +3,20 @@
 Where a configuration comes from, in this order: a folder of that name, the local cache of the hub,
 the table of well-known models in `assets/hf_configs.json`, the hub. So nothing is asked of the hub
 that is known already, and it is asked once: without a network that is an answer within seconds.
+
+A model that takes images of any size is built for those that its image processor makes, as DINOv2
+for 224 pixels, where the table of positions in the release is one for 518. `img_size` says another.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import constants, get_session, hf_hub_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -38,6 +42,8 @@ CLASSES = {
     "ijepa": "IJepaModel",
     "beit": "BeitModel",
 }
+#: Kinds that bring their positions to the size of the images by themselves.
+ANY_SIZE = ("dinov2", "dinov2_with_registers")
 #: Classes that a repository, or a recipe, may name besides.
 HEADS = frozenset(
     {
@@ -56,6 +62,7 @@ HEADS = frozenset(
     }
 )
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_IMAGENETS = (1000, 11821, 12000, 21841, 21843)  # numbers of classes of its editions
 # Said in every configuration, and nothing about the model.
 _PASSING = ("_name_or_path", "transformers_version", "architectures", "auto_map", "torch_dtype")
 
@@ -63,10 +70,23 @@ _PASSING = ("_name_or_path", "transformers_version", "architectures", "auto_map"
 def create(name: str, pretrained: bool, args: dict[str, Any]) -> Built:
     """See `zoo.libraries.build`, as for the other."""
     config, cls, data = _known(name)
-    config = _changed(config, args, name)
+    labels = _labels(config)
+    # A new classifier is put in place of the old one when the rest is there.
+    changes = {k: v for k, v in args.items() if k != "num_classes"}
+    if "num_classes" in args:
+        labels = {}
+    made = data.pop("size", None)
+    if made is not None and config.model_type in ANY_SIZE:
+        changes.setdefault("img_size", made)
+    size = changes.pop("img_size", None) if pretrained else None
+    config = _changed(config, changes, name)
+    called = Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
     if not pretrained:
-        return Built(_built(cls, config), name, None, data)
-    return Built(_loaded(name, cls, config), name, "main", data)
+        return Built(_built(cls, config), called, None, {**data, **labels})
+    model = _loaded(name, cls, config)
+    if size is not None:
+        _resize(model, size, name)
+    return Built(model, called, "main", {**data, **labels})
 
 
 def rebuild(name: str, args: dict[str, Any]) -> Built:
@@ -80,7 +100,7 @@ def rebuild(name: str, args: dict[str, Any]) -> Built:
     return Built(_built(cls, _changed(_config(config, name), changes, name)), name, None, {})
 
 
-def _known(name: str) -> tuple[PretrainedConfig, str, Mapping[str, Any]]:
+def _known(name: str) -> tuple[PretrainedConfig, str, dict[str, Any]]:
     """Configuration, class and preprocessing behind a name.
 
     Raises:
@@ -141,10 +161,12 @@ def _first_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def _found(name: str, folder: Path) -> tuple[PretrainedConfig, str, Mapping[str, Any]]:
+def _found(name: str, folder: Path) -> tuple[PretrainedConfig, str, dict[str, Any]]:
     """The same of a folder with a `config.json`."""
     values = _json(folder / "config.json")
     config = _config(values, name)
+    if config.model_type == "vit_mae":
+        config.mask_ratio = 0.0  # of its training alone
     named = [a for a in values.get("architectures") or [] if a in HEADS or a in CLASSES.values()]
     return config, named[0] if named else CLASSES[config.model_type], _processor(folder)
 
@@ -237,7 +259,51 @@ def _loaded(name: str, cls: str, config: PretrainedConfig) -> nn.Module:
         ) from error
 
 
-def _processor(folder: Path) -> Mapping[str, Any]:
+def _labels(config: PretrainedConfig) -> dict[str, Any]:
+    """What the classes are called, as a saved model says it; empty where that is not known.
+
+    Those of ImageNet have long names here, and folders go by the short ones of WordNet, which are
+    known for as many classes.
+    """
+    names = getattr(config, "id2label", None) or {}
+    if len(names) in _IMAGENETS or all(str(n) == f"LABEL_{i}" for i, n in names.items()):
+        return {}
+    return {"zoo_data": {"class_names": [str(names[i]) for i in sorted(names)]}}
+
+
+def _resize(model: Any, size: int | Sequence[int], name: str) -> None:
+    """Bring the positions of a model to images of another size, as the model itself would.
+
+    Raises:
+        ZooError: Its positions are no table that it resamples.
+    """
+    part = find_tower(model)
+    inner = part.inner(model) if hasattr(part, "inner") else model
+    embed = getattr(inner, "embeddings", None)
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    sides = model.config.image_size
+    if (height, width) == ((sides, sides) if isinstance(sides, int) else tuple(sides)):
+        return
+    table = getattr(embed, "position_embeddings", None)
+    if not isinstance(table, nn.Parameter) or not hasattr(embed, "interpolate_pos_encoding"):
+        raise ZooError(
+            f"img_size cannot be changed in the weights of {name}, whose positions are no table "
+            "that is resampled; leave it out"
+        )
+    patch = model.config.patch_size
+    prefix = table.shape[1] - (sides // patch) ** 2
+    tokens = table.new_zeros(1, prefix + (height // patch) * (width // patch), table.shape[2])
+    with torch.no_grad():
+        embed.position_embeddings = nn.Parameter(
+            embed.interpolate_pos_encoding(tokens, height, width).clone()
+        )
+    patches = embed.patch_embeddings
+    embed.image_size = patches.image_size = (height, width)
+    patches.num_patches = (height // patch) * (width // patch)
+    model.config.image_size = height if height == width else [height, width]
+
+
+def _processor(folder: Path) -> dict[str, Any]:
     """Preprocessing as an image processor has it, by timm's names; empty where there is none.
 
     Raises:
@@ -265,6 +331,7 @@ def _processor(folder: Path) -> Mapping[str, Any]:
         "interpolation": _INTERPOLATION.get(values.get("resample", 2), "bilinear"),
         "crop_pct": min(1.0, share),
         "crop_mode": "center" if cropped or short else "squash",
+        "size": cropped if isinstance(cropped, int) else None,
     }
 
 
