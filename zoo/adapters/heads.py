@@ -61,7 +61,8 @@ def head(m: Any, t: Tokens, pre_logits: bool = False) -> Tensor:
         pre_logits: Stop before the classifier.
     """
     if (t.unit and t.mask is None) or not weighs(m):
-        return m.forward_head(t.x, pre_logits=pre_logits)
+        # Of the class: in the instance there may be one that leads here.
+        return type(m).forward_head(m, t.x, pre_logits=pre_logits)
     kind = m.global_pool
     map_pool = getattr(m, "attn_pool", None)
     first = first_pooled(m, t.prefix)

@@ -49,6 +49,8 @@ class OpenClipTimm(Tower):
     checkpointing = _of_trunk("checkpointing")
     set_checkpointing = _of_trunk("set_checkpointing")
     weighs = _of_trunk("weighs")
+    class_embedding = _of_trunk("class_embedding")
+    places_prefix = _of_trunk("places_prefix")
 
     def check(self, m: Any) -> None:
         """See `Tower`."""
@@ -89,6 +91,11 @@ class OpenClipTimm(Tower):
             "image_size": list(self.input_size(m)[1:]),
         }
         return {"embed_dim": self.features(m), "quick_gelu": False, "vision_cfg": vision}
+
+    def after_blocks(self, m: Any) -> tuple[str, ...]:
+        """See `Tower`."""
+        inner = tower_of(m.trunk).after_blocks(m.trunk)
+        return ("head.", *(f"trunk.{name}" for name in inner))
 
     def head_macs(self, m: Any, tokens: int) -> tuple[int, int]:
         """See `Tower`."""

@@ -172,6 +172,18 @@ class OpenClipViT(Tower):
                 linear, attention, rows = linear + more[0], attention + more[1], 1
         return linear + (0 if m.proj is None else m.proj.numel() * rows), attention
 
+    def class_embedding(self, m: Any) -> Tensor | None:
+        """See `Tower`."""
+        return m.class_embedding  # type: ignore[no-any-return]
+
+    def places_prefix(self, m: Any) -> bool:
+        """See `Tower`."""
+        return True
+
+    def after_blocks(self, m: Any) -> tuple[str, ...]:
+        """See `Tower`."""
+        return ("ln_post.", "proj", "attn_pool")
+
     def checkpointing(self, m: Any) -> bool:
         """See `Tower`."""
         return bool(m.transformer.grad_checkpointing)

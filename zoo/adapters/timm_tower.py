@@ -114,6 +114,19 @@ class TimmTower(Tower):
         """See `Tower`."""
         return int(m.num_features)
 
+    def class_embedding(self, m: Any) -> Tensor | None:
+        """See `Tower`."""
+        return getattr(m, "cls_token", None)
+
+    def places_prefix(self, m: Any) -> bool:
+        """See `Tower`."""
+        table, (rows, columns) = getattr(m, "pos_embed", None), self.grid(m)
+        return table is not None and table.shape[1] > rows * columns
+
+    def after_blocks(self, m: Any) -> tuple[str, ...]:
+        """See `Tower`."""
+        return ("norm.", "fc_norm.", "head.", "head_dist.", "attn_pool.")
+
     def set_checkpointing(self, m: Any, enable: bool) -> None:
         """See `Tower`."""
         m.set_grad_checkpointing(enable)
@@ -132,7 +145,7 @@ class TimmTower(Tower):
 
     def classify(self, m: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
         """See `Tower`."""
-        return m.forward_head(x, pre_logits=pre_logits)  # type: ignore[no-any-return]
+        return type(m).forward_head(m, x, pre_logits=pre_logits)  # type: ignore[no-any-return]
 
 
 def channels(m: Any) -> int:

@@ -167,6 +167,18 @@ class TorchvisionViT(Tower):
             ],
         }
 
+    def class_embedding(self, m: Any) -> Tensor | None:
+        """See `Tower`."""
+        return m.class_token  # type: ignore[no-any-return]
+
+    def places_prefix(self, m: Any) -> bool:
+        """See `Tower`."""
+        return True
+
+    def after_blocks(self, m: Any) -> tuple[str, ...]:
+        """See `Tower`."""
+        return ("encoder.ln.", "heads.")
+
     def undecayed(self, m: Any) -> set[str]:
         """See `Tower`."""
         return {"class_token", "encoder.pos_embedding"}

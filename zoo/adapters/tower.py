@@ -115,6 +115,10 @@ class Tower:
         """What the model itself makes of images, as `leave` answers."""
         return m(images)  # type: ignore[no-any-return]
 
+    def as_timm(self, m: Any) -> Any:
+        """The model, or what has timm's names for its norm and its head, for those who answer."""
+        return m
+
     def norm(self, m: Any, x: Tensor) -> Tensor:
         """The norm behind the last block."""
         raise NotImplementedError
@@ -170,6 +174,18 @@ class Tower:
     def checkpointing(self, m: Any) -> bool:
         """Whether blocks run again in the backward pass."""
         return bool(getattr(m, "grad_checkpointing", False))
+
+    def class_embedding(self, m: Any) -> Tensor | None:
+        """What the class token starts as, broadcastable to `(1, 1, C)`; None where nobody knows."""
+        return None
+
+    def places_prefix(self, m: Any) -> bool:
+        """Whether prefix tokens have a position embedding of their own."""
+        return False
+
+    def after_blocks(self, m: Any) -> tuple[str, ...]:
+        """Starts of the names of parameters behind the last block: its norm, pooling, heads."""
+        return ()
 
     def set_checkpointing(self, m: Any, enable: bool) -> None:
         """Switch that."""

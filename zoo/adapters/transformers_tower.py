@@ -183,6 +183,10 @@ class HfTower(Tower):
         first = next(self.stem(m).parameters())
         return images.to(first.dtype)
 
+    def as_timm(self, m: Any) -> Any:
+        """See `Tower`."""
+        return _AsTimm(self, m)
+
     def norm(self, m: Any, x: Tensor) -> Tensor:
         """See `Tower`."""
         return attrgetter(self.last_norm)(self.inner(m))(x)  # type: ignore[no-any-return]
@@ -287,6 +291,12 @@ class HfTower(Tower):
         """See `Tower`."""
         (m.gradient_checkpointing_enable if enable else m.gradient_checkpointing_disable)()
 
+    def after_blocks(self, m: Any) -> tuple[str, ...]:
+        """See `Tower`."""
+        part = f"{self.part}." if self.part else ""
+        heads = [name for name, module in m.named_modules() if module in self.heads(m)]
+        return (f"{part}{self.last_norm}.", *(f"{name}." for name in heads))
+
     def undecayed(self, m: Any) -> set[str]:
         """See `Tower`."""
         words = ("position_embedding", "_token", "class_embedding", "probe")
@@ -312,6 +322,21 @@ class HfTower(Tower):
         if self.classifier(m) is not None:
             config["num_labels"] = int(m.config.num_labels)
         return {"class": type(m).__name__, "config": config}
+
+
+class _AsTimm:
+    """Norm and head of a model by timm's names."""
+
+    def __init__(self, tower: HfTower, m: Any) -> None:
+        self._tower, self._m = tower, m
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The norm behind the last block."""
+        return self._tower.norm(self._m, x)
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Pool and classify tokens of size one."""
+        return self._tower.classify(self._m, x)
 
 
 def mean(t: Tokens, first: int = 0) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo.errors import ZooError
 from zoo.measure.device import like_weights
 from zoo.model.answers import check_finite
+from zoo.model.attached import as_tensors
 
 if TYPE_CHECKING:
     from zoo.model.stream import Info
@@ -45,7 +46,7 @@ def top_k(
         ZooError: An image has no label, or one that is no output of the model.
     """
     top1 = top5 = total = 0
-    model.eval()
+    model = as_tensors(model.eval())
     for images, labels in batches:
         if limit is not None:
             images, labels = images[: limit - total], labels[: limit - total]

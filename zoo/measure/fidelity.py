@@ -18,6 +18,7 @@ from zoo.adapters.tower import find_tower
 from zoo.errors import ZooError
 from zoo.measure.device import like_weights
 from zoo.model.answers import check_finite
+from zoo.model.attached import as_tensors
 
 
 @torch.inference_mode()
@@ -52,7 +53,7 @@ def compare_answers(
         ZooError: There are no images, or a model answers with more than one vector per image.
     """
     device = torch.device(device)
-    model, dense = model.to(device).eval(), dense.to(device).eval()
+    model, dense = (as_tensors(m.to(device).eval()) for m in (model, dense))
     headless = getattr(model, "num_classes", None) == 0
     same = total = angles = 0
     divergence = cosine = 0.0

@@ -13,7 +13,7 @@ from zoo.adapters.attention import parts_of
 from zoo.adapters.blocks import block_adapter
 from zoo.adapters.standalone import Standalone, as_standalone, check_alone
 from zoo.adapters.tower import Tower, check_backbone, tower_of
-from zoo.errors import ZooError
+from zoo.errors import UnsupportedModel, ZooError
 from zoo.plugins.base import Plugin
 
 
@@ -105,6 +105,12 @@ def check_parts(
             itself and parts were asked for.
     """
     check_backbone(backbone)
+    tower = tower_of(backbone)
+    if plugins and not tower.tensors:
+        raise UnsupportedModel(
+            f"plugin {plugins[0].name!r} knows models of timm alone, and this is a "
+            f"{tower.title}; timm has the same architecture: zoo.list_models()"
+        )
     asked = {f"reducer {getattr(reducer, 'name', '')!r}": reducer is not None}
     asked |= {f"plugin {p.name!r}": True for p in plugins}
     check_alone(backbone, asked)

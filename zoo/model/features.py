@@ -48,6 +48,11 @@ def features(model: ReducedViT, out: Outflow) -> Tensor:
     return x
 
 
+def carried(x: Tensor) -> bool:
+    """Whether a tensor is one of features that knows what its tokens are."""
+    return getattr(x, _NAME, None) is not None
+
+
 def classify(
     model: ReducedViT, x: Tensor, pre_logits: bool = False, sizes: Tensor | None = None
 ) -> Tensor:

@@ -79,7 +79,8 @@ class ReducedHfModel(ReducedViT):
                 )
         self._check(images, options)
         wanted = _flag(options, config, "output_hidden_states")
-        whole = return_info or self.training or wanted or not tower.part  # type: ignore[attr-defined]
+        training = self.training or m.training
+        whole = return_info or training or wanted or not tower.part  # type: ignore[attr-defined]
         with self._linear():
             out = flow(
                 self,
@@ -123,6 +124,16 @@ class ReducedHfModel(ReducedViT):
         """The same model, parts and weights shared, with images in and logits or features out."""
         other = copy.copy(self)
         other.__class__ = ReducedViT  # type: ignore[assignment]  # the other way round is fine
+        return other
+
+    def around(self, inner: Any) -> ReducedHfModel:
+        """The same reduction around a part of the backbone that is a tower itself.
+
+        Args:
+            inner: That part.
+        """
+        other = copy.copy(self)
+        other._modules = {**self._modules, "backbone": inner}
         return other
 
     def verify(self, images: Tensor, tolerance: float = 0.0) -> float:

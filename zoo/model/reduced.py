@@ -180,7 +180,8 @@ class ReducedViT(TimmContract):
         with self._linear():
             if alone or (not return_info and self._untouched()):
                 return self.tower.whole(self.backbone, images)
-            whole = return_info or self.training
+            # In place of its backbone a wrapper has no flag of its own that anybody sets.
+            whole = return_info or self.training or self.backbone.training
             out = flow(
                 self,
                 images,

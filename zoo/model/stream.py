@@ -209,5 +209,6 @@ def own_answer(model: ReducedViT, t: Tokens, memories: Sequence[Any]) -> Tensor 
         if logits is not None:
             return logits  # type: ignore[no-any-return]
     if isinstance(model.reducer, OwnAnswer):
-        return model.reducer.logits(model.backbone, t)
+        backbone = model.tower.as_timm(model.backbone)
+        return model.reducer.logits(backbone, t)
     return None
