@@ -247,3 +247,22 @@ def test_what_is_refused_says_why() -> None:
         zoo.wrap(odd, "tome")
     with pytest.raises(ZooError, match="has no classifier"):
         zoo.wrap(tiny(), "tome").reset_classifier(10)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "text apart", "timm"])
+def test_a_whole_model_is_reduced_in_place(kind: str) -> None:
+    model = clip(kind)
+    x, text = pictures(model.visual), torch.randint(1, 50, (3, 8))
+    names = list(model.state_dict())
+    with torch.no_grad():
+        before = model(x, text)
+        wrapped = zoo.wrap(copy.deepcopy(model.visual), "tome", R2).eval()
+        assert zoo.attach(model, "tome", R2) is model
+        assert torch.equal(model.encode_image(x), wrapped(x))
+        assert torch.equal(model(x, text)[1], before[1])
+        maps = model.forward_intermediates(x, image_indices=[1])["image_intermediates"]
+        expected = wrapped.forward_intermediates(x, indices=[1])["image_intermediates"]
+        assert torch.equal(maps[0], expected[0])
+        assert list(model.state_dict()) == names
+        zoo.detach(model)
+        assert torch.equal(model(x, text)[0], before[0])

@@ -213,3 +213,33 @@ def test_what_is_refused_says_why(images: torch.Tensor) -> None:
 
     with pytest.raises(UnsupportedModel, match="none of the models of|not supported"):
         zoo.wrap(Other(32, 8, 1, 2, 32, 48), "tome")
+
+
+@pytest.mark.parametrize("plugin", ["cla", "clc", "clca", "tocom"])
+def test_plugins_act_around_its_blocks(plugin: str, images: torch.Tensor) -> None:
+    schedule = {"name": "constant_r", "r": 2}
+    model = zoo.wrap(tiny(), "tome", schedule, [plugin])
+    with torch.no_grad():
+        assert model.eval()(images).shape == (3, 7)
+    assert zoo.profile(model).gmacs == pytest.approx(torch_gmacs(model, images[:1]), rel=1e-6)
+    names = dict(model.named_parameters())
+    model.train()(images).square().sum().backward()
+    idle = {name for name, p in names.items() if p.grad is None}
+    assert idle <= model.unused_parameters() <= set(names)
+    if plugin == "cla":
+        assert {"backbone.encoder.ln.weight", "backbone.heads.head.weight"} <= idle
+
+
+@pytest.mark.parametrize("plugin", ["clc", "tocom"])
+def test_plugins_with_an_image_tower_of_open_clip(plugin: str) -> None:
+    pytest.importorskip("open_clip")
+    from open_clip.transformer import VisionTransformer as Tower
+
+    tower = Tower(32, 8, 32, 4, 2, 2.0, output_dim=16)
+    model = zoo.wrap(tower, "tome", {"name": "constant_r", "r": 2}, [plugin]).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert model(x).shape == (2, 16)
+    assert zoo.profile(model).gmacs == pytest.approx(torch_gmacs(model, x[:1]), rel=1e-6)
+    with pytest.raises(ZooError, match="has no classes"):
+        zoo.wrap(tower, "tome", None, ["cla"])

@@ -112,7 +112,7 @@ def why_unsupported(m: nn.Module, inner: str | None = None) -> str:
     if inner is not None:
         return (
             f"{shown} is not supported, but its part {inner!r} is: wrap that, in its place: "
-            f"model.{inner} = zoo.wrap(model.{inner}, ...)"
+            f"model.{inner} = zoo.wrap(model.{inner}, ...), or zoo.attach(model, ...)"
         )
     if "ReducedViT" in {c.__name__ for child in m.children() for c in type(child).__mro__}:
         return f"{shown} holds a tower that is wrapped already; call it as it is"

@@ -18,13 +18,16 @@ from zoo.model.reduced import ReducedViT
 
 #: Where a model keeps its attachment, and where the parts of a method that learn are.
 ATTACHED, REDUCER = "zoo_attached", "zoo_reducer"
-#: What is replaced in a model of timm besides `forward`.
-_OF_TIMM = (
-    "forward_features",
-    "forward_head",
-    "forward_intermediates",
-    "get_intermediate_layers",
-)
+#: What is replaced in a model besides `forward`, by its library.
+_ALSO = {
+    "timm": (
+        "forward_features",
+        "forward_head",
+        "forward_intermediates",
+        "get_intermediate_layers",
+    ),
+    "open_clip": ("forward_intermediates",),
+}
 
 
 class Attachment:
@@ -59,7 +62,7 @@ class Attachment:
         return type(backbone).forward_head(backbone, x, pre_logits=pre_logits)  # type: ignore[no-any-return]
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """timm's, on the full patch grid."""
+        """timm's or open_clip's, on the full patch grid."""
         return self.model.forward_intermediates(*args, **kwargs)
 
     def get_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,10 +91,9 @@ def place(m: Any, model: ReducedViT) -> None:
     made = Attachment(model)
     setattr(m, ATTACHED, made)
     m.forward = made
-    if model.tower.library == "timm":
-        for name in _OF_TIMM:
-            if hasattr(m, name):
-                setattr(m, name, getattr(made, name))
+    for name in _ALSO.get(model.tower.library, ()):
+        if hasattr(m, name):
+            setattr(m, name, getattr(made, name))
 
 
 def take_away(m: nn.Module) -> None:
