@@ -140,7 +140,7 @@ def _timm_parts(attn: Any) -> Parts:
     proj, norm, after = m["proj"], m.get("norm"), m["proj_drop"]
     return Parts(
         attn.num_heads,
-        attn.head_dim,
+        attn.__dict__.get("head_dim") or proj.in_features // attn.num_heads,
         proj.out_features,
         attn.scale,
         drop.p,
@@ -303,7 +303,7 @@ def attend(
         x: Its input `(B, N, C)`, already normalised.
         prefix: Leading tokens that are not rotated.
         rope: Rotary table of the other tokens, broadcastable to `(B, H, N - prefix, 2d)`.
-        bias: Added to the attention logits, `(B, 1, 1, N)`.
+        bias: Added to the attention logits, `(B, 1, 1, N)` or `(B, H, N, N)`.
         policy: Keep mask `(B, N)` for the masked softmax.
         need: Names of the signals to fill.
         class_tokens: Leading tokens that together act as the class token.
@@ -333,6 +333,8 @@ def attend(
     else:
         q, k, v = project_rows(attn, x, rows)
         gate = None if gate is None else gate[:, :rows]
+    if rows is not None and bias is not None and bias.shape[2] > 1:
+        bias = bias[:, :, :rows]
     signals = Signals(
         k=k if "k" in need else None,
         v=v if "v" in need else None,

@@ -20,6 +20,20 @@ Pool = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 _POOLS: dict[object, Pool] = {}
+_HEADS: set[object] = set()
+
+
+def register_head(cls: type[Any]) -> None:
+    """Support a class whose `forward_head` is timm's usual one.
+
+    That is: a pool by `global_pool`, `fc_norm`, `head_drop`, `head`.
+    """
+    _HEADS.add(cls.forward_head)  # type: ignore[attr-defined]
+
+
+def usual_head(m: Any) -> bool:
+    """Whether a model's `forward_head` was registered as a usual one."""
+    return getattr(type(m), "forward_head", None) in _HEADS
 
 
 def register_pool(cls: type[Any], pool: Pool) -> None:
@@ -48,8 +62,7 @@ def mean_weight(size: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor
 
 def weighs(m: Any) -> bool:
     """Whether `head` counts a token once for every patch in it; others read prefix tokens alone."""
-    known = VisionTransformer.forward_head, Eva.forward_head
-    return m.global_pool not in ("token", "") and type(m).forward_head in known
+    return m.global_pool not in ("token", "") and usual_head(m)
 
 
 def head(m: Any, t: Tokens, pre_logits: bool = False) -> Tensor:
@@ -123,3 +136,7 @@ def head_macs(m: Any, tokens: int) -> tuple[int, int]:
 
 def _has(module: Any, name: str) -> bool:
     return isinstance(getattr(module, name, None), nn.Module)
+
+
+register_head(VisionTransformer)
+register_head(Eva)

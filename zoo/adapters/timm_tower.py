@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from reduction.tokens import Tokens
 from zoo.adapters.attention import through
-from zoo.adapters.heads import head, head_macs, weighs
+from zoo.adapters.heads import head, head_macs, usual_head, weighs
 from zoo.adapters.tower import STANDALONE, Tower, register_tower
 from zoo.errors import ZooError
 
@@ -73,7 +71,8 @@ class TimmTower(Tower):
 
     def pre_norm(self, m: Any, x: Tensor) -> Tensor:
         """See `Tower`."""
-        return through(m.norm_pre, x)
+        norm = m._modules.get("norm_pre")
+        return x if norm is None else through(norm, x)
 
     def norm(self, m: Any, x: Tensor) -> Tensor:
         """See `Tower`."""
@@ -81,8 +80,8 @@ class TimmTower(Tower):
 
     def why_all_tokens(self, m: Any) -> str:
         """See `Tower`."""
-        heads = [cls.forward_head for cls in (VisionTransformer, VisionTransformerDistilled, Eva)]
-        known = getattr(type(m), "forward_head", None) in heads
+        distilled = VisionTransformerDistilled.forward_head
+        known = usual_head(m) or getattr(type(m), "forward_head", None) is distilled
         if not (known and self.class_tokens(m) and getattr(m, "global_pool", "") == "token"):
             what = "averages over patches" if self.reads(m) == "patches" else "is not a plain one"
             return f"the classifier does not read the class token alone (it {what})"

@@ -6,7 +6,8 @@ they run themselves. Towers hold nothing: the backbone is an argument of every m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ from zoo.adapters.standalone import as_standalone
 from zoo.errors import UnsupportedModel, ZooError
 
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class Embedded(NamedTuple):
     """What a backbone hands to its first block.
 
@@ -28,11 +32,14 @@ class Embedded(NamedTuple):
         rope: Rotary table `(N, 2d)`, `(H, N, 2d)` or batched `(B, 1, N, 2d)`; with a leading
             depth when `mixed`; None without rotary embedding.
         mixed: Whether every block has its own table.
+        more: What else the backbone hands to the `forward` of every block, by its name there: a
+            bias that the blocks share, for one.
     """
 
     x: Any
     rope: Tensor | None
     mixed: bool
+    more: Mapping[str, Any] = _NOTHING
 
 
 class Tower:
@@ -107,6 +114,25 @@ class Tower:
         """Patch and position embedding, prefix tokens included."""
         raise NotImplementedError
 
+    def biased(self, m: Any) -> bool:
+        """Whether `bias` has an answer."""
+        return False
+
+    def bias(self, m: Any, embedded: Embedded, block: int, t: Tokens, changed: bool) -> Any:
+        """What the attention of a block adds to its logits because of where tokens are.
+
+        Args:
+            m: The backbone.
+            embedded: From `embed`.
+            block: Index of the block.
+            t: Its tokens now.
+            changed: Whether tokens are no longer in their first places.
+
+        Returns:
+            `(1 or B, H, P+N, P+N)`, see `zoo.adapters.bias`; None for nothing.
+        """
+        return None
+
     def pre_norm(self, m: Any, x: Tensor) -> Tensor:
         """The norm before the first block, where there is one."""
         return x
@@ -145,6 +171,10 @@ class Tower:
     def stem_of_layers(self, m: Any) -> bool:
         """Whether the stem has several layers, with maps of different sizes."""
         return False
+
+    def position_macs(self, m: Any) -> int:
+        """Multiply-accumulates of layers that make position biases, and see no image."""
+        return 0
 
     def head_macs(self, m: Any, tokens: int) -> tuple[int, int]:
         """Linear and attention multiply-accumulates of pooling and classifier.

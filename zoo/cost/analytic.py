@@ -29,14 +29,16 @@ from zoo.model.plan import Plan, dense_plan, make_plan
 
 
 def patch_embed_macs(backbone: Any, grid: tuple[int, int]) -> int:
-    """Multiply-accumulates of the patch embedding for a grid `(rows, columns)` of patches."""
+    """Multiply-accumulates of the embedding for a grid `(rows, columns)` of patches."""
     tower = tower_of(backbone)
     embed = tower.stem(backbone)
     rows, columns = grid
+    positions = tower.position_macs(backbone)
     if tower.stem_of_layers(backbone):
-        return _stem_macs(backbone, grid)
+        return _stem_macs(backbone, grid) + positions
     convs = [m for m in embed.modules() if isinstance(m, nn.Conv2d)]
-    return (sum(c.weight.numel() for c in convs) + linear_weights(embed)) * rows * columns
+    weights = sum(c.weight.numel() for c in convs) + linear_weights(embed)
+    return weights * rows * columns + positions
 
 
 def _stem_macs(backbone: Any, grid: tuple[int, int]) -> int:

@@ -47,9 +47,9 @@ class Whole(NamedTuple):
 
     def attention(self, t: Tokens, stage: Stage) -> tuple[Tokens, Signals]:
         """All of the block. Nothing is seen inside."""
-        extra: dict[str, Any] = {}
+        embedded = stage.frame.embedded
+        extra: dict[str, Any] = dict(embedded.more)
         if self.adapter.rope:
-            embedded = stage.frame.embedded
             extra["rope"] = rope_for(embedded, stage.block, t, stage.positions_changed)
         bias = attention_bias(_sizes(t, stage), t.mask, t.x.dtype)
         if bias is not None:
@@ -92,8 +92,8 @@ class Halves(NamedTuple):
         own = None
         if inside and isinstance(reducer, OwnAttention):
             own = _bound(reducer, all_, step)
-        bias = attention_bias(_sizes(all_, stage, t.unit), all_.mask, t.x.dtype)
         changed = stage.positions_changed or extra is not None
+        bias = _bias(all_, stage, changed, t.unit)
         shift = _shift(frame.plugins, stage.block, frame.schedule) if frame.plugins else None
         weights: list[Tensor] = []
         listen = partial(
@@ -155,12 +155,21 @@ class Halves(NamedTuple):
                 q, k, v = (without_keys if values_only else projection(attn))(attn, x)
             rope = None if values_only else rope_for(frame.embedded, stage.block, t, True)
             q, k, v = ready(attn, q, k, v, t.prefix, rope)
-            bias = attention_bias(_sizes(t, stage), t.mask, t.x.dtype)
+            bias = _bias(t, stage, True)
             parts = parts_of(attn)
             dropout = parts.dropout if attn.training else 0.0
             return AttentionInput(q, k, v, parts.scale, bias, dropout, parts.fused, frozenset())
 
         return {"project": without_values, "again": again}
+
+
+def _bias(t: Tokens, stage: Stage, changed: bool, unit: bool | None = None) -> Tensor | None:
+    """All that is added to the logits: for sizes, for padding, and for where tokens are."""
+    bias = attention_bias(_sizes(t, stage, unit), t.mask, t.x.dtype)
+    own = None if stage.frame.bias is None else stage.frame.bias(stage.block, t, changed)
+    if own is None or bias is None:
+        return bias if own is None else own
+    return own + bias
 
 
 def _sizes(t: Tokens, stage: Stage, unit: bool | None = None) -> Tensor | None:

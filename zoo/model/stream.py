@@ -161,7 +161,7 @@ def _enter(
             "return_info, or in evaluation mode"
         )
     changes = reducer is not None or len(model.plugins) > 0
-    follow = changes and embedded.rope is not None
+    follow = changes and (embedded.rope is not None or tower.biased(model.backbone))
     follow = follow or (reducer is not None and "origin" in reducer.needs)
     t = Tokens.start(embedded.x, model.prefix, track=track or follow)
     t = t._replace(source=t.source if track else None, grid=grid if full else None)
@@ -184,7 +184,9 @@ def _enter(
 def _frame(model: ReducedViT, embedded: Embedded, watch: Watch | None) -> Frame:
     classes = max(1, model.tower.class_tokens(model.backbone))
     own, plugins = model.runtime.own_kernels, list(model.plugins)
-    return Frame(model.reducer, plugins, model.schedule, own, embedded, classes, watch)
+    m, tower = model.backbone, model.tower
+    bias = partial(tower.bias, m, embedded) if tower.biased(m) else None
+    return Frame(model.reducer, plugins, model.schedule, own, embedded, classes, watch, bias)
 
 
 def leave(model: ReducedViT, out: Outflow) -> Tensor:
