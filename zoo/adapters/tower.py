@@ -20,7 +20,6 @@ from zoo.adapters.foreign import why_no_model, why_shell, why_unsupported
 from zoo.adapters.standalone import as_standalone
 from zoo.errors import UnsupportedModel, ZooError
 
-
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 

@@ -130,8 +130,8 @@ class HfTower(Tower):
         (_, height, width), patch = self.input_size(m), self.patch_size(m)
         return height // patch[0], width // patch[1]
 
-    def grid_of(self, m: Any, images: Tensor) -> tuple[int, int]:
-        """See `Tower`."""
+    def grid_of(self, m: Any, images: Tensor, **options: Any) -> tuple[int, int]:
+        """See `Tower`; options are those of the model's own call."""
         patch = self.patch_size(m)
         return images.shape[-2] // patch[0], images.shape[-1] // patch[1]
 
@@ -172,7 +172,10 @@ class HfTower(Tower):
 
     def whole(self, m: Any, images: Tensor) -> Tensor:
         """See `Tower`."""
-        answer = m(images)
+        return self._vector(m, m(images))
+
+    def _vector(self, m: Any, answer: Any) -> Tensor:
+        """What `leave` would answer, of an output of the model."""
         for name in ("logits", "image_embeds", "pooler_output"):
             if answer.get(name) is not None:
                 return answer[name]  # type: ignore[no-any-return]

@@ -106,7 +106,7 @@ def flow(
         warn_unheard(model)
     reducer, schedule = model.reducer, schedule or model.schedule
     m, tower = model.backbone, model.tower
-    grid = tower.grid_of(m, images)
+    grid = tower.grid_of(m, images, **options)
     embedded = tower.embed(m, images, **options)
     patches = embedded.x.shape[1] - model.prefix
     plans = model.planner.plan(model.anatomy, schedule, grid, patches, last_block)
