@@ -105,8 +105,8 @@ class TorchvisionViT(Tower):
     def settings(self, m: Any) -> dict[str, Any]:
         """See `Tower`."""
         block = m.encoder.layers[0]
-        stem = m.conv_proj if isinstance(m.conv_proj, nn.Sequential) else []
-        convs = [layer[0] for layer in stem if isinstance(layer, nn.Sequential)]
+        stem: Any = m.conv_proj if isinstance(m.conv_proj, nn.Sequential) else ()
+        convs: list[Any] = [layer[0] for layer in stem if isinstance(layer, nn.Sequential)]
         own = [[c.out_channels, c.kernel_size[0], c.stride[0]] for c in convs]
         return {
             "image_size": int(m.image_size),

@@ -23,7 +23,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from zoo.adapters.tower import find_tower
+from zoo.adapters.tower import tower_of
 from zoo.errors import UnknownName, UnsupportedModel, ZooError
 from zoo.libraries.build import Built
 from zoo.libraries.names import hf_configs
@@ -222,16 +222,9 @@ def _changed(config: PretrainedConfig, args: Mapping[str, Any], name: str) -> Pr
 def _built(cls: str, config: PretrainedConfig) -> nn.Module:
     build = getattr(transformers, cls)
     try:
-        return _supported(build(config))
-    except ZooError:
-        raise
+        return build(config)  # type: ignore[no-any-return]
     except Exception as error:
         raise ZooError(f"transformers cannot build a {cls}: {_first_line(error)}") from error
-
-
-def _supported(model: nn.Module) -> nn.Module:
-    find_tower(model)  # loads the adapters; whoever wraps it hears what is missing
-    return model
 
 
 def _loaded(name: str, cls: str, config: PretrainedConfig) -> nn.Module:
@@ -277,9 +270,8 @@ def _resize(model: Any, size: int | Sequence[int], name: str) -> None:
     Raises:
         ZooError: Its positions are no table that it resamples.
     """
-    part = find_tower(model)
-    inner = part.inner(model) if hasattr(part, "inner") else model
-    embed = getattr(inner, "embeddings", None)
+    tower: Any = tower_of(model)
+    embed: Any = getattr(tower.inner(model), "embeddings", None)
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     sides = model.config.image_size
     if (height, width) == ((sides, sides) if isinstance(sides, int) else tuple(sides)):
