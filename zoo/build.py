@@ -154,10 +154,11 @@ def create_model(
     built = create_reducer(reducer)
     sched = create_schedule(published(schedule))
     parts = create_plugins(plugins)
+    linear = linear if fast_linear is None else former(fast_linear)
     library, own_name = split(backbone)
     if library is not None:
         model = create(library, own_name, pretrained, backbone_kwargs)
-        return assemble(model, built, sched, parts, last_block, fast_linear)
+        return assemble(model, built, sched, parts, last_block, linear)
     backbone = own_name
     if not timm.is_model(backbone):
         raise UnknownName("backbone", backbone, timm.list_models())
@@ -177,7 +178,6 @@ def create_model(
     others = bool(_SOURCES & set(overlay) or backbone_kwargs.get("checkpoint_path"))
     if (others or not pretrained) and not next(model.parameters()).is_meta:
         set_tag(model, None)
-    linear = linear if fast_linear is None else former(fast_linear)
     wrapped = assemble(model, built, sched, parts, last_block, linear)
     wrapped.backbone_args = _lasting(backbone, model, backbone_kwargs)
     return wrapped

@@ -41,7 +41,7 @@ def attach(
     tower: str | None = None,
     restore: str | None = None,
     last_block: str = "full",
-    fast_linear: str = "off",
+    linear: str = "plain",
 ) -> M:
     """Reduce the tokens of a model in place.
 
@@ -60,7 +60,7 @@ def attach(
             Whoever counts on one feature per patch needs the latter. None is "none", and refuses a
             surrounding model that may count on them.
         last_block: See `zoo.wrap`.
-        fast_linear: See `zoo.wrap`.
+        linear: See `zoo.wrap`.
 
     Returns:
         The model itself.
@@ -91,9 +91,7 @@ def attach(
             "by hand; attach first, and let others replace it then"
         )
     _check_restore(model, name, target, restore)
-    made = assemble(
-        target, built, create_schedule(published(schedule)), (), last_block, fast_linear
-    )
+    made = assemble(target, built, create_schedule(published(schedule)), (), last_block, linear)
     if not made.tower.tensors:
         as_called(made).restore = restore or "none"
     put(made)
