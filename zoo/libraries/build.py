@@ -101,8 +101,8 @@ def _described(built: Built, library: Library, args: Mapping[str, Any]) -> nn.Mo
     if classes is not None and classes != tower.classes(model):
         if not tower.classes(model) and tower.classifier(model) is None:
             raise ZooError(
-                f"{built.name} of {library.title} answers with features and has no classifier, so it "
-                f"cannot have num_classes={classes}"
+                f"{built.name} of {library.title} answers with features and has no classifier, so "
+                f"it cannot have num_classes={classes}"
             )
         tower.reset_classifier(model, int(classes))
     head = tower.classifier(model)
