@@ -15,8 +15,11 @@ from zoo.version import __version__
 __all__ = [
     "ReducedViT",
     "__version__",
+    "attach",
+    "attached",
     "attention_maps",
     "create_model",
+    "detach",
     "list_methods",
     "list_models",
     "list_selectors",
@@ -28,8 +31,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from zoo.api import (
+        attach,
+        attached,
         attention_maps,
         create_model,
+        detach,
         list_methods,
         list_models,
         list_selectors,

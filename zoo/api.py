@@ -14,6 +14,9 @@ from zoo.build import wrap as wrap
 from zoo.checkpoint import load as _load
 from zoo.cost.profile import profile as _profile
 from zoo.cost.types import Profile
+from zoo.in_place import attach as attach
+from zoo.in_place import attached as attached
+from zoo.in_place import detach as detach
 from zoo.model.maps import AttentionMap as AttentionMap
 from zoo.model.maps import attention_maps as attention_maps
 from zoo.model.reduced import ReducedViT
@@ -103,12 +106,14 @@ def profile(model: nn.Module, **options: Any) -> Profile:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the backbones, of timm and of this package, that can be wrapped.
+    """Names of the backbones that can be wrapped: of timm and this package, and of the others.
+
+    The latter begin with the name of their library, as in "open_clip:ViT-B-32".
 
     Args:
         pattern: Shell pattern such as `"deit*"`.
     """
-    return backbones.works(pattern)
+    return [*backbones.works(pattern), *backbones.elsewhere(pattern)]
 
 
 def list_methods() -> list[str]:

@@ -16,6 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zoo.libraries.names import LIBRARIES, installed, open_clip_trunks
+from zoo.libraries.names import known as known_names
+
 FILE = Path(__file__).parent / "assets" / "backbones.json"
 
 
@@ -48,6 +51,31 @@ def works(pattern: str = "*") -> list[str]:
     """
     names = known().works if _current() else _works_here()
     return sorted(fnmatch.filter(names, pattern))
+
+
+def elsewhere(pattern: str = "*") -> list[str]:
+    """Names, behind the prefix of their library, of backbones that are not timm's; by library.
+
+    Of the libraries that are installed, and as far as their names are known without a network.
+
+    Args:
+        pattern: Shell pattern, for the name with its prefix or without.
+    """
+    found = []
+    for library in LIBRARIES.values():
+        names = known_names(library) if installed(library) else []
+        for name in names:
+            full = f"{library.prefix}:{name}"
+            fits = fnmatch.fnmatch(full, pattern) or fnmatch.fnmatch(name, pattern)
+            if fits and not (library.name == "open_clip" and _refused_trunk(name)):
+                found.append(full)
+    return found
+
+
+def _refused_trunk(name: str) -> bool:
+    """Whether the tower of an open_clip model is one of timm that cannot be reduced."""
+    trunk = (open_clip_trunks().get(name) or "").partition(".")[0]
+    return trunk in known().refused
 
 
 def exists(name: str) -> bool:

@@ -18,7 +18,11 @@ from zoo.adapters.tower import check_backbone
 from zoo.budget.align import resolved
 from zoo.budget.solve import solve
 from zoo.errors import UnknownName, UnsupportedModel, ZooError
+from zoo.libraries.build import create
+from zoo.libraries.names import split
 from zoo.model.anatomy import Anatomy
+from zoo.model.clip_tower import wrapper_of
+from zoo.model.hf_model import as_called
 from zoo.model.reduced import ReducedViT
 from zoo.model.runtime import former
 from zoo.plugins.base import Plugin, create_plugins
@@ -65,11 +69,16 @@ def wrap(
     last_block: str = "full",
     linear: str = "plain",
     fast_linear: str | bool | None = None,
+    tensors: bool = False,
 ) -> ReducedViT:
-    """Attach a reducer to a timm model that you already have.
+    """Attach a reducer to a model that you already have.
+
+    A model of Hugging Face is called as before, `pixel_values=` and all, and answers with its own
+    output classes; see `zoo.model.hf_model.ReducedHfModel`.
 
     Args:
-        timm_model: A VisionTransformer or Eva of timm, with any weights. It is not copied.
+        timm_model: A supported model of timm, torchvision, open_clip or Hugging Face, with any
+            weights. It is not copied.
         reducer: Registry name, mapping `{"name": ..., **args}`, instance, or None.
         schedule: Mapping such as `{"name": "constant_r", "r": 13}`, name of a published one such as
             "diffrate/deit_small_2.9", instance, or None for a keep rate of 0.7 at the quarter
@@ -80,6 +89,8 @@ def wrap(
         linear: "auto", "packed" or "onednn": linear layers by a faster matrix product of this CPU;
             equal to rounding. See `zoo.model.runtime.Runtime`.
         fast_linear: What `linear` was called: "off", "auto" or "on".
+        tensors: Images in and logits out, as all others are called, for a model of Hugging Face
+            too.
 
     Returns:
         The wrapped model.
@@ -99,7 +110,8 @@ def wrap(
     if _as_initialised(timm_model):
         set_tag(timm_model, None)
     linear = linear if fast_linear is None else former(fast_linear)
-    return assemble(timm_model, built, sched, parts, last_block, linear)
+    made = assemble(timm_model, built, sched, parts, last_block, linear)
+    return made if tensors or made.tower.tensors else as_called(made)
 
 
 def create_model(
@@ -113,24 +125,27 @@ def create_model(
     fast_linear: str | bool | None = None,
     **backbone_kwargs: Any,
 ) -> ReducedViT:
-    """Build a timm backbone by name and attach a reducer.
+    """Build a backbone by name and attach a reducer.
 
     Args:
-        backbone: timm name, with or without a weight tag (`deit_small_patch16_224.fb_in1k`).
+        backbone: timm name, with or without a weight tag (`deit_small_patch16_224.fb_in1k`); or a
+            name of another library behind its prefix: `hf:facebook/dinov2-small`,
+            `open_clip:ViT-B-32.openai`, `torchvision:vit_b_16`.
         reducer: See `wrap`.
         schedule: See `wrap`.
         plugins: See `wrap`.
-        pretrained: Load timm's weights from the hub.
+        pretrained: Load the library's weights, from its cache or from the hub.
         last_block: See `wrap`.
         linear: See `wrap`.
         fast_linear: See `wrap`.
-        **backbone_kwargs: Arguments of `timm.create_model`, e.g. `num_classes`, `img_size`.
+        **backbone_kwargs: Arguments of `timm.create_model`, e.g. `num_classes`, `img_size`, which
+            the others know, too; else arguments by the library's own names.
 
     Returns:
         The wrapped model, in training mode as timm's models are.
 
     Raises:
-        UnknownName: If timm has no such model, with the nearest names.
+        UnknownName: If the library has no such model, with the nearest names.
         ZooError: As `wrap` does.
     """
     import zoo.models  # noqa: F401  (registers this package's own architectures with timm)
@@ -139,6 +154,12 @@ def create_model(
     built = create_reducer(reducer)
     sched = create_schedule(published(schedule))
     parts = create_plugins(plugins)
+    linear = linear if fast_linear is None else former(fast_linear)
+    library, own_name = split(backbone)
+    if library is not None:
+        model = create(library, own_name, pretrained, backbone_kwargs)
+        return assemble(model, built, sched, parts, last_block, linear)
+    backbone = own_name
     if not timm.is_model(backbone):
         raise UnknownName("backbone", backbone, timm.list_models())
     try:
@@ -157,7 +178,6 @@ def create_model(
     others = bool(_SOURCES & set(overlay) or backbone_kwargs.get("checkpoint_path"))
     if (others or not pretrained) and not next(model.parameters()).is_meta:
         set_tag(model, None)
-    linear = linear if fast_linear is None else former(fast_linear)
     wrapped = assemble(model, built, sched, parts, last_block, linear)
     wrapped.backbone_args = _lasting(backbone, model, backbone_kwargs)
     return wrapped
@@ -232,4 +252,5 @@ def assemble(
         schedule = solve(target, Anatomy(backbone, reducer, plugins), last_block)
     elif target is not None:
         schedule = None
-    return ReducedViT(backbone, reducer, schedule, plugins, last_block, linear, target)
+    made = wrapper_of(backbone)
+    return made(backbone, reducer, schedule, plugins, last_block, linear, target)

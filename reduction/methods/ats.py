@@ -105,10 +105,7 @@ class ATS(Adaptive, OwnAttention, Reducer):
         kept = apply(t, Keep(index, valid))
         prefix = torch.arange(t.prefix, device=index.device).expand(index.shape[0], -1)
         rows = torch.cat([prefix, index + t.prefix], dim=1)
-        batch, heads, _, width = a.q.shape
-        q = take_rows(a.q.transpose(1, 2).flatten(2), rows)
-        q = q.view(batch, rows.shape[1], heads, width).transpose(1, 2)
-        out, _ = a._replace(q=q, need=frozenset()).usual()
+        out, _ = a.of_queries(rows)._replace(need=frozenset()).usual()
         return AttentionOutput(out, Signals(), kept)
 
     def _longest(self, valid: Tensor) -> int:

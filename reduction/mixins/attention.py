@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reduction.counts import Step
 from reduction.functional.attention import attention
-from reduction.tokens import Signals, Tokens
+from reduction.tokens import Signals, Tokens, take_rows
 
 
 class AttentionInput(NamedTuple):
@@ -47,6 +47,22 @@ class AttentionInput(NamedTuple):
         """Scaled products of queries and keys with the bias added, `(B, H, P+N, P+N)`."""
         logits = (self.q * self.scale) @ self.k.transpose(-2, -1)
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+
+    def of_queries(self, rows: Tensor) -> AttentionInput:
+        """The same for some of the queries.
+
+        Args:
+            rows: Which, `(B, R)`, counted with the prefix.
+        """
+        batch, heads, _, width = self.q.shape
+        q = take_rows(self.q.transpose(1, 2).flatten(2), rows)
+        q = q.view(batch, rows.shape[1], heads, width).transpose(1, 2)
+        bias = self.bias
+        if bias is not None and bias.shape[2] > 1:  # a bias on the keys alone is one row for all
+            bias = bias.expand(batch, -1, -1, -1)
+            index = rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3])
+            bias = bias.gather(2, index)
+        return self._replace(q=q, bias=bias)
 
     def usual(self, policy: Tensor | None = None) -> tuple[Tensor, Signals]:
         """What a block without a method of its own computes: output `(B, H, P+N, d)` and signals.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,59 @@ _PROJECTIONS: dict[object, Projection] = {}
 _SEPARABLE: set[object] = set()
 
 
-def register_attention(cls: type[nn.Module], project: Projection, separable: bool = False) -> None:
+class Parts(NamedTuple):
+    """What stands around the two products of an attention, whatever its library calls it.
+
+    Attributes:
+        heads: Number of heads H.
+        head_dim: Width of a head d.
+        width: Features that come out.
+        scale: Factor on the logits.
+        dropout: Dropout rate of the attention weights in training.
+        drop: The module that drops them where no fused kernel does; None where there is none.
+        fused: Whether the model allows a fused kernel.
+        norm: What the heads go through, `(B, N, H d)`, before the output projection.
+        proj: The output projection, with whatever stands behind it.
+        rotate_half: Whether rotary embedding turns the halves of a head and not its pairs.
+    """
+
+    heads: int
+    head_dim: int
+    width: int
+    scale: float
+    dropout: float
+    drop: nn.Module | None
+    fused: bool
+    norm: Callable[[Tensor], Tensor] | None
+    proj: Callable[[Tensor], Tensor]
+    rotate_half: bool = False
+
+
+class Calling(NamedTuple):
+    """How a library calls an attention module, for those who watch it by hooks.
+
+    Attributes:
+        given: `x -> args`: what its `forward` is given.
+        answer: `out -> answer`: what it returns.
+    """
+
+    given: Callable[[Tensor], tuple[Any, ...]]
+    answer: Callable[[Tensor], Any]
+
+
+_PARTS: dict[object, Callable[[Any], Parts]] = {}
+_WEIGHTS: dict[object, Callable[[Any], tuple[int, int]]] = {}
+_CALLING: dict[object, Calling] = {}
+
+
+def register_attention(
+    cls: type[nn.Module],
+    project: Projection,
+    separable: bool = False,
+    parts: Callable[[Any], Parts] | None = None,
+    weights: Callable[[Any], tuple[int, int]] | None = None,
+    calling: Calling | None = None,
+) -> None:
     """Support an attention class.
 
     Args:
@@ -42,8 +94,17 @@ def register_attention(cls: type[nn.Module], project: Projection, separable: boo
             before the normalisation of queries.
         separable: Whether q, k and v are the rows of one linear layer `qkv` or of `q_proj`,
             `k_proj` and `v_proj`, so that some of them may be computed without the others.
+        parts: What stands around the products; None where the parts have timm's names.
+        weights: See `attention_weights`; None where all are in linear layers of timm's names.
+        calling: How its library calls it; None for `out = attn(x)`.
     """
     _PROJECTIONS[cls.forward] = project
+    if parts is not None:
+        _PARTS[cls.forward] = parts
+    if weights is not None:
+        _WEIGHTS[cls.forward] = weights
+    if calling is not None:
+        _CALLING[cls.forward] = calling
     if separable:
         _SEPARABLE.add(cls.forward)
 
@@ -61,9 +122,48 @@ def projection(attn: Any) -> Projection:
     if project is None:
         raise UnsupportedModel(
             f"attention class {type(attn).__name__} is not supported; supported are Attention, "
-            "AttentionRope and EvaAttention of timm"
+            "AttentionRope and EvaAttention of timm, MultiheadAttention of torch, and Attention of "
+            "open_clip"
         )
     return project
+
+
+def parts_of(attn: Any) -> Parts:
+    """What stands around the products of a supported attention module."""
+    parts = _PARTS.get(type(attn).forward)
+    return _timm_parts(attn) if parts is None else parts(attn)
+
+
+def _timm_parts(attn: Any) -> Parts:
+    # Dictionaries are read directly: asking a module for its parts takes several times as long.
+    m, drop = attn._modules, attn._modules["attn_drop"]
+    proj, norm, after = m["proj"], m.get("norm"), m["proj_drop"]
+    return Parts(
+        attn.num_heads,
+        attn.__dict__.get("head_dim") or proj.in_features // attn.num_heads,
+        proj.out_features,
+        attn.scale,
+        drop.p,
+        drop,
+        attn.fused_attn,
+        None if norm is None else partial(through, norm),
+        lambda x: through(after, proj(x)),
+        attn.__dict__.get("rotate_half", False),
+    )
+
+
+def attention_weights(attn: Any) -> tuple[int, int]:
+    """Multiply-accumulates per token: of the output projection, and of all that is before it."""
+    weights = _WEIGHTS.get(type(attn).forward)
+    if weights is not None:
+        return weights(attn)
+    out = linear_weights(attn.proj)
+    return out, linear_weights(attn) - out
+
+
+def linear_weights(module: nn.Module) -> int:
+    """Multiply-accumulates of a module's linear layers for one token."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def idle(m: nn.Module | None) -> bool:
@@ -140,6 +240,11 @@ def splits_queries(attn: Any) -> bool:
     return True
 
 
+def fused_layer(attn: Any) -> Any:
+    """The one layer that makes queries, keys and values; None where each has its own."""
+    return attn._modules.get("qkv")
+
+
 def separable(attn: Any) -> bool:
     """Whether the projection is one of timm's, of whose plain layers rows may be taken.
 
@@ -147,7 +252,7 @@ def separable(attn: Any) -> bool:
     """
     if type(attn).forward not in _SEPARABLE:
         return False
-    layer = attn.qkv
+    layer = fused_layer(attn)
     # The hooks of a tracer only keep its books.
     watched = layer is not None and awaited(layer) and not traced()
     return layer is None or (type(layer) in (nn.Linear, FastLinear) and not watched)
@@ -165,7 +270,7 @@ def ready(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate queries and keys and give every head its own key, where the model does so."""
     if rope is not None:
-        half = getattr(attn, "rotate_half", False)
+        half = parts_of(attn).rotate_half
         q = _rotate(q, rope, prefix, half).type_as(v)
         k = _rotate(k, rope, prefix, half).type_as(v)
     groups = attn.__dict__.get("num_kv_groups", 1)
@@ -198,7 +303,7 @@ def attend(
         x: Its input `(B, N, C)`, already normalised.
         prefix: Leading tokens that are not rotated.
         rope: Rotary table of the other tokens, broadcastable to `(B, H, N - prefix, 2d)`.
-        bias: Added to the attention logits, `(B, 1, 1, N)`.
+        bias: Added to the attention logits, `(B, 1, 1, N)` or `(B, H, N, N)`.
         policy: Keep mask `(B, N)` for the masked softmax.
         need: Names of the signals to fill.
         class_tokens: Leading tokens that together act as the class token.
@@ -228,48 +333,59 @@ def attend(
     else:
         q, k, v = project_rows(attn, x, rows)
         gate = None if gate is None else gate[:, :rows]
+    if rows is not None and bias is not None and bias.shape[2] > 1:
+        bias = bias[:, :, :rows]
     signals = Signals(
         k=k if "k" in need else None,
         v=v if "v" in need else None,
         x_norm=x if "x_norm" in need else None,
     )
     q, k, v = ready(attn, q, k, v, prefix, rope)
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    fused = attn.fused_attn and tap is None
-    drop = None if fused else partial(_dropped, attn, dropout, tap)
+    parts = parts_of(attn)
+    dropout = parts.dropout if attn.training else 0.0
+    fused = parts.fused and tap is None
+    drop = None if fused else partial(_dropped, parts, dropout, tap)
     more = need, class_tokens, again, drop
-    given = AttentionInput(q, k, v, attn.scale, bias, dropout, fused, *more)
+    given = AttentionInput(q, k, v, parts.scale, bias, dropout, fused, *more)
     result = None if own is None else own(given)
     if result is None:
         result = AttentionOutput(*run_attention(given, policy))
     signals = signals._replace(out=result.out if "out" in need else None)
-    out = through(attn.norm, result.out.transpose(1, 2).flatten(2))
+    out = result.out.transpose(1, 2).flatten(2)
+    out = out if parts.norm is None else parts.norm(out)
     if gate is not None:
         if gate.shape[1] != out.shape[1]:
             raise ZooError("tokens cannot be removed inside a gated attention")
         out = out * gate
     seen = result.signals
     signals = signals._replace(cls_row=seen.cls_row, column=seen.column, attn=seen.attn)
-    return through(attn.proj_drop, attn.proj(out)), result._replace(signals=signals)
+    return parts.proj(out), result._replace(signals=signals)
 
 
 def watched_attend(attn: nn.Module, x: Tensor, **options: Any) -> tuple[Tensor, AttentionOutput]:
     """`attend`, and the hooks of the attention module fire."""
     seen: list[AttentionOutput] = []
+    calling = _CALLING.get(type(attn).forward, _PLAIN)
 
-    def work(x: Tensor) -> Tensor:
+    def work(x: Tensor, *_: Any) -> Any:
         out, result = attend(attn, x, **options)
         seen.append(result)
-        return out
+        return calling.answer(out)
 
-    return called(attn, work, x), seen[0]
+    answer = called(attn, work, *calling.given(x))
+    return (answer[0] if isinstance(answer, tuple) else answer), seen[0]
 
 
-def _dropped(attn: Any, dropout: float, tap: Tap | None, map_: Tensor) -> Tensor:
-    """Attention weights after dropout, by timm's own module where timm would call it."""
+_PLAIN = Calling(lambda x: (x,), lambda out: out)
+
+
+def _dropped(parts: Parts, dropout: float, tap: Tap | None, map_: Tensor) -> Tensor:
+    """Attention weights after dropout, by the model's own module where that would be called."""
     if tap is not None:
         tap(map_)
-    return F.dropout(map_, dropout) if attn.fused_attn else through(attn.attn_drop, map_)
+    if parts.fused or parts.drop is None:
+        return F.dropout(map_, dropout)
+    return through(parts.drop, map_)
 
 
 def run_attention(a: AttentionInput, policy: Tensor | None = None) -> tuple[Tensor, Signals]:

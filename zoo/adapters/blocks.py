@@ -15,6 +15,10 @@ from zoo.errors import UnsupportedModel
 Attend = Callable[[nn.Module, Tensor], tuple[Tensor, Any]]
 
 
+def _as_timm(block: Callable[..., Tensor], x: Tensor, extra: dict[str, Any]) -> Tensor:
+    return block(x, **extra)
+
+
 class BlockAdapter(NamedTuple):
     """How to run one block class.
 
@@ -30,6 +34,11 @@ class BlockAdapter(NamedTuple):
             `block.drop_path2`, layer scale included; None where it adds no one thing.
         attn: `block -> module`: the attention.
         mlp: `block -> module`: where the linear layers of the MLP are.
+        mlp_drop: `block -> module`: what the branch goes through on its way into the stream, or
+            None.
+        masks: Whether the block's own `forward` takes a size bias `(B, 1, 1, N)` as `attn_mask`.
+        call: `(block, x, extra) -> x`: how its library calls the block, or its `forward`; what is
+            extra has timm's names, `rope` and `attn_mask`.
     """
 
     attn_branch: Callable[[Any, Tensor, Attend], tuple[Tensor, Any]]
@@ -40,6 +49,9 @@ class BlockAdapter(NamedTuple):
     mlp_branch: Callable[[Any, Tensor], Tensor] | None = None
     attn: Callable[[Any], Any] = lambda block: block.attn
     mlp: Callable[[Any], nn.Module] = lambda block: block.mlp
+    mlp_drop: Callable[[Any], nn.Module | None] = lambda block: block.drop_path2
+    masks: bool = True
+    call: Callable[[Callable[..., Tensor], Tensor, dict[str, Any]], Tensor] = _as_timm
 
 
 _BLOCKS: dict[object, BlockAdapter] = {}
@@ -70,7 +82,8 @@ def block_adapter(block: nn.Module) -> BlockAdapter:
     if adapter is None:
         raise UnsupportedModel(
             f"block class {type(block).__name__} is not supported; supported are Block, "
-            "ResPostBlock, EvaBlock and EvaBlockPostNorm of timm"
+            "ResPostBlock, EvaBlock and EvaBlockPostNorm of timm, EncoderBlock of torchvision, and "
+            "ResidualAttentionBlock and CustomResidualAttentionBlock of open_clip"
         )
     projection(adapter.attn(block))
     return adapter

@@ -1,8 +1,8 @@
 """Where the adapters of a class are: in a file of this folder that bears the name of its library.
 
-`timm_vit.py` adapts classes of timm, a `transformers_*.py` would adapt those of transformers. A
-file is imported when the first object of its library is asked for, so none needs a library that is
-not installed, and no list has to be edited.
+`timm_vit.py` adapts classes of timm, `open_clip_vit.py` those of open_clip. A file is imported when
+the first object of its library is asked for, so none needs a library that is not installed, and no
+list has to be edited.
 """
 
 from __future__ import annotations
@@ -25,5 +25,5 @@ def load_families(cls: type) -> None:
 def _load(libraries: frozenset[str]) -> None:
     folder = importlib.import_module("zoo.adapters")
     for module in pkgutil.iter_modules(folder.__path__):
-        if module.name.partition("_")[0] in libraries and "_" in module.name:
+        if any(module.name.startswith(f"{library}_") for library in libraries):
             importlib.import_module(f"zoo.adapters.{module.name}")

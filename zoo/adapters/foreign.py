@@ -10,8 +10,18 @@ from torch import nn
 
 _SUPPORTED = (
     "timm's VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, MAE, registers, distilled) and Eva "
-    "(EVA-02, DINOv3), and subclasses that keep their forward"
+    "(EVA-02, DINOv3), torchvision's VisionTransformer, the image towers of open_clip, and "
+    "subclasses that keep their forward"
 )
+# Of libraries whose models are run: which ones, and what people have instead.
+_CLASSES = {
+    "transformers": (
+        "ViT, DeiT, DINOv2 with and without registers, DINOv3-ViT, the vision towers of CLIP, "
+        "SigLIP and SigLIP 2, ViT-MAE, I-JEPA and BEiT"
+    ),
+    "open_clip": "the image towers VisionTransformer and TimmModel, which stand in .visual",
+    "torchvision": "VisionTransformer: vit_b_16, vit_b_32, vit_l_16, vit_l_32 and vit_h_14",
+}
 # Shells around a model, by a part of the class's name: what they are for, and what holds the model.
 _SHELLS = {
     "OptimizedModule": ("compiled", "torch.compile(model)", "_orig_mod"),
@@ -22,10 +32,7 @@ _SHELLS = {
     "ModelEma": ("an average of weights", "ModelEma(model)", "module"),
 }
 _LIBRARIES = {
-    "transformers": "Hugging Face transformers",
-    "open_clip": "OpenCLIP",
     "clip": "OpenAI CLIP",
-    "torchvision": "torchvision",
     "peft": "peft",
     "diffusers": "diffusers",
     "mmpretrain": "MMPretrain",
@@ -40,18 +47,18 @@ def why_no_model(given: object) -> str:
     if isinstance(given, str | os.PathLike):
         name = os.fspath(given)
         return (
-            f"expected a timm model, got the text {name!r}; zoo.create_model({name!r}, ...) builds "
+            f"expected a model, got the text {name!r}; zoo.create_model({name!r}, ...) builds "
             "a backbone by its name, zoo.load(...) loads a saved model"
         )
     if inspect.isclass(given):
-        return f"expected a timm model, got the class {given.__name__}; pass an instance of it"
+        return f"expected a model, got the class {given.__name__}; pass an instance of it"
     if isinstance(given, Mapping):
         return (
-            "expected a timm model, got a mapping; if it holds weights, build the model with "
+            "expected a model, got a mapping; if it holds weights, build the model with "
             "zoo.create_model(NAME) and fill it with zoo.checkpoint.load_weights(model, FILE)"
         )
     if not isinstance(given, nn.Module):
-        return f"expected a timm model, got {type(given).__name__}"
+        return f"expected a model, got {type(given).__name__}"
     return ""
 
 
@@ -103,7 +110,17 @@ def why_unsupported(m: nn.Module, inner: str | None = None) -> str:
         return "the model was built with features_only=True; build it without, and wrap that"
     library = cls.__module__.split(".")[0]
     if inner is not None:
-        return f"{shown} is not supported, but its part {inner!r} is: wrap that"
+        return (
+            f"{shown} is not supported, but its part {inner!r} is: wrap that, in its place: "
+            f"model.{inner} = zoo.wrap(model.{inner}, ...), or zoo.attach(model, ...)"
+        )
+    if "ReducedViT" in {c.__name__ for child in m.children() for c in type(child).__mro__}:
+        return f"{shown} holds a tower that is wrapped already; call it as it is"
+    if library in _CLASSES:
+        return (
+            f"{shown} is not supported: it is none of the models of {library} that can be run "
+            f"block by block, which are {_CLASSES[library]}"
+        )
     if library in _LIBRARIES:
         return (
             f"{shown}: models of {_LIBRARIES[library]} are not supported yet; supported are "
@@ -113,5 +130,5 @@ def why_unsupported(m: nn.Module, inner: str | None = None) -> str:
     if library == "timm":
         hint = " (a hierarchical or windowed model has no single token sequence to reduce)"
     else:
-        hint = " (it is no model of timm)"
+        hint = " (it is no model of a library that is known here)"
     return f"backbone class {shown} is not supported{hint}; supported are {_SUPPORTED}"

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from zoo.adapters.attention import projection, separable, split_heads
+from zoo.adapters.attention import (
+    attention_weights,
+    fused_layer,
+    parts_of,
+    projection,
+    separable,
+    split_heads,
+)
 from zoo.adapters.fast_linear import linear
 
 
@@ -14,21 +21,23 @@ def queries_keys(attn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised queries and keys of `x` `(B, N, C)`, each `(B, H, N, d)`."""
     if not separable(attn):
         return projection(attn)(attn, x)[:2]
-    if attn.qkv is None:
-        kv_heads = getattr(attn, "num_kv_heads", attn.num_heads)
-        q = split_heads(attn.q_proj(x), attn.num_heads)
-        k = split_heads(attn.k_proj(x), kv_heads)
+    if fused_layer(attn) is None:
+        q, k = (
+            split_heads(attn.q_proj(x), _heads(attn)),
+            split_heads(attn.k_proj(x), _heads(attn, True)),
+        )
     else:
         q, k = (_third(attn, x, part) for part in (0, 1))
-    return attn.q_norm(q), attn.k_norm(k)
+    q_norm, k_norm = attn._modules.get("q_norm"), attn._modules.get("k_norm")
+    return q if q_norm is None else q_norm(q), k if k_norm is None else k_norm(k)
 
 
 def values(attn: Any, x: Tensor) -> Tensor:
     """Values of `x` `(B, N, C)`, `(B, H, N, d)`."""
     if not separable(attn):
         return projection(attn)(attn, x)[2]
-    if attn.qkv is None:
-        return split_heads(attn.v_proj(x), getattr(attn, "num_kv_heads", attn.num_heads))
+    if fused_layer(attn) is None:
+        return split_heads(attn.v_proj(x), _heads(attn, True))
     return _third(attn, x, 2)
 
 
@@ -47,16 +56,17 @@ def without_keys(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def part_weights(attn: Any) -> tuple[int, int]:
     """Multiply-accumulates per token of `queries_keys` and of `values`."""
     if not separable(attn):
-        whole = sum(
-            m.weight.numel()
-            for name, m in attn.named_modules()
-            if isinstance(m, nn.Linear) and name != "proj"
-        )
+        whole = attention_weights(attn)[1]
         return whole, whole
-    if attn.qkv is None:
+    if fused_layer(attn) is None:
         return attn.q_proj.weight.numel() + attn.k_proj.weight.numel(), attn.v_proj.weight.numel()
     value = attn.qkv.weight.numel() // 3
     return 2 * value, value
+
+
+def _heads(attn: Any, of_keys: bool = False) -> int:
+    heads = parts_of(attn).heads
+    return int(attn.__dict__.get("num_kv_heads", heads)) if of_keys else heads
 
 
 def _third(attn: Any, x: Tensor, part: int) -> Tensor:

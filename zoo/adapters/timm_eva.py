@@ -50,18 +50,21 @@ def _eva_attention(
     return attn.q_norm(q), attn.k_norm(k), v
 
 
-def _attn(b: Any, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
+def attn_half(b: Any, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
+    """Attention half of a block with raw gains for layer scale, or none."""
     out, signals = attend(b.attn, b.norm1(x))
     if b.gamma_1 is not None:
         out = b.gamma_1 * out
     return through(b.drop_path1, out), signals
 
 
-def _mlp(b: Any, x: Tensor) -> Tensor:
-    return x + through(b.drop_path2, _branch(b, x))
+def mlp_half(b: Any, x: Tensor) -> Tensor:
+    """The other half."""
+    return x + through(b.drop_path2, mlp_branch(b, x))
 
 
-def _branch(b: Any, x: Tensor) -> Tensor:
+def mlp_branch(b: Any, x: Tensor) -> Tensor:
+    """What the other half adds."""
     out = b.mlp(b.norm2(x))
     return out if b.gamma_2 is None else b.gamma_2 * out  # type: ignore[no-any-return]
 
@@ -69,7 +72,7 @@ def _branch(b: Any, x: Tensor) -> Tensor:
 register_tower(Eva, TimmEva())
 register_attention(AttentionRope, _attention_rope, separable=True)
 register_attention(EvaAttention, _eva_attention, separable=True)
-register_block(EvaBlock, BlockAdapter(_attn, _mlp, rope=True, mlp_branch=_branch))
+register_block(EvaBlock, BlockAdapter(attn_half, mlp_half, rope=True, mlp_branch=mlp_branch))
 register_block(
     EvaBlockPostNorm,
     BlockAdapter(post_attn, post_mlp, rope=True, attn_input=itself, mlp_branch=post_branch),

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from reduction.tokens import Tokens
 from zoo.adapters.attention import through
-from zoo.adapters.heads import head, weighs
+from zoo.adapters.heads import head, head_macs, usual_head, weighs
 from zoo.adapters.tower import STANDALONE, Tower, register_tower
 from zoo.errors import ZooError
 
@@ -73,7 +71,8 @@ class TimmTower(Tower):
 
     def pre_norm(self, m: Any, x: Tensor) -> Tensor:
         """See `Tower`."""
-        return through(m.norm_pre, x)
+        norm = m._modules.get("norm_pre")
+        return x if norm is None else through(norm, x)
 
     def norm(self, m: Any, x: Tensor) -> Tensor:
         """See `Tower`."""
@@ -81,14 +80,59 @@ class TimmTower(Tower):
 
     def why_all_tokens(self, m: Any) -> str:
         """See `Tower`."""
-        heads = [cls.forward_head for cls in (VisionTransformer, VisionTransformerDistilled, Eva)]
-        known = getattr(type(m), "forward_head", None) in heads
+        distilled = VisionTransformerDistilled.forward_head
+        known = usual_head(m) or getattr(type(m), "forward_head", None) is distilled
         if not (known and self.class_tokens(m) and getattr(m, "global_pool", "") == "token"):
             what = "averages over patches" if self.reads(m) == "patches" else "is not a plain one"
             return f"the classifier does not read the class token alone (it {what})"
         if getattr(m, "attn_pool", None) is not None:
             return "the classifier attends to all tokens"
         return ""
+
+    def stem(self, m: Any) -> nn.Module:
+        """See `Tower`."""
+        return m.patch_embed  # type: ignore[no-any-return]
+
+    def stem_of_layers(self, m: Any) -> bool:
+        """See `Tower`."""
+        return getattr(m.patch_embed, "backbone", None) is not None
+
+    def head_macs(self, m: Any, tokens: int) -> tuple[int, int]:
+        """See `Tower`."""
+        return head_macs(m, tokens)
+
+    def classifier(self, m: Any) -> Any:
+        """See `Tower`."""
+        return m.get_classifier()
+
+    def reset_classifier(self, m: Any, classes: int, pool: str | None = None) -> None:
+        """See `Tower`."""
+        m.reset_classifier(classes, pool)
+
+    def features(self, m: Any) -> int:
+        """See `Tower`."""
+        return int(m.num_features)
+
+    def class_embedding(self, m: Any) -> Tensor | None:
+        """See `Tower`."""
+        return getattr(m, "cls_token", None)
+
+    def places_prefix(self, m: Any) -> bool:
+        """See `Tower`."""
+        table, (rows, columns) = getattr(m, "pos_embed", None), self.grid(m)
+        return table is not None and table.shape[1] > rows * columns
+
+    def after_blocks(self, m: Any) -> tuple[str, ...]:
+        """See `Tower`."""
+        return ("norm.", "fc_norm.", "head.", "head_dist.", "attn_pool.")
+
+    def set_checkpointing(self, m: Any, enable: bool) -> None:
+        """See `Tower`."""
+        m.set_grad_checkpointing(enable)
+
+    def groups(self, m: Any, coarse: bool = False) -> dict[str, Any]:
+        """See `Tower`."""
+        return m.group_matcher(coarse)  # type: ignore[no-any-return]
 
     def weighs(self, m: Any) -> bool:
         """See `Tower`."""
@@ -97,6 +141,10 @@ class TimmTower(Tower):
     def leave(self, m: Any, t: Tokens, pre_logits: bool = False) -> Tensor:
         """See `Tower`."""
         return head(m, t, pre_logits)
+
+    def classify(self, m: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """See `Tower`."""
+        return type(m).forward_head(m, x, pre_logits=pre_logits)  # type: ignore[no-any-return]
 
 
 def channels(m: Any) -> int:

@@ -31,16 +31,19 @@ def attention(attn: Any, x: Tensor, shift: Shift | None = None) -> tuple[Tensor,
     return through(attn.q_norm, q), through(attn.k_norm, k), v
 
 
-def _attn(b: Any, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
+def attn_half(b: Any, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
+    """Attention half of the usual block."""
     out, signals = attend(b.attn, b.norm1(x))
     return through(b.drop_path1, through(b.ls1, out)), signals
 
 
-def _mlp(b: Any, x: Tensor) -> Tensor:
-    return x + through(b.drop_path2, _branch(b, x))
+def mlp_half(b: Any, x: Tensor) -> Tensor:
+    """The other half."""
+    return x + through(b.drop_path2, mlp_branch(b, x))
 
 
-def _branch(b: Any, x: Tensor) -> Tensor:
+def mlp_branch(b: Any, x: Tensor) -> Tensor:
+    """What the other half adds."""
     return through(b.ls2, b.mlp(b.norm2(x)))
 
 
@@ -67,7 +70,7 @@ def itself(b: Any, x: Tensor) -> Tensor:
 
 register_tower(VisionTransformer, TimmViT())
 register_attention(Attention, attention, separable=True)
-register_block(Block, BlockAdapter(_attn, _mlp, rope=False, mlp_branch=_branch))
+register_block(Block, BlockAdapter(attn_half, mlp_half, rope=False, mlp_branch=mlp_branch))
 register_block(
     ResPostBlock,
     BlockAdapter(post_attn, post_mlp, rope=False, attn_input=itself, mlp_branch=post_branch),

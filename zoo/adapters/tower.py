@@ -6,7 +6,8 @@ they run themselves. Towers hold nothing: the backbone is an argument of every m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from zoo.adapters.foreign import why_no_model, why_shell, why_unsupported
 from zoo.adapters.standalone import as_standalone
 from zoo.errors import UnsupportedModel, ZooError
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
 
 class Embedded(NamedTuple):
     """What a backbone hands to its first block.
@@ -28,11 +31,14 @@ class Embedded(NamedTuple):
         rope: Rotary table `(N, 2d)`, `(H, N, 2d)` or batched `(B, 1, N, 2d)`; with a leading
             depth when `mixed`; None without rotary embedding.
         mixed: Whether every block has its own table.
+        more: What else the backbone hands to the `forward` of every block, by its name there: a
+            bias that the blocks share, for one.
     """
 
     x: Any
     rope: Tensor | None
     mixed: bool
+    more: Mapping[str, Any] = _NOTHING
 
 
 class Tower:
@@ -40,9 +46,20 @@ class Tower:
 
     Attributes:
         title: The family in words, for messages and listings.
+        library: Whose models these are, as recipes name it.
+        tensors: Whether a model, called with images, answers with a tensor.
     """
 
     title: ClassVar[str]
+    library: ClassVar[str] = "timm"
+    tensors: ClassVar[bool] = True
+
+    def check(self, m: Any) -> None:
+        """Refuse a model of the class that is put together so that it cannot be run.
+
+        Raises:
+            UnsupportedModel: With the reason.
+        """
 
     def blocks(self, m: Any) -> Sequence[nn.Module]:
         """The transformer blocks, in order."""
@@ -96,17 +113,120 @@ class Tower:
         """Patch and position embedding, prefix tokens included."""
         raise NotImplementedError
 
+    def biased(self, m: Any) -> bool:
+        """Whether `bias` has an answer."""
+        return False
+
+    def bias(self, m: Any, embedded: Embedded, block: int, t: Tokens, changed: bool) -> Any:
+        """What the attention of a block adds to its logits because of where tokens are.
+
+        Args:
+            m: The backbone.
+            embedded: From `embed`.
+            block: Index of the block.
+            t: Its tokens now.
+            changed: Whether tokens are no longer in their first places.
+
+        Returns:
+            `(1 or B, H, P+N, P+N)`, see `zoo.adapters.bias`; None for nothing.
+        """
+        return None
+
     def pre_norm(self, m: Any, x: Tensor) -> Tensor:
         """The norm before the first block, where there is one."""
         return x
+
+    def whole(self, m: Any, images: Tensor) -> Tensor:
+        """What the model itself makes of images, as `leave` answers."""
+        return m(images)  # type: ignore[no-any-return]
+
+    def as_timm(self, m: Any) -> Any:
+        """The model, or what has timm's names for its norm and its head, for those who answer."""
+        return m
 
     def norm(self, m: Any, x: Tensor) -> Tensor:
         """The norm behind the last block."""
         raise NotImplementedError
 
+    def norm_maps(self, m: Any, x: Tensor) -> Tensor:
+        """The norm that features of single blocks go through where it is asked for."""
+        return self.norm(m, x)
+
     def why_all_tokens(self, m: Any) -> str:
         """Why the head needs more than the prefix tokens; empty where it reads nothing else."""
         return f"the classifier of a {type(m).__name__} is not known to read the class token alone"
+
+    def settings(self, m: Any) -> dict[str, Any]:
+        """Arguments that build a model like this one again, read off the model itself.
+
+        Of timm's models they are known to whoever built them, and nothing is read here.
+        """
+        return {}
+
+    def stem(self, m: Any) -> nn.Module:
+        """What makes tokens of images."""
+        raise NotImplementedError
+
+    def stem_of_layers(self, m: Any) -> bool:
+        """Whether the stem has several layers, with maps of different sizes."""
+        return False
+
+    def position_macs(self, m: Any) -> int:
+        """Multiply-accumulates of layers that make position biases, and see no image."""
+        return 0
+
+    def head_macs(self, m: Any, tokens: int) -> tuple[int, int]:
+        """Linear and attention multiply-accumulates of pooling and classifier.
+
+        Args:
+            m: The backbone.
+            tokens: What enters, prefix included.
+        """
+        raise NotImplementedError
+
+    def classifier(self, m: Any) -> Any:
+        """The layer that classifies, or several; None where nothing does."""
+        return None
+
+    def reset_classifier(self, m: Any, classes: int, pool: str | None = None) -> None:
+        """Put a new classifier in place of the old one.
+
+        Raises:
+            ZooError: If this kind of model has none.
+        """
+        raise ZooError(f"a {self.title} has no classifier that could be replaced")
+
+    def features(self, m: Any) -> int:
+        """Width of what the classifier reads."""
+        return self.width(m)
+
+    def checkpointing(self, m: Any) -> bool:
+        """Whether blocks run again in the backward pass."""
+        return bool(getattr(m, "grad_checkpointing", False))
+
+    def class_embedding(self, m: Any) -> Tensor | None:
+        """What the class token starts as, broadcastable to `(1, 1, C)`; None where nobody knows."""
+        return None
+
+    def places_prefix(self, m: Any) -> bool:
+        """Whether prefix tokens have a position embedding of their own."""
+        return False
+
+    def after_blocks(self, m: Any) -> tuple[str, ...]:
+        """Starts of the names of parameters behind the last block: its norm, pooling, heads."""
+        return ()
+
+    def set_checkpointing(self, m: Any, enable: bool) -> None:
+        """Switch that."""
+        m.grad_checkpointing = enable
+
+    def undecayed(self, m: Any) -> set[str]:
+        """Names of parameters that optimisers should not decay, where the model names some."""
+        return set(m.no_weight_decay()) if hasattr(m, "no_weight_decay") else set()
+
+    def groups(self, m: Any, coarse: bool = False) -> dict[str, Any]:
+        """Groups of parameters by depth, as timm's `group_matcher` gives them."""
+        raise ZooError(f"a {self.title} has no groups of layers")
 
     def weighs(self, m: Any) -> bool:
         """Whether `leave` has to know how many patches each token stands for."""
@@ -121,6 +241,10 @@ class Tower:
             pre_logits: Stop before the classifier.
         """
         raise NotImplementedError
+
+    def classify(self, m: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """`leave` for tokens of size one, `(B, P+N, C)`."""
+        return self.leave(m, Tokens.start(x, self.prefix(m)), pre_logits)
 
 
 #: Under this key stands the tower of backbones that run themselves: what is asked of them is
@@ -177,7 +301,9 @@ def check_backbone(m: nn.Module) -> None:
     """
     if as_standalone(m) is not None:
         return
-    for block in tower_of(m).blocks(m):
+    tower = tower_of(m)
+    tower.check(m)
+    for block in tower.blocks(m):
         if shell := why_shell(block, in_place=False):
             raise UnsupportedModel(shell.replace("the model is", "a block is", 1))
         block_adapter(block)

@@ -138,7 +138,7 @@ class ScheduleSearch:
                 answers = model(x).float().log_softmax(-1)
             else:
                 _, info = model(x, return_info=True)
-                final = info.final._replace(x=model.backbone.norm(info.final.x))
+                final = info.final._replace(x=model.tower.norm(model.backbone, info.final.x))
                 answers = head(model.backbone, final, pre_logits=True).float()
             # No schedule is the best one for a model that answers with NaN.
             check_finite(answers, sum(map(len, found)))

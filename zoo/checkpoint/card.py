@@ -72,7 +72,8 @@ def model_card(
         "",
     ]
     lines += ['model = zoo.load("PATH/TO/THIS/FOLDER")  # evaluation mode', "```", ""]
-    if config["weights"]["model"] and _is_timms_own(backbone["name"]):
+    timms = not backbone.get("library") and _is_timms_own(backbone["name"])
+    if config["weights"]["model"] and timms:
         args = {"num_classes": backbone["num_classes"], **backbone["args"]}
         call = "".join(f", {k}={v!r}" for k, v in args.items())
         lines += [

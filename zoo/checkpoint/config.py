@@ -17,6 +17,7 @@ from typing import Any
 from zoo.build import CONSUMED_ARGS
 from zoo.checkpoint.untrusted import check_plain, read_json, short
 from zoo.errors import BadCheckpoint, ZooError
+from zoo.libraries.names import LIBRARIES
 from zoo.version import __version__
 
 __all__ = [
@@ -63,13 +64,16 @@ _KNOWN: dict[str, frozenset[str]] = {
             "written_by",
         }
     ),
-    "backbone": frozenset({"name", "tag", "num_classes", "args"}),
+    "backbone": frozenset({"library", "name", "tag", "num_classes", "args"}),
     "weights": frozenset({"model", "sha256", "reducer", "reducer_sha256"}),
 }
 # Budgets in time are solved by measuring, for as long as the recipe likes.
 _MEASURED = ("target_ms", "target_speedup")
 # Numbers beyond these are in no model, and building with them takes for ever.
 _MOST, _MOST_BLOCKS = 1 << 24, 512
+_BLOCKS = ("depth", "layers")  # what the number of blocks is called
+_LIBRARIES = tuple(library.name for library in LIBRARIES.values())
+_REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # What timm reads of a model's preprocessing.
 DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -244,14 +248,21 @@ def _backbone(value: Any, where: Path | str) -> dict[str, Any]:
     """Check what is to be built, so that building it takes neither long nor other files."""
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         raise BadCheckpoint(f"{where}: 'backbone' must be a mapping with a 'name'")
-    name, args = value["name"], value.get("args") or {}
+    name, args, library = value["name"], value.get("args") or {}, value.get("library")
+    if library is not None and library not in _LIBRARIES:
+        raise BadCheckpoint(
+            f"{where}: backbone.library must be one of {', '.join(_LIBRARIES)}, got "
+            f"{short(library)}"
+        )
     if not isinstance(args, Mapping):
         raise BadCheckpoint(f"{where}: backbone.args must be a mapping, got {short(args)}")
     forbidden = sorted(CONSUMED_ARGS & set(args))
-    if forbidden or any(c in name for c in ":/\\"):
+    # Of a repository's name, one slash; nothing is read by it but weights that a tag stands for.
+    path = any(c in name for c in ":/\\") if library is None else not _REPOSITORY.fullmatch(name)
+    if forbidden or path:
         raise BadCheckpoint(
             f"{where}: refused, the backbone asks to load from elsewhere "
-            f"({', '.join(forbidden) or short(name)}); expected a timm model name and "
+            f"({', '.join(forbidden) or short(name)}); expected the name of a model and "
             "plain arguments"
         )
     classes, tag = value.get("num_classes"), value.get("tag")
@@ -262,27 +273,27 @@ def _backbone(value: Any, where: Path | str) -> dict[str, Any]:
     if tag and not _word(tag):
         raise BadCheckpoint(f"{where}: backbone.tag must be a word, got {short(tag)}")
     for key, number in _numbers(args):
-        most = _MOST_BLOCKS if "depth" in key else _MOST
+        most = _MOST_BLOCKS if any(word in key for word in _BLOCKS) else _MOST
         if abs(number) > most:
             raise BadCheckpoint(
                 f"{where}: backbone.args.{key}={short(number, 24)} is larger than any model's; "
                 f"expected at most {most}"
             )
-    return {"name": name, "tag": tag or None, "num_classes": classes, "args": dict(args)}
+    own = {} if library is None else {"library": library}
+    return {**own, "name": name, "tag": tag or None, "num_classes": classes, "args": dict(args)}
 
 
 def _numbers(args: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
-    """Every number in arguments that were checked to be plain, with the argument's name."""
-    for key, value in args.items():
-        inside: list[Any] = [value]
-        while inside:
-            item = inside.pop()
-            if isinstance(item, Mapping):
-                inside += item.values()
-            elif isinstance(item, list | tuple):
-                inside += item
-            elif isinstance(item, int | float):
-                yield short(key)[1:-1], item
+    """Every number in arguments that were checked to be plain, with its innermost name."""
+    inside: list[tuple[str, Any]] = list(args.items())
+    while inside:
+        key, item = inside.pop()
+        if isinstance(item, Mapping):
+            inside += item.items()
+        elif isinstance(item, list | tuple):
+            inside += [(key, value) for value in item]
+        elif isinstance(item, int | float):
+            yield short(key)[1:-1], item
 
 
 def _check_schedule(schedule: Mapping[str, Any], where: Path | str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.adapters.timm_tower import channels
+from zoo.adapters.tower import find_tower
 from zoo.build import OFFERED
 from zoo.checkpoint import config as cfg
 from zoo.checkpoint.card import MARKER, model_card
@@ -101,7 +102,7 @@ def _recipe(
     config = {
         "format": cfg.FORMAT,
         "zoo": cfg.zoo_version(),
-        "backbone": {k: recipe["backbone"].get(k) for k in ("name", "tag", "num_classes", "args")},
+        "backbone": recipe["backbone"],
         "reducer": recipe["reducer"],
         "schedule": {"name": schedule["name"], "file": cfg.SCHEDULE} if searched else schedule,
         "plugins": recipe["plugins"],
@@ -119,9 +120,12 @@ def _offered_tag(backbone: Any) -> str | None:
 
 
 def describe_data(backbone: Any) -> dict[str, Any]:
-    """Preprocessing of a timm model as ``config.json`` stores it, plus what a loaded one said."""
+    """Preprocessing of a model as ``config.json`` stores it, plus what a loaded one said."""
     known = getattr(backbone, "pretrained_cfg", None) or {}
     data = {k: known[k] for k in cfg.DATA_KEYS if known.get(k) is not None}
+    tower = find_tower(backbone)
+    if tower is not None and tower.library != "timm":
+        data["input_size"] = list(tower.input_size(backbone))
     embed = getattr(backbone, "patch_embed", None)
     size = getattr(embed, "img_size", None)
     if size is not None:

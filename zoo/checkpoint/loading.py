@@ -30,6 +30,7 @@ from zoo.checkpoint.weights import (
     tower_of,
 )
 from zoo.errors import BadCheckpoint, UnknownName, ZooError
+from zoo.libraries.build import of_recipe
 
 if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
@@ -210,7 +211,7 @@ def _build(
 
     config, origin = stored.config, stored.origin
     saved = config["backbone"]
-    if not timm.is_model(saved["name"]):
+    if not saved.get("library") and not timm.is_model(saved["name"]):
         raise BadCheckpoint(
             f"{origin}: {UnknownName('backbone', saved['name'][:80], timm.list_models())} "
             f"({_writer(config)}); a newer timm may have it"
@@ -227,7 +228,8 @@ def _build(
     if saved["num_classes"] is not None:
         args["num_classes"] = saved["num_classes"]
     kept = plugins is KEEP and _same_method(reducer, config["reducer"])
-    with _of_the_file(origin, config, f"timm cannot build {saved['name']} with {saved['args']}"):
+    who = saved.get("library") or "timm"
+    with _of_the_file(origin, config, f"{who} cannot build {saved['name']} with {saved['args']}"):
         before = twin(saved)
     # Built here, one by one, so that a message tells the file's mistakes from the caller's.
     own_reducer = reducer is KEEP
@@ -243,8 +245,9 @@ def _build(
     _check_size(stored, before, exact=not overrides, whole=own)
     backbone = _backbone(stored, args, overrides)
     with _of_the_file(origin, config, only=own):
-        model = wrap(backbone, reducer, schedule, parts)
-    model.backbone_args = {k: v for k, v in args.items() if k != "num_classes"}
+        model = wrap(backbone, reducer, schedule, parts, tensors=True)
+    if not saved.get("library"):  # the towers of the others read them off the model
+        model.backbone_args = {k: v for k, v in args.items() if k != "num_classes"}
     if stored.shapes is not None:
         fit(
             model,
@@ -278,10 +281,12 @@ def _check_size(stored: _Stored, before: nn.Module, exact: bool, whole: bool) ->
     name, want, extras = config["backbone"]["name"], before.state_dict(), None
     if whole:
         with _of_the_file(origin, config), torch.device("meta"):
-            model = wrap(before, config["reducer"], config["schedule"], config["plugins"])
+            parts = config["reducer"], config["schedule"], config["plugins"]
+            model = wrap(before, *parts, tensors=True)
             extras = parts_of(model)[1]
     if stored.shapes is None:
-        _check_proportion(before, name, origin)
+        if not config["backbone"].get("library"):
+            _check_proportion(before, name, origin)
         return
     with _of_the_file(origin, config):
         found = stored.shapes(before)
@@ -320,6 +325,8 @@ def _backbone(stored: _Stored, args: Mapping[str, Any], overrides: Mapping[str, 
     config, origin, pretrained = stored.config, stored.origin, stored.shapes is None
     saved = config["backbone"]
     try:
+        if saved.get("library"):
+            return of_recipe(saved, args, overrides, fetch=pretrained)
         return timm.create_model(_tagged(saved, origin), pretrained=pretrained, **args)
     except (OSError, RuntimeError) as error:
         if not pretrained:
@@ -340,7 +347,8 @@ def _refusal(
     config: Mapping[str, Any],
 ) -> BadCheckpoint:
     return BadCheckpoint(
-        f"{origin}: timm cannot build {saved['name']} with {short(dict(args), 200)}: "
+        f"{origin}: {saved.get('library') or 'timm'} cannot build {saved['name']} with "
+        f"{short(dict(args), 200)}: "
         f"{cut(first_line(error))} ({_writer(config)})"
     )
 

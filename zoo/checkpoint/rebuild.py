@@ -10,9 +10,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from zoo.checkpoint.positions import Grid, own_grid
+from zoo.libraries.build import rebuild
 
 # Switches of how to run, not of what is computed.
-_RUNTIME = frozenset({"training", "grad_checkpointing", "fused_attn", "inplace", "export"})
+_RUNTIME = frozenset(
+    {"training", "grad_checkpointing", "fused_attn", "inplace", "export", "name_or_path"}
+)
 
 
 def tuples(value: Any) -> Any:
@@ -31,6 +34,10 @@ def twin(recipe: Mapping[str, Any], **changes: Any) -> nn.Module:
 
     import zoo.models  # noqa: F401  (registers our own architectures with timm)
 
+    if library := recipe.get("library"):
+        given = {**recipe["args"], **changes}
+        with torch.device("meta"), _NothingToFill():
+            return rebuild(library, recipe["name"], recipe["num_classes"], given)
     args = {k: tuples(v) for k, v in recipe["args"].items()}
     if recipe["num_classes"] is not None:
         args["num_classes"] = recipe["num_classes"]
@@ -64,12 +71,13 @@ def cannot_rebuild(backbone: nn.Module, recipe: Mapping[str, Any]) -> str:
     import timm
 
     name, args = recipe["name"], {k: tuples(v) for k, v in recipe["args"].items()}
-    if not timm.is_model(name):
+    if not recipe.get("library") and not timm.is_model(name):
         return f"{name} is no timm model name"
     try:
         other = twin(recipe)
     except Exception as error:
-        return f"timm cannot build {name} with {args} ({error})"
+        who = recipe.get("library") or "timm"
+        return f"{who} cannot build {name} with {args} ({error})"
     return _odd(backbone, other, f"{name} with {args}")
 
 

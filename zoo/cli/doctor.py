@@ -23,9 +23,15 @@ import zoo
 from zoo.adapters.blocks import supported_forwards
 from zoo.adapters.tower import tower_of
 from zoo.cost.counters import fvcore_gmacs, torch_gmacs
+from zoo.libraries.names import LIBRARIES, installed
 
 _PACKAGES = ("torch", "torchvision", "timm", "lightning", "hydra-core", "fvcore", "scikit-learn")
-_OPTIONAL = {"report": ("plotly", "matplotlib"), "export": ("onnx", "onnxscript", "onnxruntime")}
+_OPTIONAL = {
+    "report": ("plotly", "matplotlib"),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "transformers": ("transformers",),
+    "open_clip": ("open_clip_torch",),
+}
 
 # Small models that between them go through every backbone adapter and pooling.
 _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,7 +81,7 @@ def examine() -> int:
         print(f"  {line}")
     failed = 0
     for title, checks in (
-        ("wrapped models against timm's (largest difference of the logits)", parity),
+        ("wrapped models against the originals (largest difference of the logits)", parity),
         ("multiply-accumulates, counted in three ways", counters),
         ("shipped model", shipped),
     ):
@@ -141,7 +147,11 @@ def _kernel_ms(backend: SDPBackend, queries: Tensor, bias: Tensor | None) -> flo
 
 def parity() -> Iterator[Check]:
     """With nothing reduced a wrapped model computes exactly what timm's does; every adapter."""
-    missing = supported_forwards()
+    missing = {
+        forward: name
+        for forward, name in supported_forwards().items()
+        if str(getattr(forward, "__module__", "")).partition(".")[0] in ("timm", "zoo")
+    }
     for name, (model_name, args) in _MODELS.items():
         torch.manual_seed(0)
         model = zoo.create_model(model_name, num_classes=7, **args).eval()
@@ -149,8 +159,32 @@ def parity() -> Iterator[Check]:
             missing.pop(type(block).forward, None)
         gap = _gap(model, model.unwrap(), _images(model))
         yield gap == 0, name, f"{gap:.1e}"
+    for name, build in _others().items():
+        torch.manual_seed(0)
+        wrapped = zoo.wrap(build(), None).eval()
+        gap = _gap(wrapped, wrapped.unwrap(), _images(wrapped))
+        yield gap == 0, name, f"{gap:.1e}"
     if missing:
         yield False, "blocks that no model here has", ", ".join(sorted(missing.values()))
+
+
+def _others() -> dict[str, Callable[[], nn.Module]]:
+    """Small models of the other libraries that are here, by what they stand for."""
+    from torchvision.models import VisionTransformer
+
+    size: dict[str, int] = {"image_size": 32, "patch_size": 8}
+    found: dict[str, Callable[[], nn.Module]] = {
+        "torchvision VisionTransformer": lambda: VisionTransformer(
+            **size, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64
+        )
+    }
+    if installed(LIBRARIES["open_clip"]):
+        from open_clip.transformer import VisionTransformer as ClipTower
+
+        shape = {**size, "width": 32, "layers": 2, "heads": 2, "mlp_ratio": 2.0}
+        found["open_clip VisionTransformer"] = lambda: ClipTower(**shape)
+        found["open_clip, its own attention"] = lambda: ClipTower(**shape, qk_norm=True)
+    return found
 
 
 def counters() -> Iterator[Check]:

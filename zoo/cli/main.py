@@ -159,7 +159,7 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.models:
         from zoo import backbones
 
-        models = backbones.works(arguments.pattern)
+        models = [*backbones.works(arguments.pattern), *backbones.elsewhere(arguments.pattern)]
         if not models:
             print(f"error: no backbone matches {arguments.pattern!r}", file=sys.stderr)
             return 2

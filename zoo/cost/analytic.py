@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from reduction.counts import BlockCost, Dims
 from reduction.mixins.attention import OwnAttention
 from reduction.schedules.base import Schedule
-from zoo.adapters.attention import splits_queries
+from zoo.adapters.attention import attention_weights, linear_weights, splits_queries
 from zoo.adapters.blocks import block_adapter
-from zoo.adapters.heads import first_pooled
 from zoo.adapters.split_qkv import part_weights
 from zoo.adapters.standalone import Standalone
 from zoo.adapters.tower import tower_of
@@ -29,19 +28,17 @@ from zoo.model.anatomy import Anatomy
 from zoo.model.plan import Plan, dense_plan, make_plan
 
 
-def _weights(module: nn.Module) -> int:
-    """Multiply-accumulates of a module's linear layers for one token."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-
-
 def patch_embed_macs(backbone: Any, grid: tuple[int, int]) -> int:
-    """Multiply-accumulates of the patch embedding for a grid `(rows, columns)` of patches."""
-    embed = backbone.patch_embed
+    """Multiply-accumulates of the embedding for a grid `(rows, columns)` of patches."""
+    tower = tower_of(backbone)
+    embed = tower.stem(backbone)
     rows, columns = grid
-    if getattr(embed, "backbone", None) is not None:
-        return _stem_macs(backbone, grid)
+    positions = tower.position_macs(backbone)
+    if tower.stem_of_layers(backbone):
+        return _stem_macs(backbone, grid) + positions
     convs = [m for m in embed.modules() if isinstance(m, nn.Conv2d)]
-    return (sum(c.weight.numel() for c in convs) + _weights(embed)) * rows * columns
+    weights = sum(c.weight.numel() for c in convs) + linear_weights(embed)
+    return weights * rows * columns + positions
 
 
 def _stem_macs(backbone: Any, grid: tuple[int, int]) -> int:
@@ -49,7 +46,8 @@ def _stem_macs(backbone: Any, grid: tuple[int, int]) -> int:
 
     The sizes come from a copy without data; what a layer costs follows from its weights.
     """
-    stem = copy.deepcopy(backbone.patch_embed).to("meta").eval()
+    tower = tower_of(backbone)
+    stem = copy.deepcopy(tower.stem(backbone)).to("meta").eval()
     macs = []
 
     def note(layer: Any, _: Any, out: Tensor) -> None:
@@ -60,7 +58,6 @@ def _stem_macs(backbone: Any, grid: tuple[int, int]) -> int:
         module._forward_pre_hooks.clear()
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(note)
-    tower = tower_of(backbone)
     size = [n * p for n, p in zip(grid, tower.patch_size(backbone), strict=True)]
     with torch.no_grad():
         stem(torch.empty(1, tower.input_size(backbone)[0], *size, device="meta"))
@@ -68,44 +65,17 @@ def _stem_macs(backbone: Any, grid: tuple[int, int]) -> int:
 
 
 def head_macs(backbone: Any, tokens: int) -> tuple[int, int]:
-    """Linear and attention multiply-accumulates of pooling and classifier.
-
-    Args:
-        backbone: The backbone.
-        tokens: What enters, prefix included.
-    """
-    linear = sum(
-        _weights(getattr(backbone, name)) for name in ("head", "head_dist") if _has(backbone, name)
-    )
-    pool = getattr(backbone, "attn_pool", None)
-    if pool is None:
-        # Nothing is pooled for the empty word: every token is classified.
-        whole = getattr(backbone, "global_pool", None) == ""
-        return linear * (tokens if whole else 1), 0
-    if not hasattr(pool, "kv"):
-        width = int(backbone.embed_dim)
-        return linear, 2 * tokens * tokens * width
-    rows = pool.latent_len
-    keys = tokens - first_pooled(backbone, int(backbone.num_prefix_tokens))
-    linear += pool.kv.weight.numel() * keys
-    for part in ("q", "proj", "mlp"):
-        if isinstance(getattr(pool, part), nn.Module):
-            linear += _weights(getattr(pool, part)) * rows
-    width = pool.num_heads * pool.head_dim
-    return linear, 2 * rows * keys * width
-
-
-def _has(module: Any, name: str) -> bool:
-    return isinstance(getattr(module, name, None), nn.Module)
+    """Linear and attention multiply-accumulates of pooling and classifier; see `Tower`."""
+    return tower_of(backbone).head_macs(backbone, tokens)
 
 
 def _attn_linear(attn: Any, tokens: int, rows: int, rereads: str = "no") -> int:
     """Linear layers of an attention that takes in `tokens` and puts out `rows`."""
-    out = _weights(attn.proj)
+    out, inside = attention_weights(attn)
     if rereads == "no":
-        return (_weights(attn) - out) * tokens + out * rows
+        return inside * tokens + out * rows
     before, value = part_weights(attn)
-    after = value if rereads == "values" else _weights(attn) - out
+    after = value if rereads == "values" else inside
     return before * tokens + (after + out) * rows
 
 
@@ -113,7 +83,7 @@ def _mlp_macs(block: nn.Module, tokens: int, prefix: int) -> int:
     adapter = block_adapter(block)
     if adapter.linear_macs is not None:
         return adapter.linear_macs(block, tokens, prefix)
-    return _weights(adapter.mlp(block)) * tokens
+    return linear_weights(adapter.mlp(block)) * tokens
 
 
 def _signal_macs(need: frozenset[str], tokens: int, dims: Dims) -> int:

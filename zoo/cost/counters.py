@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.model.attached import as_tensors
+
 
 def _sdpa_macs(inputs: list[Any], outputs: list[Any]) -> int:
     """fvcore handler: both products of scaled dot-product attention."""
@@ -56,6 +58,7 @@ def fvcore_gmacs(model: nn.Module, images: Tensor) -> float:
     """
     from fvcore.nn import FlopCountAnalysis
 
+    model = as_tensors(model)
     was = model.training
     model.eval()
     try:
@@ -77,7 +80,7 @@ def torch_gmacs(model: nn.Module, images: Tensor) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     # Without frozen parameters the counter hooks views of them and fails.
-    ghost = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
+    ghost = copy.deepcopy(as_tensors(model)).to("meta").eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ghost(images.to("meta"))
     # The counter counts a multiply-accumulate as two operations.

@@ -11,7 +11,7 @@ from zoo.cost.sampling import is_adaptive, sample
 from zoo.cost.types import Profile
 from zoo.errors import ZooError
 from zoo.model.anatomy import Anatomy
-from zoo.model.reduced import ReducedViT
+from zoo.model.attached import as_reduced
 
 CONVENTIONS = ("zoo", "diffrate")
 
@@ -25,7 +25,7 @@ def profile(
     """Count parameters, multiply-accumulates and tokens, as a rule without running the model.
 
     Args:
-        model: A `ReducedViT` or a supported timm model.
+        model: A `ReducedViT`, a supported model, or one that something is attached to.
         img_size: Image size in pixels; None is the model's own.
         convention: "zoo" (see `zoo.cost.analytic`) or "diffrate": that paper's formula, which
             counts the patch embedding once for every prefix token too and leaves matching out.
@@ -38,14 +38,14 @@ def profile(
     """
     if convention not in CONVENTIONS:
         raise ZooError(f"convention must be one of {CONVENTIONS}, got {convention!r}")
-    if images is not None and is_adaptive(model):
+    wrapped = as_reduced(model)
+    if images is not None and is_adaptive(wrapped):
         if convention != "zoo" or img_size is not None:
             raise ZooError(
                 "a cost measured on images has their size and the convention 'zoo'; leave img_size "
                 "and convention away"
             )
-        return sample(model, images)  # type: ignore[arg-type]
-    wrapped = model if isinstance(model, ReducedViT) else ReducedViT(model)
+        return sample(wrapped, images)
     anatomy = wrapped.anatomy
     return counted(
         anatomy,

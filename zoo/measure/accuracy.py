@@ -12,6 +12,7 @@ from zoo.errors import ZooError
 from zoo.measure.device import like_weights
 from zoo.measure.progress import bar, batches_of
 from zoo.model.answers import check_finite
+from zoo.model.attached import as_tensors
 
 if TYPE_CHECKING:
     from zoo.model.stream import Info
@@ -46,7 +47,7 @@ def top_k(
         ZooError: An image has no label, or one that is no output of the model.
     """
     top1 = top5 = total = 0
-    model.eval()
+    model = as_tensors(model.eval())
     for images, labels in bar(batches, "accuracy", batches_of(batches, limit)):
         if limit is not None:
             images, labels = images[: limit - total], labels[: limit - total]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from zoo.adapters.standalone import as_standalone
+from zoo.model.reduced import ReducedViT
 from zoo.model.runtime import Runtime
-
-if TYPE_CHECKING:
-    from zoo.model.reduced import ReducedViT
 
 
 def describe(model: ReducedViT) -> dict[str, Any]:
@@ -37,9 +35,10 @@ def describe(model: ReducedViT) -> dict[str, Any]:
 
 def dense_of(model: ReducedViT) -> nn.Module:
     """The same weights with nothing reduced, run with the run-time options of the model."""
-    if model.runtime == Runtime():
+    if model.runtime == Runtime() and model.tower.tensors:
         return model.unwrap()
-    return type(model)(model.backbone).set_runtime(**model.runtime._asdict()).eval()
+    kind = type(model) if model.tower.tensors else ReducedViT
+    return kind(model.backbone).set_runtime(**model.runtime._asdict()).eval()
 
 
 def method_name(model: ReducedViT) -> str:

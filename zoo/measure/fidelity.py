@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.adapters.tower import find_tower
 from zoo.errors import ZooError
 from zoo.measure.device import like_weights
 from zoo.model.answers import check_finite
+from zoo.model.attached import as_tensors
 
 
 @torch.inference_mode()
@@ -51,7 +53,7 @@ def compare_answers(
         ZooError: There are no images, or a model answers with more than one vector per image.
     """
     device = torch.device(device)
-    model, dense = model.to(device).eval(), dense.to(device).eval()
+    model, dense = (as_tensors(m.to(device).eval()) for m in (model, dense))
     headless = getattr(model, "num_classes", None) == 0
     same = total = angles = 0
     divergence = cosine = 0.0
@@ -103,7 +105,8 @@ def _answer(model: nn.Module, images: Tensor, dtype: torch.dtype) -> tuple[Tenso
 def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collects what enters the classifier while the block runs."""
     backbone: Any = getattr(model, "backbone", model)
-    found = backbone.get_classifier() if hasattr(backbone, "get_classifier") else None
+    tower = find_tower(backbone)
+    found = None if tower is None else tower.classifier(backbone)
     # The distilled models have two; the class token's comes first.
     head = found[0] if isinstance(found, (tuple, list)) else found
     seen: list[Tensor] = []

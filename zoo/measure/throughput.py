@@ -21,6 +21,7 @@ from zoo.errors import ZooError
 from zoo.measure.device import like_weights
 from zoo.measure.progress import bar
 from zoo.model.answers import check_finite
+from zoo.model.attached import as_tensors
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def measure(
     if not min_time > 0:
         raise ZooError(f"throughput.min_time must be above 0 seconds, got {min_time}")
     device = torch.device(device)
-    models = [m.eval().to(device) for m in (model, dense) if m is not None]
+    models = [as_tensors(m.eval().to(device)) for m in (model, dense) if m is not None]
     with _threads(threads), torch.inference_mode():
         while True:
             images = torch.randn(batch, *input_size, device=device)
@@ -135,6 +136,7 @@ def interleaved(
     """
     device = images.device
     with _threads(threads), torch.inference_mode():
+        models = [as_tensors(m) for m in models]
         steps = [_step(m, like_weights(images, m, device), device, torch.float32) for m in models]
         _check_answers(steps)
         return _rounds(steps, rounds, 0.0, device), torch.get_num_threads()

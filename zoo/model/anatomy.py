@@ -9,10 +9,11 @@ from torch import nn
 
 from reduction.base import Reducer
 from reduction.counts import Dims, Spec, Step
+from zoo.adapters.attention import parts_of
 from zoo.adapters.blocks import block_adapter
 from zoo.adapters.standalone import Standalone, as_standalone, check_alone
 from zoo.adapters.tower import Tower, check_backbone, tower_of
-from zoo.errors import ZooError
+from zoo.errors import UnsupportedModel, ZooError
 from zoo.plugins.base import Plugin
 
 
@@ -70,9 +71,9 @@ class Anatomy(NamedTuple):
 
     def dims(self, block: int) -> Dims:
         """Widths of a block."""
-        attn = self.attention(block)
+        parts = parts_of(self.attention(block))
         classes = max(1, self.tower.class_tokens(self.backbone))
-        return Dims(attn.proj.out_features, attn.num_heads, attn.head_dim, classes)
+        return Dims(parts.width, parts.heads, parts.head_dim, classes)
 
     def spec(self, steps: Sequence[Step | None]) -> Spec:
         """What learned parts are sized by.
@@ -80,11 +81,11 @@ class Anatomy(NamedTuple):
         Args:
             steps: The reduction of each block.
         """
-        attn, tower, m = self.attention(0), self.tower, self.backbone
+        parts, tower, m = parts_of(self.attention(0)), self.tower, self.backbone
         return Spec(
             width=tower.width(m),
-            heads=int(attn.num_heads),
-            head_dim=int(attn.head_dim),
+            heads=int(parts.heads),
+            head_dim=int(parts.head_dim),
             depth=self.depth,
             prefix=self.prefix,
             grid=self.grid,
@@ -104,6 +105,12 @@ def check_parts(
             itself and parts were asked for.
     """
     check_backbone(backbone)
+    tower = tower_of(backbone)
+    if plugins and not tower.tensors:
+        raise UnsupportedModel(
+            f"plugin {plugins[0].name!r} knows models of timm alone, and this is a "
+            f"{tower.title}; timm has the same architecture: zoo.list_models()"
+        )
     asked = {f"reducer {getattr(reducer, 'name', '')!r}": reducer is not None}
     asked |= {f"plugin {p.name!r}": True for p in plugins}
     check_alone(backbone, asked)

@@ -33,10 +33,14 @@ def for_any_batch(method: _F) -> _F:
 
 def nothing_of(answer: Any) -> Any:
     """The same, with no image in any of its tensors."""
+    if isinstance(answer, Tensor) and not answer.dim():
+        return answer
     if isinstance(answer, Tensor):
         rows = answer[:0]
         rows.__dict__.update({name: nothing_of(value) for name, value in vars(answer).items()})
         return rows
+    if isinstance(answer, Mapping) and hasattr(answer, "to_tuple"):
+        return type(answer)(**{name: nothing_of(value) for name, value in answer.items()})
     if isinstance(answer, Mapping):
         return {name: nothing_of(value) for name, value in answer.items()}
     if isinstance(answer, tuple) and hasattr(answer, "_fields"):

@@ -48,6 +48,11 @@ def features(model: ReducedViT, out: Outflow) -> Tensor:
     return x
 
 
+def carried(x: Tensor) -> bool:
+    """Whether a tensor is one of features that knows what its tokens are."""
+    return getattr(x, _NAME, None) is not None
+
+
 def classify(
     model: ReducedViT, x: Tensor, pre_logits: bool = False, sizes: Tensor | None = None
 ) -> Tensor:
@@ -79,7 +84,7 @@ def classify(
         if own is not None:
             return own
     if not _weighs(model):
-        return model.backbone.forward_head(x, pre_logits=pre_logits)  # type: ignore[no-any-return]
+        return model.tower.classify(model.backbone, x, pre_logits)
     if sizes is not None:
         known = {"size": sizes, "unit": False, "policy": None, "mask": None}
     if known is None:
@@ -109,7 +114,7 @@ def intermediates(
     out = flow(model, images, track=True, trace=taken, until=last if stop_early else None)
     states = out.info.trace
     if norm:
-        states = tuple(t._replace(x=model.tower.norm(model.backbone, t.x)) for t in states)
+        states = tuple(t._replace(x=model.tower.norm_maps(model.backbone, t.x)) for t in states)
     maps: list[Any] = [unmerge(t) for t in states]
     if output_fmt == "NCHW":
         maps = [x.transpose(1, 2).unflatten(2, out.info.grid).contiguous() for x in maps]

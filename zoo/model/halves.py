@@ -15,7 +15,15 @@ from reduction.functional.carriers import append, trim
 from reduction.mixins.attention import AttentionInput, AttentionOutput, ExtraKeys, OwnAttention
 from reduction.schedules.base import Schedule
 from reduction.tokens import Signals, Tokens
-from zoo.adapters.attention import Shift, attend, projection, ready, through, watched_attend
+from zoo.adapters.attention import (
+    Shift,
+    attend,
+    parts_of,
+    projection,
+    ready,
+    through,
+    watched_attend,
+)
 from zoo.adapters.blocks import BlockAdapter
 from zoo.adapters.split_qkv import without_keys, without_values
 from zoo.adapters.tower import rope_for
@@ -31,22 +39,22 @@ class Whole(NamedTuple):
 
     Attributes:
         block: The block, or its `forward` where its hooks are called elsewhere.
-        rope: Whether it takes a rotary table.
+        adapter: How to run its class.
     """
 
     block: Callable[..., Tensor]
-    rope: bool
+    adapter: BlockAdapter
 
     def attention(self, t: Tokens, stage: Stage) -> tuple[Tokens, Signals]:
         """All of the block. Nothing is seen inside."""
-        extra: dict[str, Any] = {}
-        if self.rope:
-            embedded = stage.frame.embedded
+        embedded = stage.frame.embedded
+        extra: dict[str, Any] = dict(embedded.more)
+        if self.adapter.rope:
             extra["rope"] = rope_for(embedded, stage.block, t, stage.positions_changed)
         bias = attention_bias(_sizes(t, stage), t.mask, t.x.dtype)
         if bias is not None:
             extra["attn_mask"] = bias if autocasting(t.x) else bias.to(t.x.dtype)
-        return t._replace(x=self.block(t.x, **extra)), _NONE
+        return t._replace(x=self.adapter.call(self.block, t.x, extra)), _NONE
 
     def mlp(self, x: Tensor) -> Tensor:
         """Nothing is left to do."""
@@ -84,8 +92,8 @@ class Halves(NamedTuple):
         own = None
         if inside and isinstance(reducer, OwnAttention):
             own = _bound(reducer, all_, step)
-        bias = attention_bias(_sizes(all_, stage, t.unit), all_.mask, t.x.dtype)
         changed = stage.positions_changed or extra is not None
+        bias = _bias(all_, stage, changed, t.unit)
         shift = _shift(frame.plugins, stage.block, frame.schedule) if frame.plugins else None
         weights: list[Tensor] = []
         listen = partial(
@@ -128,7 +136,8 @@ class Halves(NamedTuple):
                 "looked at; choose a method that does not read it"
             )
         branch = self.adapter.mlp_branch(self.block, x)
-        return x + through(self.block.drop_path2, branch), branch
+        drop = self.adapter.mlp_drop(self.block)
+        return x + (branch if drop is None else through(drop, branch)), branch
 
     def _rereading(self, stage: Stage, shift: Shift | None) -> dict[str, Any]:
         """Arguments of `attend` for a reducer that changes tokens between keys and values."""
@@ -146,11 +155,21 @@ class Halves(NamedTuple):
                 q, k, v = (without_keys if values_only else projection(attn))(attn, x)
             rope = None if values_only else rope_for(frame.embedded, stage.block, t, True)
             q, k, v = ready(attn, q, k, v, t.prefix, rope)
-            bias = attention_bias(_sizes(t, stage), t.mask, t.x.dtype)
-            dropout = attn.attn_drop.p if attn.training else 0.0
-            return AttentionInput(q, k, v, attn.scale, bias, dropout, attn.fused_attn, frozenset())
+            bias = _bias(t, stage, True)
+            parts = parts_of(attn)
+            dropout = parts.dropout if attn.training else 0.0
+            return AttentionInput(q, k, v, parts.scale, bias, dropout, parts.fused, frozenset())
 
         return {"project": without_values, "again": again}
+
+
+def _bias(t: Tokens, stage: Stage, changed: bool, unit: bool | None = None) -> Tensor | None:
+    """All that is added to the logits: for sizes, for padding, and for where tokens are."""
+    bias = attention_bias(_sizes(t, stage, unit), t.mask, t.x.dtype)
+    own = None if stage.frame.bias is None else stage.frame.bias(stage.block, t, changed)
+    if own is None or bias is None:
+        return bias if own is None else own
+    return own + bias
 
 
 def _sizes(t: Tokens, stage: Stage, unit: bool | None = None) -> Tensor | None:

@@ -29,6 +29,8 @@ def warn_unheard(model: ReducedViT) -> None:
     own = {"backbone": backbone, "reducer": model.reducer}
     own |= {"backbone.blocks": blocks if isinstance(blocks, nn.Module) else None}
     own |= {f"plugins[{i}]": plugin for i, plugin in enumerate(model.plugins)}
+    if "forward" in vars(backbone):  # attached: the backbone is called itself
+        del own["backbone"]
     for name, module in own.items():
         if module is not None and awaited(module):
             _warn(model, f"the hooks on {name} are not called: the wrapper runs its parts")

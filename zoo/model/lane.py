@@ -60,6 +60,8 @@ class Frame(NamedTuple):
         embedded: From `Tower.embed`.
         class_tokens: Leading tokens that act as the class token, at least 1.
         watch: Wants the attention weights of every block, or None.
+        bias: `(block, t, changed) -> bias`: `Tower.bias` of this pass, or None where the family has
+            none.
     """
 
     reducer: Reducer | None
@@ -69,6 +71,7 @@ class Frame(NamedTuple):
     embedded: Embedded
     class_tokens: int
     watch: Watch | None = None
+    bias: Callable[[int, Tokens, bool], Tensor | None] | None = None
 
 
 class Stage(NamedTuple):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from reduction.tokens import Tokens
+from zoo.model.attached import as_reduced
 from zoo.model.empty import for_any_batch
 from zoo.model.reduced import ReducedViT
 from zoo.model.stream import flow
@@ -77,8 +78,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[AttentionMap]:
         >>> maps[3].on_patches().shape  # attention of the class token on the image
         torch.Size([1, 4, 8, 8])
     """
-    wrapped = model if isinstance(model, ReducedViT) else ReducedViT(model)
-    return _maps(wrapped, images)
+    return _maps(as_reduced(model), images)
 
 
 @for_any_batch

@@ -179,8 +179,9 @@ class ReducedViT(TimmContract):
         alone = self.checked(images, {"return_info": bool(return_info)})
         with self.linear():
             if alone or (not return_info and self._untouched()):
-                return self.backbone(images)
-            whole = return_info or self.training
+                return self.tower.whole(self.backbone, images)
+            # In place of its backbone a wrapper has no flag of its own that anybody sets.
+            whole = return_info or self.training or self.backbone.training
             out = flow(
                 self,
                 images,
@@ -277,7 +278,7 @@ class ReducedViT(TimmContract):
             and not len(self.plugins)
             and self.runtime.last_block == "full"
             and not self.runtime.own_kernels
-            and not getattr(self.backbone, "grad_checkpointing", False)
+            and not self.tower.checkpointing(self.backbone)
         )
 
     def linear(self) -> AbstractContextManager[Any]:

@@ -124,7 +124,7 @@ def stages(
     reducer, depth = frame.reducer, len(blocks)
     inside = reducer if isinstance(reducer, InAttention) else None
     asks = inside is not None or isinstance(reducer, Masked) or t.policy is not None
-    plain = not frame.plugins and frame.embedded.rope is None
+    plain = not frame.plugins and frame.embedded.rope is None and frame.bias is None
     free = undisturbed(t.x)
     changed = t.n != patches or plans[0].entry is not None
     out = []
@@ -150,8 +150,10 @@ def stages(
         elif not listened and not shifted and site != "attn":
             # Once tokens have changed, nothing has to equal the tower's kernels to the last bit.
             own = (changed or frame.own_kernels) and free
+            # Sizes, which only tokens that have changed come with, must reach the attention.
+            own = own or (changed and (not adapter.masks or frame.bias is not None))
             whole = block.forward if straight is None and hooked(block) else block
-            lane = halves if own else Whole(whole, adapter.rope)
+            lane = halves if own else Whole(whole, adapter)
         out.append(
             Stage(
                 i,

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
 
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class Info(NamedTuple):
     """What happened to the tokens in one forward pass.
 
@@ -66,12 +69,14 @@ class Outflow(NamedTuple):
         memories: Of the plugins.
         heard: By block: tokens that entered it, and what its attention said, where that was asked
             for.
+        entered: Tokens that entered the first block, where the state behind all is kept.
     """
 
     t: Tokens
     info: Info
     memories: Sequence[Any]
     heard: Mapping[int, tuple[Tokens, Signals]] = MappingProxyType({})
+    entered: Tokens | None = None
 
 
 def flow(
@@ -84,6 +89,7 @@ def flow(
     until: int | None = None,
     watch: Watch | None = None,
     hear: Hear = NOBODY,
+    options: Mapping[str, Any] = NOTHING,
 ) -> Outflow:
     """Run the blocks.
 
@@ -97,6 +103,7 @@ def flow(
         until: Stop behind this block; None runs all.
         watch: Wants the attention weights of every block.
         hear: Signals of blocks that are wanted beside those that the reducer reads.
+        options: What else the embedding of this family takes.
     """
     if traced():
         images = for_tracers(images)
@@ -104,19 +111,20 @@ def flow(
         warn_unheard(model)
     reducer, schedule = model.reducer, schedule or model.schedule
     m, tower = model.backbone, model.tower
-    grid = tower.grid_of(m, images)
-    embedded = tower.embed(m, images)
+    grid = tower.grid_of(m, images, **options)
+    embedded = tower.embed(m, images, **options)
     patches = embedded.x.shape[1] - model.prefix
     plans = model.planner.plan(model.anatomy, schedule, grid, patches, last_block)
     t, memories = _enter(model, images, embedded, grid, plans[0].entry, track)
     # Without its features, so that no later block holds on to them.
     frame = _frame(model, embedded._replace(x=None), watch)
     del embedded
+    entered = t if trace is True else None
     blocks = tower.blocks(m)
     block = run
     if hooked(*blocks):
         block = partial(run_hooked, blocks)
-    if getattr(m, "grad_checkpointing", False) and torch.is_grad_enabled() and watch is None:
+    if tower.checkpointing(m) and torch.is_grad_enabled() and watch is None:
         block = checkpointed(block, model.runtime.linear)
     kept = range(len(blocks)) if trace is True else (trace or ())
     counts, states, signals = [], [], Signals()
@@ -140,7 +148,7 @@ def flow(
         t = reducer.finish(t)
     source = t.source if t.source is not None else t.size.new_zeros(0)
     info = Info(tuple(counts), t.size, source, grid, tuple(states), t)
-    return Outflow(t, info, memories, heard)
+    return Outflow(t, info, memories, heard, entered)
 
 
 def _enter(
@@ -161,7 +169,7 @@ def _enter(
             "return_info, or in evaluation mode"
         )
     changes = reducer is not None or len(model.plugins) > 0
-    follow = changes and embedded.rope is not None
+    follow = changes and (embedded.rope is not None or tower.biased(model.backbone))
     follow = follow or (reducer is not None and "origin" in reducer.needs)
     t = Tokens.start(embedded.x, model.prefix, track=track or follow)
     t = t._replace(source=t.source if track else None, grid=grid if full else None)
@@ -184,7 +192,9 @@ def _enter(
 def _frame(model: ReducedViT, embedded: Embedded, watch: Watch | None) -> Frame:
     classes = max(1, model.tower.class_tokens(model.backbone))
     own, plugins = model.runtime.own_kernels, list(model.plugins)
-    return Frame(model.reducer, plugins, model.schedule, own, embedded, classes, watch)
+    m, tower = model.backbone, model.tower
+    bias = partial(tower.bias, m, embedded) if tower.biased(m) else None
+    return Frame(model.reducer, plugins, model.schedule, own, embedded, classes, watch, bias)
 
 
 def leave(model: ReducedViT, out: Outflow) -> Tensor:
@@ -209,5 +219,6 @@ def own_answer(model: ReducedViT, t: Tokens, memories: Sequence[Any]) -> Tensor 
         if logits is not None:
             return logits  # type: ignore[no-any-return]
     if isinstance(model.reducer, OwnAnswer):
-        return model.reducer.logits(model.backbone, t)
+        backbone = model.tower.as_timm(model.backbone)
+        return model.reducer.logits(backbone, t)
     return None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from reduction.mixins.learned import Learned
 from zoo.adapters.standalone import as_standalone
+from zoo.adapters.tower import tower_of
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class TimmContract(nn.Module):
     forward_intermediates: Any
 
     def unwrap(self) -> nn.Module:
-        """The untouched timm model."""
+        """The untouched model."""
         return self.backbone
 
     def verify(self, images: Tensor, tolerance: float = 0.0) -> float:
@@ -53,7 +54,12 @@ class TimmContract(nn.Module):
             with torch.no_grad():
                 dense = type(self)(self.backbone)  # type: ignore[call-arg]
                 dense.eval()
-                gap = (dense(images) - self.backbone(images)).abs().max().item()
+                gap = (
+                    (dense(images) - tower_of(self.backbone).whole(self.backbone, images))
+                    .abs()
+                    .max()
+                    .item()
+                )
         finally:
             self.train(was)
         if not gap <= tolerance:
@@ -64,13 +70,15 @@ class TimmContract(nn.Module):
     def recipe(self) -> dict[str, Any]:
         """Everything but the weights: what has to be written down to build the model again."""
         cfg = getattr(self.backbone, "pretrained_cfg", None) or {}
-        own = as_standalone(self.backbone)
+        own, tower = as_standalone(self.backbone), tower_of(self.backbone)
+        settings = tower.settings(self.backbone) if own is None else own.settings()
         return {
             "backbone": {
+                **({} if tower.library == "timm" else {"library": tower.library}),
                 "name": cfg.get("architecture") or type(self.backbone).__name__,
                 "tag": cfg.get("tag") or None,
-                "num_classes": int(self.backbone.num_classes),
-                "args": {**self.backbone_args, **({} if own is None else own.settings())},
+                "num_classes": self.num_classes,
+                "args": {**self.backbone_args, **settings},
             },
             "reducer": None if self.reducer is None else self.reducer.config(),
             "schedule": None if self.schedule is None else self.schedule.config(),
@@ -88,22 +96,26 @@ class TimmContract(nn.Module):
     @property
     def default_cfg(self) -> dict[str, Any]:
         """timm's data and weight settings of the backbone."""
-        return self.backbone.default_cfg
+        return self.pretrained_cfg
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """Same as `default_cfg`, under timm's newer name."""
-        return self.backbone.pretrained_cfg
+        known = getattr(self.backbone, "pretrained_cfg", None) or {}
+        tower = tower_of(self.backbone)
+        if tower.library == "timm":
+            return known
+        return {**known, "input_size": tower.input_size(self.backbone)}
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return int(self.backbone.num_classes)
+        return tower_of(self.backbone).classes(self.backbone)
 
     @property
     def num_features(self) -> int:
         """Width of the features."""
-        return int(self.backbone.num_features)
+        return tower_of(self.backbone).features(self.backbone)
 
     @property
     def feature_info(self) -> Any:
@@ -162,11 +174,11 @@ class TimmContract(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """The backbone's classifier."""
-        return self.backbone.get_classifier()
+        return tower_of(self.backbone).classifier(self.backbone)  # type: ignore[no-any-return]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the backbone's classifier, and those of reducer and plugins."""
-        self.backbone.reset_classifier(num_classes, global_pool)
+        tower_of(self.backbone).reset_classifier(self.backbone, num_classes, global_pool)
         if isinstance(self.reducer, Learned):
             self.reducer.reset_classifier(num_classes)
         for plugin in self.plugins:
@@ -174,11 +186,12 @@ class TimmContract(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training."""
-        self.backbone.set_grad_checkpointing(enable)
+        tower_of(self.backbone).set_checkpointing(self.backbone, enable)
 
     def no_weight_decay(self) -> set[str]:
         """Parameter names that optimisers should not decay."""
-        names = {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+        own = tower_of(self.backbone).undecayed(self.backbone)
+        names = {f"backbone.{name}" for name in own}
         for i, plugin in enumerate(self.plugins):
             names |= {f"plugins.{i}.{name}" for name in plugin.no_weight_decay()}
         return names
@@ -191,7 +204,8 @@ class TimmContract(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's layer groups, for layer-wise learning rates."""
-        return {key: _prefixed(value) for key, value in self.backbone.group_matcher(coarse).items()}
+        groups = tower_of(self.backbone).groups(self.backbone, coarse)
+        return {key: _prefixed(value) for key, value in groups.items()}
 
 
 def take_indices(depth: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from reduction.schedules.base import Schedule
 from reduction.tokens import Tokens
-from zoo.adapters.tower import class_tokens
+from zoo.adapters.tower import class_tokens, tower_of
 from zoo.errors import ZooError
 from zoo.plugins.base import Plugin, register_plugin
 from zoo.plugins.stages import CLCA_CARD, stage_blocks
 
 #: Parts of a timm model that come after its blocks, which these heads do without.
-_AFTER_BLOCKS = ("norm.", "fc_norm.", "head.", "head_dist.", "attn_pool.")
 
 
 class LayerConvHead(nn.Module):
@@ -129,10 +128,11 @@ class CLA(Plugin):
                 "plugin 'clc' (the cache alone) works without"
             )
         self.blocks = stage_blocks(self.name, self.blocks, schedule, backbone)
-        self.layers = (*self.blocks, len(backbone.blocks) - 1)
+        tower = tower_of(backbone)
+        self.layers = (*self.blocks, len(tower.blocks(backbone)) - 1)
         self.class_tokens = class_tokens(backbone)
-        width = self.class_tokens * int(backbone.embed_dim)
-        shape = width, len(self.layers), int(backbone.num_classes)
+        width = self.class_tokens * tower.width(backbone)
+        shape = width, len(self.layers), tower.classes(backbone)
         if self.net is None or self._shape() != shape:
             like = next(backbone.parameters())
             self.net = self._build(*shape).to(like.device, like.dtype)
@@ -175,7 +175,8 @@ class CLA(Plugin):
 
     def unused(self, backbone: Any) -> set[str]:
         """The backbone's final norm, pooling and classifier."""
-        return {n for n, _ in backbone.named_parameters() if n.startswith(_AFTER_BLOCKS)}
+        behind = tower_of(backbone).after_blocks(backbone)
+        return {n for n, _ in backbone.named_parameters() if n.startswith(behind)}
 
 
 @register_plugin("ifa")

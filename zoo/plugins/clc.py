@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from reduction.functional.carriers import append
 from reduction.schedules.base import Schedule
 from reduction.tokens import Tokens
-from zoo.adapters.tower import class_tokens
+from zoo.adapters.tower import class_tokens, tower_of
 from zoo.errors import ZooError
 from zoo.plugins.base import Plugin, register_plugin
 from zoo.plugins.stages import CLCA_CARD, stage_blocks
@@ -90,14 +90,15 @@ class CLC(Plugin):
         """Choose the blocks that recover and create the CLR."""
         self.blocks = stage_blocks(self.name, self.blocks, schedule, backbone)
         self.class_tokens = class_tokens(backbone)
-        last = {len(backbone.blocks) - 2} if self.recover_at_last else set()
+        tower = tower_of(backbone)
+        last = {len(tower.blocks(backbone)) - 2} if self.recover_at_last else set()
         self.recovery = tuple(sorted({*self.blocks, *last})) if self.cache else ()
-        shape = (1, self.num_clr, int(backbone.embed_dim))
+        shape = (1, self.num_clr, tower.width(backbone))
         if self.num_clr and (self.clr_token is None or self.clr_token.shape != shape):
             like = next(backbone.parameters())
             self.clr_token = nn.Parameter(like.new_zeros(shape))
             self.clr_pos_embed = None
-            if _position_rows(backbone):
+            if tower.places_prefix(backbone):
                 self.clr_pos_embed = nn.Parameter(like.new_zeros(shape))
             self.warm_start(backbone)
 
@@ -106,8 +107,9 @@ class CLC(Plugin):
         """Start the CLR as a copy of the class token, and its position rows near zero."""
         if self.clr_token is None:
             return
-        if class_tokens(backbone) == 1:
-            self.clr_token.copy_(backbone.cls_token.expand_as(self.clr_token))
+        start = tower_of(backbone).class_embedding(backbone)
+        if class_tokens(backbone) == 1 and start is not None:
+            self.clr_token.copy_(start.expand_as(self.clr_token))
         else:  # ours: there is no class token of this width to copy
             nn.init.normal_(self.clr_token, std=0.02)
         if self.clr_pos_embed is not None:
@@ -183,10 +185,3 @@ class CLC(Plugin):
         # The official code averages padding too, so that an image depends on its batch.
         mask = t.mask[:, first:stop].unsqueeze(-1)
         return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
-
-
-def _position_rows(backbone: Any) -> bool:
-    """Whether the position embedding has rows for tokens that are no patches."""
-    embed = getattr(backbone, "pos_embed", None)
-    rows, columns = backbone.patch_embed.grid_size
-    return embed is not None and embed.shape[1] > rows * columns

@@ -8,6 +8,7 @@ from typing import Any
 from reduction.base import Card
 from reduction.schedules.base import Schedule
 from reduction.schedules.target import Target
+from zoo.adapters.tower import tower_of
 from zoo.errors import ZooError
 
 CLCA_CARD = Card(
@@ -42,12 +43,13 @@ def stage_blocks(
     Raises:
         ZooError: If the blocks are not strictly increasing from 1 to the last but one.
     """
-    depth = len(backbone.blocks)
+    tower = tower_of(backbone)
+    depth = len(tower.blocks(backbone))
     if depth < 3:
         raise ZooError(f"plugin {plugin!r} needs at least 3 blocks, the model has {depth}")
     chosen = blocks if blocks is not None else getattr(schedule, "blocks", None)
     if chosen is None:
-        rows, columns = backbone.patch_embed.grid_size
+        rows, columns = tower.grid(backbone)
         chosen = _singled_out(schedule, depth, int(rows * columns))
     if chosen is None:
         quarters = {depth * q // 4 for q in (1, 2, 3)}

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from reduction.base import Card
 from reduction.schedules.base import Schedule
 from reduction.schedules.constant_r import ConstantR
+from zoo.adapters.attention import parts_of
+from zoo.adapters.blocks import block_adapter
+from zoo.adapters.tower import tower_of
 from zoo.errors import ZooError
 from zoo.plugins.base import Plugin, register_plugin
 
@@ -118,11 +121,13 @@ class ToCom(Plugin):
         """Create the adapters of every block."""
         units, like = self.dim * self.max_rate, next(backbone.parameters())
         fresh = []
-        for block in backbone.blocks:
-            attn = block.attn
-            queries = attn.num_heads * attn.head_dim
-            values = getattr(attn, "num_kv_heads", attn.num_heads) * attn.head_dim
-            width = int(backbone.embed_dim)
+        tower = tower_of(backbone)
+        width = tower.width(backbone)
+        for block in tower.blocks(backbone):
+            attn = block_adapter(block).attn(block)
+            parts = parts_of(attn)
+            queries = parts.heads * parts.head_dim
+            values = getattr(attn, "num_kv_heads", parts.heads) * parts.head_dim
             fresh.append(Adapters(width, units, queries, values, self.dropout))
         if [_shapes(m) for m in self.blocks] != [_shapes(m) for m in fresh]:
             self.blocks = nn.ModuleList(fresh).to(like.device, like.dtype)

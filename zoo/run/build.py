@@ -62,10 +62,16 @@ def build_model(
 
     parts["plugins"] = parts.get("plugins") or ()
     pretrained = bool(backbone.get("pretrained")) and weights is None
-    model = create_model(str(backbone.name), pretrained=pretrained, **parts, **args)
+    model = create_model(_name(backbone), pretrained=pretrained, **parts, **args)
     if weights is not None:
         _load_into(model, str(weights), new_head)
     return _set_runtime(cfg, _checked(model).to(cast))
+
+
+def _name(backbone: Any) -> str:
+    """The name that `zoo.create_model` takes."""
+    library = backbone.get("library")
+    return f"{library}:{backbone.name}" if library else str(backbone.name)
 
 
 # What the options of a command line say already, by the arguments that would say it once more.
@@ -83,7 +89,7 @@ _TAKEN = {
 
 
 def _arguments(backbone: Any) -> dict[str, Any]:
-    """Arguments for timm.
+    """Arguments for timm, or for the library that the backbone is from.
 
     Raises:
         ZooError: They are no mapping, or hold what another option says.
@@ -182,6 +188,8 @@ def _set_runtime(cfg: DictConfig, model: ReducedViT) -> ReducedViT:
 
 def _checked(model: ReducedViT) -> ReducedViT:
     # timm builds such a model and fails at the first image.
+    if model.tower.library != "timm":
+        return model
     embed: Any = model.backbone.patch_embed
     size, patch = embed.img_size, model.tower.patch_size(model.backbone)
     published = tuple((model.pretrained_cfg.get("input_size") or ())[1:])

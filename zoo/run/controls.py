@@ -146,8 +146,8 @@ def _controls(dense: Job, kinds: Sequence[str]) -> Iterator[Job]:
     if "dense" in kinds:
         yield dense
     if "resolution" in kinds:
-        embed: Any = model.backbone.patch_embed
-        sides, patch = embed.img_size, model.tower.patch_size(model.backbone)
+        sides = model.tower.input_size(model.backbone)[1:]
+        patch = model.tower.patch_size(model.backbone)
         if sides[0] == sides[1] and patch[0] == patch[1]:
             for pixels in lower_sizes(sides[0], patch[0], list(dense.cfg.resolutions)):
                 yield _at_size(dense, pixels)

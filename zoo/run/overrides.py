@@ -88,10 +88,22 @@ def _options(group: str) -> str:
     return ", ".join(sorted(path.stem for path in (config_folder() / group).glob("*.yaml")))
 
 
+def _of_library(name: str) -> str | None:
+    """What to type for a backbone that was named as in Python, behind its library."""
+    from zoo.libraries.names import LIBRARIES
+
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in LIBRARIES:
+        return f"backbone={name}: type backbone={prefix} backbone.name={rest or 'NAME'}"
+    return None
+
+
 def _offer(name: str) -> str | None:
     """Makes a model of timm an option of `backbone`; a message where there is none of that name."""
     from zoo import backbones
 
+    if hint := _of_library(name):
+        return hint
     stem = name.removesuffix(".yaml")
     if "/" in name or (config_folder() / "backbone" / f"{stem}.yaml").is_file():
         return None

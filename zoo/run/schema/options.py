@@ -241,6 +241,7 @@ _TRAINER: Options = {
 _MODEL: Options = {
     "weights": maybe(path("a name, a path or hf-hub:ORG/NAME")),
     "backbone": {
+        "library": maybe(choice("hf", "open_clip", "torchvision")),
         "name": _WORDS,
         "pretrained": flag(),
         "args": _BACKBONE_ARGS,
