@@ -182,6 +182,10 @@ def test_a_tower_is_found_in_what_owns_it() -> None:
         zoo.attach(pair, "tome")
     zoo.attach(pair, "tome", TWO, tower="right")
     assert zoo.attached(pair["left"]) is None
+    zoo.attach(pair, "topk", TWO, tower="left")
+    assert zoo.attached(pair["left"]) is not None
+    with pytest.raises(ZooError, match="attached already to 'left'"):
+        zoo.attach(pair, "tome", tower="left")
     with pytest.raises(ZooError, match="no part 'middle'; its towers are left, right"):
         zoo.attach(zoo.detach(pair), "tome", tower="middle")
 
