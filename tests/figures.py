@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zoo",),
     ("zoo.api", "zoo.backbones"),
     ("zoo.checkpoint",),
-    ("zoo.build", "zoo.in_place", "zoo.lit"),
+    ("zoo.build", "zoo.attaching", "zoo.lit"),
     ("zoo.budget",),
     ("zoo.measure", "zoo.export"),
     ("zoo.cost",),

@@ -14,9 +14,9 @@ from zoo.build import wrap as wrap
 from zoo.checkpoint import load as _load
 from zoo.cost.profile import profile as _profile
 from zoo.cost.types import Profile
-from zoo.in_place import attach as attach
-from zoo.in_place import attached as attached
-from zoo.in_place import detach as detach
+from zoo.attaching.in_place import attach as attach
+from zoo.attaching.in_place import attached as attached
+from zoo.attaching.in_place import detach as detach
 from zoo.model.maps import AttentionMap as AttentionMap
 from zoo.model.maps import attention_maps as attention_maps
 from zoo.model.reduced import ReducedViT

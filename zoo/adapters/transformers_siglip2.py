@@ -75,6 +75,11 @@ class HfSiglip2(HfSiglip):
             images, shapes = self._cut(m, images)
         return Embedded(self.inner(m).embeddings(images, shapes), None, False)
 
+    def position_macs(self, m: Any) -> int:
+        """See `Tower`: the table of positions is resized by a product."""
+        rows, columns = self.grid(m)
+        return (rows * columns) ** 2 * self.width(m)
+
     def whole(self, m: Any, images: Tensor) -> Tensor:
         """See `Tower`."""
         patches, shapes = self._cut(m, images)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar
 
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
@@ -26,6 +28,12 @@ from zoo.adapters.heads import mean_weight
 from zoo.adapters.tower import Embedded, Tower
 from zoo.errors import UnsupportedModel, ZooError
 
+OLDEST = "5.24"
+if Version(transformers.__version__) < Version(OLDEST):  # classes have other parts there
+    raise ZooError(
+        f"models of Hugging Face need transformers {OLDEST} or newer, this is "
+        f"{transformers.__version__}; type pip install -U transformers"
+    )
 KERNELS = ("sdpa", "eager")
 #: Said in every configuration, and nothing about the model.
 _PASSING = ("_name_or_path", "transformers_version", "architectures", "auto_map", "dtype")

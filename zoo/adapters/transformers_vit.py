@@ -135,7 +135,7 @@ class HfMae(HfTower):
         x, _, _ = m.embeddings(self.cast(m, images), noise=order, **given)
         return Embedded(x, None, False)
 
-    def _in_place(self, m: Any, images: Tensor) -> Tensor:
+    def _in_place(self, m: Any, images: Tensor) -> Any:
         rows, columns = self.grid_of(m, images)
         order = torch.arange(rows * columns, device=images.device, dtype=torch.float32)
         return order.expand(images.shape[0], -1)
@@ -148,10 +148,9 @@ class HfMae(HfTower):
         self, m: Any, t: Tokens, last: Tensor, own: Tensor | None, options: Mapping[str, Any]
     ) -> Any:
         """See `HfTower`."""
-        order = self._in_place(m, options["pixel_values"])
-        return mae.ViTMAEModelOutput(
-            last_hidden_state=last, mask=torch.zeros_like(order), ids_restore=order.long()
-        )
+        order: Any = self._in_place(m, options["pixel_values"])
+        nothing: Any = torch.zeros_like(order)
+        return mae.ViTMAEModelOutput(last_hidden_state=last, mask=nothing, ids_restore=order.long())
 
     def pooled(self, m: Any, t: Tokens) -> Tensor | None:
         """See `HfTower`."""

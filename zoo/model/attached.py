@@ -81,7 +81,7 @@ def put(model: ReducedViT) -> None:
     model.training = False
     place(m, model)
     if model.reducer is not None:
-        setattr(m, REDUCER, model.reducer)
+        setattr(m, REDUCER, model.reducer.train(m.training))
     if isinstance(model, ReducedHfModel) and (inner := model.tower.inner(m)) is not m:  # type: ignore[attr-defined]
         place(inner, model.around(inner))
 

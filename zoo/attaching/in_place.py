@@ -75,15 +75,12 @@ def attach(
         raise ZooError("the model is wrapped already; pass model.unwrap() to reduce that in place")
     if reason := why_shell(model):
         raise UnsupportedModel(reason.replace("wrap first", "attach first"))
-    if there := attached_in(model):
-        raise ZooError(
-            f"a reducer is attached already{_where(next(iter(there)))}; type zoo.detach(model) "
-            "first"
-        )
     built = create_reducer(reducer)
     if built is None:
         raise ZooError("attach needs a reducer; zoo.list_methods() names them")
     name, target = _target(model, tower)
+    if attached_in(target):
+        raise ZooError(f"a reducer is attached already{_where(name)}; type zoo.detach(model) first")
     check_backbone(target)
     if "forward" in vars(target):
         raise UnsupportedModel(

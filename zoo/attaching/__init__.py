@@ -1,0 +1,1 @@
+"""Reduction in place, in models that stay what they are."""
