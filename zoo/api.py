@@ -9,14 +9,14 @@ from torch import nn
 import reduction
 from reduction.selection.registry import SelectorLike, create_selector
 from zoo import backbones
+from zoo.attaching.in_place import attach as attach
+from zoo.attaching.in_place import attached as attached
+from zoo.attaching.in_place import detach as detach
 from zoo.build import create_model as create_model
 from zoo.build import wrap as wrap
 from zoo.checkpoint import load as _load
 from zoo.cost.profile import profile as _profile
 from zoo.cost.types import Profile
-from zoo.attaching.in_place import attach as attach
-from zoo.attaching.in_place import attached as attached
-from zoo.attaching.in_place import detach as detach
 from zoo.model.maps import AttentionMap as AttentionMap
 from zoo.model.maps import attention_maps as attention_maps
 from zoo.model.reduced import ReducedViT

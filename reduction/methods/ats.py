@@ -14,7 +14,7 @@ from reduction.functional.portable import stable_order
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.registry import register
-from reduction.tokens import Signals, Tokens, take_rows
+from reduction.tokens import Signals, Tokens
 
 VARIANTS = ("haurum", "official")
 

@@ -1,4 +1,4 @@
-"""timm's VisionTransformerRelPos: a bias for relative positions, from a table or a small network."""
+"""timm's VisionTransformerRelPos: a bias for relative positions, of a table or a small network."""
 
 from __future__ import annotations
 
