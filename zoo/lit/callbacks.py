@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import random
 import sys
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -72,6 +74,25 @@ class EpochSeed(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "set_epoch"):
             data.set_epoch(trainer.current_epoch)
+
+
+def check_monitors(trainer: pl.Trainer, logged: Collection[str]) -> None:
+    """Refuses callbacks that watch a quantity which nothing logs.
+
+    Args:
+        trainer: With its callbacks.
+        logged: What the module logs, the reducer's own losses (`train/loss_NAME`) left out.
+
+    Raises:
+        ZooError: Lightning would say so at the end of the first epoch.
+    """
+    callbacks: Sequence[Callback] = getattr(trainer, "callbacks")  # noqa: B009  (Lightning hides it)
+    for callback in callbacks:
+        name = getattr(callback, "monitor", None)
+        if isinstance(name, str) and name not in logged and not name.startswith("train/loss_"):
+            near = difflib.get_close_matches(name, logged, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(logged))}"
+            raise ZooError(f"monitor={name} of {type(callback).__name__}: not logged; {hint}")
 
 
 class ProgressBar(TQDMProgressBar):

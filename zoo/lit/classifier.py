@@ -20,6 +20,7 @@ from reduction.mixins.training import Trains
 from zoo.data.loader import NO_IMAGE
 from zoo.errors import ZooError
 from zoo.lit import optim, schedules
+from zoo.lit.callbacks import check_monitors
 from zoo.lit.divergence import check_answers, check_step
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Classifier(pl.LightningModule):
     """
 
     net: ReducedViT
+    #: What a training step logs, as `train/NAME`.
+    logs: ClassVar[tuple[str, ...]] = ("loss",)
     #: Parts of the recipe that training itself changes: a resumed run may differ in them.
     volatile: ClassVar[frozenset[str]] = frozenset()
 
@@ -76,6 +79,12 @@ class Classifier(pl.LightningModule):
         self.loss = loss or nn.CrossEntropyLoss()
         self.aux_weight = aux_weight
         classes = int(getattr(net, "num_classes"))  # noqa: B009  (nn.Module hides its type)
+        if classes < 2:
+            has = "no classifier" if classes == 0 else "a classifier of one class"
+            raise ZooError(
+                f"the model has {has}: there is nothing to tell apart; expected data, and with "
+                "them a model, of two classes or more"
+            )
         self.mix = _mixup(mixup, classes)
         # Only a reducer with losses of its own asks for the state of every block.
         reducer = getattr(net, "reducer", None)
@@ -176,6 +185,13 @@ class Classifier(pl.LightningModule):
         """Store the recipe as it is now: a search may have changed the schedule."""
         recipe = _plain({"recipe": getattr(self.net, "recipe", None)})
         checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), **recipe}
+
+    def setup(self, stage: str) -> None:
+        """Refuse callbacks that watch what is never logged, before an epoch is spent on it."""
+        if stage == "fit":
+            train = {f"train/{name}{end}" for name in self.logs for end in ("", "_step", "_epoch")}
+            metrics: nn.ModuleDict = self.get_submodule("val_metrics")  # type: ignore[assignment]
+            check_monitors(self.trainer, train | {f"val/{name}" for name in metrics})
 
     def on_fit_start(self) -> None:
         """Bring the teacher, which is no part of the module, to the device."""

@@ -56,6 +56,7 @@ class DiffRateSearch(Classifier):
         Chen et al., ICCV 2023, arXiv 2305.17997.
     """
 
+    logs = ("loss", "ce", "gmacs")
     volatile = frozenset({"schedule"})
 
     def __init__(

@@ -62,6 +62,7 @@ class PowerBertSearch(Classifier):
         found its counts with this procedure.
     """
 
+    logs = ("loss", "ce")
     volatile = frozenset({"schedule"})
 
     def __init__(

@@ -185,7 +185,11 @@ def _checked(model: ReducedViT) -> ReducedViT:
     embed: Any = model.backbone.patch_embed
     size, patch = embed.img_size, model.tower.patch_size(model.backbone)
     published = tuple((model.pretrained_cfg.get("input_size") or ())[1:])
-    if size and size != published and any(s % p for s, p in zip(size, patch, strict=True)):
+    # A published size may leave a rim that the patches do not reach, where timm says so.
+    strict = getattr(embed, "strict_img_size", True) or getattr(embed, "dynamic_img_pad", False)
+    rim = size == published and strict
+    whole = not size or all(s % p == 0 for s, p in zip(size, patch, strict=True))
+    if not whole and not (rim and all(s > p for s, p in zip(size, patch, strict=True))):
         fits = max(patch[0], round(size[0] / patch[0]) * patch[0])
         raise ZooError(
             f"image size {size[0]}x{size[1]} is not a multiple of the patch size "

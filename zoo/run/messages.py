@@ -48,7 +48,7 @@ def explain(error: BaseException) -> str | None:
         errors = sys.modules.get("reduction.errors")
         known = (OSError, NotImplementedError) + ((errors.ZooError,) if errors else ())
         text = str(error) if isinstance(error, known) else None
-    return None if text is None else printable(" ".join(text.split()))
+    return None if text is None else " ".join(printable(text).split())
 
 
 def nearest(word: str, known: Iterable[str], most: int = 3) -> str | None:

@@ -191,6 +191,8 @@ def _read_checkpoint(path: Path) -> Mapping[str, Any]:
 def _build(cfg: DictConfig, data: ImageData) -> ReducedViT:
     """Builds the model with one output per class of the data, and for its image size."""
     classes = data.num_classes
+    if classes == 1:
+        raise ZooError(f"{data.label} has one class: there is nothing to tell apart; expected two")
     args = cfg.backbone.get("args") or {} if cfg.get("backbone") is not None else {}
     given: dict[str, Any] = {}
     if cfg.get("backbone") is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.run.messages import nearest
 from zoo.run.schema.kinds import Kind
-from zoo.run.schema.options import CALLBACK, OPEN, OPTIONAL, REQUIRED, TABLES, Options
+from zoo.run.schema.options import CALLBACK, LOGGER, OPEN, OPTIONAL, REQUIRED, TABLES, Options
 from zoo.run.schema.sense import check_sense
 
 if TYPE_CHECKING:
@@ -98,11 +98,11 @@ def check_targets(cfg: Mapping[str, Any], kind: str) -> None:
     for group in _PARTS:
         if cfg.get(group) is not None:
             instantiate(dict(cfg[group]), group)
-    for group in ("callbacks", "logger"):
+    for group, table in (("callbacks", CALLBACK), ("logger", LOGGER)):
         for name, node in (cfg.get(group) or {}).items():
             if node is not None and not (isinstance(node, Mapping) and "_target_" in node):
                 raise _error(f"{group}.{name}={shown(node)}: expected a _target_ to build, or null")
-            check_values(node or {}, CALLBACK, f"{group}.{name}")
+            check_values(node or {}, table, f"{group}.{name}")
     for key, node in _nodes(cfg):
         # Data that no task looks at are not built, and would bring Lightning along.
         if key.split(".")[0] not in (*_PARTS, *(["data"] if kind == "eval" else [])):

@@ -122,6 +122,12 @@ def list_of(kind: Kind, words: str, least: int = 1, most: int | None = None) -> 
     return Kind(words, fits, kind.choices)
 
 
+def interval(kind: Kind, words: str) -> Kind:
+    """A list of two numbers of one kind, the lower one first."""
+    pair = list_of(kind, words, 2, 2)
+    return Kind(words, lambda value: pair.fits(value) and value[0] <= value[1])
+
+
 def mapping(words: str = "a mapping {NAME: VALUE}", values: Kind | None = None) -> Kind:
     """A mapping with names for keys."""
 

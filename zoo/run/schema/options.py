@@ -15,6 +15,7 @@ from zoo.run.schema.kinds import (
     choice,
     either,
     flag,
+    interval,
     list_of,
     mapping,
     maybe,
@@ -31,7 +32,8 @@ RELEVANCE = ("class", "crop")
 
 _SHARE = real(0, 1)
 _POSITIVE = real(above=0)
-_PAIR = "a list of two numbers"
+_PIXEL, _SPREAD = real(-1e4, 1e4), real(above=0, high=1e4)  # of pixels from 0 to 1, or to 255
+_PAIR = "[lowest, highest]"
 _SIDE = whole(1, 8192)
 _SIZE = either(_SIDE, list_of(_SIDE, "[height, width]", 2, 2))
 _SEED = whole(0, 2**32 - 1)
@@ -61,6 +63,7 @@ _BACKBONE_ARGS: Options = {
     "dynamic_img_size": flag(),
     "dynamic_img_pad": flag(),
     "class_token": flag(),
+    "compressed_grid": maybe(_SIZE),
 }
 
 _RUNTIME: Options = {
@@ -84,9 +87,9 @@ _DATA: Options = {
     "damaged": choice("skip", "fail"),
     "upright": flag(),
     "img_size": maybe(_SIZE),
-    "mean": maybe(either(real(), list_of(real(), "one number per channel", 1, 4))),
+    "mean": maybe(either(_PIXEL, list_of(_PIXEL, "one number per channel", 1, 4))),
     "std": maybe(
-        either(_POSITIVE, list_of(_POSITIVE, "one number above 0 per channel", 1, 4)),
+        either(_SPREAD, list_of(_SPREAD, "one number above 0 per channel", 1, 4)),
     ),
     "interpolation": maybe(
         choice("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos", "random")
@@ -106,12 +109,14 @@ _DATA: Options = {
         "eval_length": whole(1),
         "least": whole(1),
         "smallest": whole(1),
+        "input_key": _WORDS,
+        "target_key": _WORDS,
     },
 }
 
 _AUGMENT: Options = {
-    "scale": list_of(_POSITIVE, f"{_PAIR} above 0", 2, 2),
-    "ratio": list_of(_POSITIVE, f"{_PAIR} above 0", 2, 2),
+    "scale": interval(real(above=0, high=1), f"{_PAIR} of numbers above 0 to 1"),
+    "ratio": interval(_POSITIVE, f"{_PAIR} of numbers above 0"),
     "hflip": _SHARE,
     "vflip": _SHARE,
     "color_jitter": maybe(
@@ -135,7 +140,7 @@ _AUGMENT: Options = {
     "mixup": {
         "mixup_alpha": real(0),
         "cutmix_alpha": real(0),
-        "cutmix_minmax": maybe(list_of(_SHARE, f"{_PAIR} from 0 to 1", 2, 2)),
+        "cutmix_minmax": maybe(interval(_SHARE, f"{_PAIR} of numbers from 0 to 1")),
         "prob": _SHARE,
         "switch_prob": _SHARE,
         "mode": choice("batch", "pair", "elem"),
@@ -232,6 +237,14 @@ _TRAINER: Options = {
     "min_epochs": maybe(whole(0)),
     "min_steps": maybe(whole(0)),
     "val_check_interval": maybe(either(whole(1), real(above=0, high=1))),
+    "max_time": maybe(
+        either(
+            text("days:hours:minutes:seconds such as 00:12:00:00", r"\d{2,}:\d\d:\d\d:\d\d"),
+            mapping("a mapping such as {hours: 12}", real(0)),
+        )
+    ),
+    "gradient_clip_algorithm": maybe(choice("norm", "value")),
+    "profiler": maybe(choice("simple", "advanced", "pytorch", "xla")),
     "overfit_batches": either(whole(0), _SHARE),
     "callbacks": Kind("nothing here: callbacks=NAME and callbacks.NAME choose them", _never),
     "logger": Kind("nothing here: logger=NAME chooses one", _never),
@@ -340,10 +353,27 @@ CALLBACK: Options = {
     "end": real(0, below=1),
     "refresh_rate": whole(0),
     "seed": _SEED,
+    "monitor": maybe(_WORDS),
+    "mode": choice("min", "max"),
+    "dirpath": maybe(path("a folder")),
+    "filename": maybe(_WORDS),
     "save_top_k": whole(-1),
+    "save_last": maybe(either(flag(), choice("link"))),
     "every_n_epochs": maybe(whole(0)),
     "every_n_train_steps": maybe(whole(0)),
-    "mode": choice("min", "max"),
+    "patience": whole(0),
+    "min_delta": real(0),
+    "logging_interval": maybe(choice("step", "epoch")),
+    "grids": maybe(list_of(_SIZE, "a list of sizes or [rows, columns]")),
+}
+
+#: The same of loggers.
+LOGGER: Options = {
+    "save_dir": path("a folder"),
+    "name": maybe(text(pattern=r"(?s).*")),
+    "version": maybe(either(whole(0), text(pattern=r"(?s).*"))),
+    "project": maybe(_WORDS),
+    "offline": flag(),
 }
 
 TABLES: Mapping[str, Options] = {"eval": EVAL, "train": TRAIN}

@@ -46,6 +46,9 @@ def check_sense(cfg: Mapping[str, Any], kind: str, typed: Sequence[str]) -> None
         )
     if kind == "eval" and "task" not in swept:
         _unread(cfg, keys)
+    _best(cfg.get("callbacks") or {})
+    if kind == "train" and cfg["test"] == "best":
+        _kept(cfg.get("callbacks") or {}, "test" in keys)
     trainer = cfg.get("trainer") or {}
     least, most = trainer.get("min_epochs"), trainer.get("max_epochs")
     if least is not None and most not in (None, -1) and least > most:
@@ -94,6 +97,34 @@ def _unread(cfg: Mapping[str, Any], keys: Sequence[str]) -> None:
 
 def _or(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _best(callbacks: Mapping[str, Any]) -> None:
+    """The epoch that counts as the best is not the worst one."""
+    for name, node in callbacks.items():
+        node = node if isinstance(node, Mapping) else {}
+        monitor, mode = str(node.get("monitor")), node.get("mode")
+        better = "max" if "top" in monitor else "min" if "loss" in monitor else mode
+        if mode is not None and mode != better:
+            raise _error(
+                f"callbacks.{name}.mode={mode}: of {monitor} the best is its {better}imum; "
+                f"type callbacks.{name}.mode={better}"
+            )
+
+
+def _kept(callbacks: Mapping[str, Any], asked: bool) -> None:
+    """There is a best epoch to test, where that was asked for."""
+    watching = {
+        name: node
+        for name, node in callbacks.items()
+        if isinstance(node, Mapping) and node.get("monitor") is not None and "save_top_k" in node
+    }
+    if watching and all(node["save_top_k"] == 0 for node in watching.values()):
+        raise _error(
+            f"callbacks.{next(iter(watching))}.save_top_k=0 keeps no best epoch; add test=last"
+        )
+    if asked and not watching:
+        raise _error("test=best: no callback keeps the best epoch; add test=last")
 
 
 def _two_of(keys: Sequence[str], one: str, other: str) -> None:
