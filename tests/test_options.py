@@ -234,6 +234,7 @@ RIGHT: dict[str, list[Any]] = {
     "trainer.deterministic": [None],
     "callbacks.last.save_on_train_epoch_end": [None],
     "callbacks.best.save_on_train_epoch_end": [None],
+    "features.max_gb": [0.5],
     "trainer.devices": ["1"],  # as Lightning has it
     "trainer.limit_train_batches": [0.5],  # a share
     "trainer.limit_val_batches": [0.5],

@@ -316,7 +316,7 @@ EVAL: Options = {
     "features": {
         "cache": flag(),
         "folder": path("a folder"),
-        "max_gb": _POSITIVE,
+        "max_gb": real(above=0, high=1e6),
         "seed": _SEED,
     },
     "control": maybe(
