@@ -32,7 +32,7 @@ KINDS = ("eval", "train")
 #: Mappings with names of their own.
 FREE_INSIDE = {"data.class_map", "optim.lr_factors"}
 #: Groups whose options are arguments of constructors, which have their own annotations.
-BUILT = ("reducer", "schedule", "plugin", "callbacks", "logger")
+BUILT = ("reducer", "schedule", "plugin", "selector", "callbacks", "logger")
 Run = Callable[[str], tuple[int, str, str]]
 
 
@@ -127,7 +127,7 @@ def test_the_schema_knows_every_option_that_the_files_have(kind: str) -> None:
             parts = name.split(".")
             if parts[0] in BUILT:
                 owner = plain[parts[0]]
-                owner = owner and owner[parts[1]] if parts[0] in BUILT[3:] else owner
+                owner = owner and owner[parts[1]] if parts[0] in BUILT[4:] else owner
                 if owner and "_target_" in owner:
                     build = _constructor(name, owner["_target_"])
                     own = CALLBACK if parts[0] == "callbacks" else LOGGER
@@ -230,6 +230,7 @@ def wrong_for(value: Any) -> list[Any]:
 
 #: Where such a value means something: what it means is said in the YAML file.
 RIGHT: dict[str, list[Any]] = {
+    "select.block": [-7],  # counted from the end
     "trainer.fast_dev_run": [7],  # so many batches
     "trainer.deterministic": [None],
     "callbacks.last.save_on_train_epoch_end": [None],

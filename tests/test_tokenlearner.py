@@ -96,7 +96,7 @@ def test_refusals() -> None:
     assert learner(version=1.0).reducer.version == "1.0"
     with pytest.raises(ZooError, match="pooling must be one of"):
         learner(pooling="max")
-    with pytest.raises(ZooError, match="bottlenecks must be 1 or more"):
+    with pytest.raises(ZooError, match="bottleneck must be 1 or more"):
         learner(bottleneck=0)
     with pytest.raises(ZooError, match="takes none that a plugin adds"):
         zoo.wrap(backbone("plain"), {"name": "tokenlearner", "fuser": True}, LATE, ["clc"])

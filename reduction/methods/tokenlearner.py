@@ -156,8 +156,8 @@ class TokenLearner(Queries, Parks, Reducer):
         self.version = one_of("version", str(version), VERSIONS)
         self.pooling = one_of("pooling", pooling, POOLINGS)
         self.fuser = boolean("fuser", fuser)
-        self.bottleneck = count("bottlenecks", bottleneck)
-        self.fuser_bottleneck = count("bottlenecks", fuser_bottleneck)
+        self.bottleneck = count("bottleneck", bottleneck)
+        self.fuser_bottleneck = count("fuser_bottleneck", fuser_bottleneck)
         self.fuser_norm = boolean("fuser_norm", fuser_norm)
         self._last: int | None = None  # the block behind which nobody reads patches
         self.parks: Literal["no", "stage", "block"] = "block" if fuser else "no"
