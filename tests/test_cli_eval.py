@@ -322,7 +322,7 @@ def test_doctor_finds_a_model_that_is_not_timm_s(run, monkeypatch):
 
     monkeypatch.setattr(zoo.cli.doctor, "shipped", lambda: iter([(True, "vit_digits", "left out")]))
     code, out, _ = run("doctor")
-    assert code == 0 and "all is well" in out and "FAIL" not in out
+    assert code == 0 and "all is well" in out and "FAIL" not in out, out
     monkeypatch.setattr(zoo.cli.doctor, "_gap", lambda *models: 1e-3)
     code, out, _ = run("doctor")
     assert code == 1 and "FAIL VisionTransformer, class token: 1.0e-03" in out
