@@ -21,6 +21,7 @@ from reduction.schedules.constant_r import ConstantR
 
 _T = TypeVar("_T")
 _R = TypeVar("_R", bound=type[Reducer])
+_C = TypeVar("_C", bound=type[Any])
 
 
 class Registry(Generic[_T]):
@@ -65,6 +66,23 @@ class Registry(Generic[_T]):
             raise ValueError(f"{cls.__name__} needs a class attribute `card = Card(...)`")
         cls.name = name  # type: ignore[attr-defined]
         self.classes[name] = cls
+
+    def named(self, name: str) -> Callable[[_C], _C]:
+        """Class decorator that gives a class its name.
+
+        Args:
+            name: Lower case letters, digits and underscores.
+
+        Raises:
+            ValueError: If the name is malformed or taken, or the class has no `card`.
+        """
+        check_name(name)
+
+        def wrap(cls: _C) -> _C:
+            self.add(name, cls)
+            return cls
+
+        return wrap
 
     def load(self) -> dict[str, type[_T]]:
         """All classes by name, after every module of the package was imported."""
@@ -178,13 +196,7 @@ def register(name: str) -> Callable[[_R], _R]:
     Raises:
         ValueError: If the name is malformed or taken, or the class has no `card`.
     """
-    check_name(name)
-
-    def wrap(cls: _R) -> _R:
-        METHODS.add(name, cls)
-        return cls
-
-    return wrap
+    return METHODS.named(name)
 
 
 def list_methods() -> list[str]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import reduction
 import zoo
 from reduction import create_schedule
+from reduction.functional import kernels
 from tests.cases import METHODS, backbone, images
 from zoo import checkpoint
 from zoo.budget import align as measuring
@@ -130,6 +131,21 @@ def test_auto_is_what_the_kernel_likes(monkeypatch: pytest.MonkeyPatch) -> None:
         model = zoo.wrap(backbone("plain"), "tome", {"name": "constant_r", "r": 5, "align": "auto"})
         assert model.schedule.align == expected
     measuring.best.cache_clear()
+
+
+def test_a_measurement_leaves_no_trace_and_needs_a_clock() -> None:
+    measuring.best.cache_clear()
+    schedule = {"name": "constant_r", "r": 5, "align": "auto"}
+    m = backbone("plain")
+    state = torch.get_rng_state()
+    zoo.wrap(m, "tome", schedule)
+    assert torch.equal(torch.get_rng_state(), state)
+    kernels.set_deterministic(True)
+    try:
+        with pytest.raises(ZooError, match="goes without a clock"):
+            zoo.wrap(m, "tome", schedule)
+    finally:
+        kernels.set_deterministic(False)
 
 
 def test_alignment_is_saved_and_stands_in_the_row(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_listing_imports_no_torch() -> None:
 
 
 def test_the_stored_catalogue_is_what_the_classes_say() -> None:
-    assert selectors.FILE.read_text(encoding="utf-8") == selectors.stored_text()
+    assert selectors.STORED.file.read_text(encoding="utf-8") == selectors.STORED.text()
 
 
 def test_selectors_and_options_are_the_same() -> None:

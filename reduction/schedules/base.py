@@ -59,8 +59,7 @@ class Schedule(Configured, metaclass=WithOptions):
         """
         if align != "auto" and (isinstance(align, str) or count("align", align, 1) > 4096):
             raise ZooError(f"align must be a whole number up to 4096 or 'auto', got {align!r}")
-        if align != 1:
-            self.align = align
+        self.align = align
 
     def arguments(self) -> dict[str, Any]:
         """Constructor arguments, and `align` where it is not 1."""

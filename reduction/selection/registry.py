@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from reduction.errors import ZooError
-from reduction.registry import Registry, check_name
+from reduction.registry import Registry
 from reduction.selection.base import Selection, Selector, everything
 from reduction.selection.given import SIGNALS, Given, given
 
@@ -31,13 +31,7 @@ def register_selector(name: str) -> Callable[[_S], _S]:
     Raises:
         ValueError: If the name is malformed or taken, or the class has no `card`.
     """
-    check_name(name)
-
-    def wrap(cls: _S) -> _S:
-        SELECTORS.add(name, cls)
-        return cls
-
-    return wrap
+    return SELECTORS.named(name)
 
 
 def list_selectors() -> list[str]:

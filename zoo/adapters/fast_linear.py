@@ -7,8 +7,8 @@ oneDNN computes the same product in up to half the time. Two spellings reach it:
   or on a copy in the order that oneDNN computes in, "packed";
 * with gradients, a 1x1 convolution, which is differentiable and public.
 
-In bfloat16 the default is oneDNN already, and packs the weights anew in every call: at batch 1 that
-is most of a layer's time. "auto" measures which is faster, except where kernels are chosen without
+In bfloat16 the default is oneDNN already, and packs the weights anew in every call, which counts
+where there are few rows. "auto" measures which is faster, except where kernels are chosen without
 a clock (`reduction.functional.kernels.set_deterministic`): it is then torch's default.
 
 Packed copies double the memory of the linear layers. They belong to nothing but their weights, by

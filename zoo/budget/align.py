@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from reduction.functional.kernels import deterministic
 from reduction.schedules.base import Schedule
+from zoo.errors import ZooError
 from zoo.model.anatomy import Anatomy
 
 CANDIDATES = (16, 32)
@@ -20,15 +22,21 @@ WORTH = 0.95
 _ROUNDS = 9
 
 
-def resolved(schedule: Schedule | None, anatomy: Anatomy) -> Schedule | None:
-    """A schedule with `align="auto"` replaced by what was measured; any other as it is.
+def resolved(schedule: Schedule, anatomy: Anatomy) -> Schedule:
+    """A schedule with what was measured in place of `align="auto"`.
 
     Args:
         schedule: A schedule or a target.
         anatomy: The parts of the model that is to have it.
+
+    Raises:
+        ZooError: If kernels are to be chosen without a clock.
     """
-    if schedule is None or schedule.align != "auto":
-        return schedule
+    if deterministic():
+        raise ZooError(
+            "deterministic=true goes without a clock, and align=auto is measured with one; type "
+            "schedule.align=16, or deterministic=false"
+        )
     weight = next(anatomy.backbone.parameters())
     dims = anatomy.dims(0)
     n = anatomy.patches + anatomy.prefix
@@ -56,8 +64,14 @@ def best(n: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.de
     base = [n * share // 320 * 32 or 32 for share in (4, 6, 8)]
     lengths = {1: [b + 13 for b in base], 16: [b + 16 for b in base], 32: list(base)}
     spent: dict[int, list[float]] = {align: [] for align in lengths}
+    # Not drawn: a measurement must not move the random numbers of the run around it.
     given = {
-        length: [torch.randn(1, heads, length, head_dim, dtype=dtype, device=device)] * 3
+        length: [
+            torch.linspace(-1, 1, heads * length * head_dim, device=device)
+            .to(dtype)
+            .view(1, heads, length, head_dim)
+        ]
+        * 3
         for group in lengths.values()
         for length in group
     }

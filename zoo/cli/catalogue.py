@@ -1,32 +1,25 @@
 """The methods as text and as data: what `zoo list` and `zoo show` print.
 
-`zoo list` answers at once: what it says of the methods that come along is stored in
-`assets/methods.json`, written by `python -m zoo.cli.docs`. Methods that somebody registers, or puts
-beside the others as a file, are asked themselves.
+What is said of the methods that come along is stored, see `zoo.cli.stored`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import functools
-import importlib.util
 import inspect
 import json
 import re
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.cli.stored import Stored
 from zoo.run.messages import nearest
 
 if TYPE_CHECKING:
     from reduction import Card
     from reduction.base import Reducer
 
-FILE = Path(__file__).parents[1] / "assets" / "methods.json"
 WIDTH = 80
 
 _SIGNALS = {
@@ -51,46 +44,7 @@ class NoSuchMethod(LookupError):
 
 def entries() -> dict[str, dict[str, Any]]:
     """Returns what is known of every method, by name, sorted."""
-    stored = _stored()
-    if _modules() == stored["modules"]:
-        found = dict(stored["methods"])
-    else:
-        found = {}  # a file has come or gone
-    registry = sys.modules.get("reduction.registry")
-    if registry is not None or not found:
-        from reduction.registry import METHODS
-
-        known = METHODS.classes if found else METHODS.load()
-        found.update({name: describe(name) for name in known if name not in found})
-    return dict(sorted(found.items()))
-
-
-def stored_text() -> str:
-    """Returns what `FILE` should hold."""
-    import reduction
-
-    facts = {name: describe(name) for name in reduction.list_methods() if _ours(name)}
-    text = json.dumps({"modules": _modules(), "methods": facts}, indent=1, ensure_ascii=False)
-    return text + "\n"
-
-
-def _ours(name: str) -> bool:
-    from reduction.registry import method
-
-    return method(name).__module__.startswith("reduction.")
-
-
-@functools.lru_cache(maxsize=1)
-def _stored() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
-    return found
-
-
-def _modules() -> list[str]:
-    """Files of methods. The package is looked up, not imported: it would bring torch along."""
-    spec = importlib.util.find_spec("reduction")
-    folders = spec.submodule_search_locations if spec is not None else None
-    return sorted(p.stem for folder in folders or () for p in Path(folder, "methods").glob("*.py"))
+    return STORED.entries()
 
 
 def select(pattern: str) -> list[str]:
@@ -99,10 +53,9 @@ def select(pattern: str) -> list[str]:
     Raises:
         NoSuchMethod: None does.
     """
-    names = list(entries())
-    found = fnmatch.filter(names, pattern) or [name for name in names if pattern in name]
+    found = STORED.matching(pattern)
     if not found:
-        raise NoSuchMethod(_unknown(pattern, names))
+        raise NoSuchMethod(_unknown(pattern, list(entries())))
     return found
 
 
@@ -154,6 +107,9 @@ def describe(name: str) -> dict[str, Any]:
         "digits_at_half_cost": top1._asdict(),
         "doc": inspect.getdoc(cls) or "",
     }
+
+
+STORED = Stored("methods", "reduction.registry:METHODS", describe)
 
 
 def attention_needs(reducer: Reducer) -> str:

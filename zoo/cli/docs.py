@@ -294,7 +294,7 @@ def generated(root: Path) -> dict[Path, str]:
         ZooError: This is no checkout, or the README lost its markers.
     """
     from zoo.cli import selectors
-    from zoo.cli.catalogue import stored_text
+    from zoo.cli.catalogue import STORED
 
     readme = root / _README
     if not readme.is_file():
@@ -303,8 +303,8 @@ def generated(root: Path) -> dict[Path, str]:
         readme: readme_with_table(readme.read_text(encoding="utf-8")),
         root / _INDEX: index_page(),
         root / _LINKS: links(),
-        root / _METHODS: stored_text(),
-        root / _SELECTORS: selectors.stored_text(),
+        root / _METHODS: STORED.text(),
+        root / _SELECTORS: selectors.STORED.text(),
     }
     index = root / _SELECTOR_INDEX
     if index.is_file():  # the rest of this page is written by hand

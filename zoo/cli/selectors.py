@@ -6,21 +6,15 @@ As of the methods, what is said of those that come along is stored, in `assets/s
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import functools
-import importlib.util
 import inspect
-import json
-import sys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from zoo.cli.catalogue import WIDTH, NoSuchMethod, reflowed
+from zoo.cli.stored import Stored
 from zoo.run.messages import nearest
 
-FILE = Path(__file__).parents[1] / "assets" / "selectors.json"
 _READS = {
     "attention": "class row",
     "column": "attention received",
@@ -31,45 +25,7 @@ _READS = {
 
 def entries() -> dict[str, dict[str, Any]]:
     """Returns what is known of every selector, by name, sorted."""
-    stored = _stored()
-    found = dict(stored["selectors"]) if _modules() == stored["modules"] else {}
-    registry = sys.modules.get("reduction.selection.registry")
-    if registry is not None or not found:
-        from reduction.selection.registry import SELECTORS
-
-        known = SELECTORS.classes if found else SELECTORS.load()
-        found.update({name: describe(name) for name in known if name not in found})
-    return dict(sorted(found.items()))
-
-
-def stored_text() -> str:
-    """Returns what `FILE` should hold."""
-    from reduction.selection.registry import SELECTORS
-
-    facts = {
-        name: describe(name)
-        for name, cls in sorted(SELECTORS.load().items())
-        if cls.__module__.startswith("reduction.")
-    }
-    text = json.dumps({"modules": _modules(), "selectors": facts}, indent=1, ensure_ascii=False)
-    return text + "\n"
-
-
-@functools.lru_cache(maxsize=1)
-def _stored() -> dict[str, Any]:
-    if not FILE.is_file():
-        return {"modules": None, "selectors": {}}
-    found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
-    return found
-
-
-def _modules() -> list[str]:
-    """Files of selectors; the package is looked up, not imported."""
-    spec = importlib.util.find_spec("reduction")
-    folders = spec.submodule_search_locations if spec is not None else None
-    return sorted(
-        p.stem for folder in folders or () for p in Path(folder, "selectors").glob("*.py")
-    )
+    return STORED.entries()
 
 
 def select(pattern: str) -> list[str]:
@@ -78,10 +34,9 @@ def select(pattern: str) -> list[str]:
     Raises:
         NoSuchMethod: None does.
     """
-    names = list(entries())
-    found = fnmatch.filter(names, pattern) or [name for name in names if pattern in name]
+    found = STORED.matching(pattern)
     if not found:
-        hint = nearest(repr(pattern), map(repr, names)) or "zoo list --selectors names them all"
+        hint = nearest(repr(pattern), map(repr, entries())) or "zoo list --selectors names them all"
         raise NoSuchMethod(f"unknown selector {pattern!r}; {hint}")
     return found
 
@@ -117,6 +72,9 @@ def describe(name: str) -> dict[str, Any]:
         "arguments": {p.name: p.default for p in inspect.signature(cls).parameters.values()},
         "doc": inspect.getdoc(cls) or "",
     }
+
+
+STORED = Stored("selectors", "reduction.selection.registry:SELECTORS", describe)
 
 
 def table(names: Sequence[str]) -> str:

@@ -107,7 +107,7 @@ def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
     backbone: Any = getattr(model, "backbone", model)
     tower = find_tower(backbone)
     found = None if tower is None else tower.classifier(backbone)
-    if tower is None and hasattr(backbone, "get_classifier"):
+    if tower is None and hasattr(backbone, "get_classifier"):  # any other model with timm's names
         found = backbone.get_classifier()
     # The distilled models have two; the class token's comes first.
     head = found[0] if isinstance(found, (tuple, list)) else found

@@ -113,12 +113,7 @@ def register_plugin(name: str) -> Callable[[_P], _P]:
     Raises:
         ValueError: If the name is malformed or taken, or the class has no `card`.
     """
-
-    def wrap(cls: _P) -> _P:
-        PLUGINS.add(name, cls)
-        return cls
-
-    return wrap
+    return PLUGINS.named(name)
 
 
 def plugin_class(name: str) -> type[Plugin]:
