@@ -85,7 +85,8 @@ def test_names_are_listed_by_library_without_torch() -> None:
         "import sys\n"
         "from zoo.cli.main import main\n"
         "assert main(['list', '--models', '*vit_b_1*']) == 0\n"
-        "assert main(['list', '--models', 'hf:*dinov2-small*', '--json']) == 0\n"
+        "there = main(['list', '--models', 'hf:*dinov2-small*', '--json']) == 0\n"
+        f"assert there == {names.installed(names.LIBRARIES['hf'])}\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
