@@ -116,6 +116,17 @@ def test_onnx(row: Row, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", FIRST, ids=lambda r: r.id)
+def test_what_was_exported_with_gradients_on_can_be_lowered(row: Row) -> None:
+    """As most people export: in evaluation mode, and without `torch.no_grad()`."""
+    m = model(row)
+    exported = torch.export.export(m, (images(2),))
+    lowered = exported.run_decompositions().module()
+    assert max(gap(lowered, m, x) for x in batches()[:1]) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
 def test_onnx_of_every_method(row: Row, tmp_path: Path) -> None:
     check_onnx(model(row, depth=2), tmp_path / "model.onnx", images(2), batches())
