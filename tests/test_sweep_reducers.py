@@ -116,3 +116,18 @@ def test_a_schedule_needs_a_reducer(run: Run) -> None:
         code, out, err = run(f"eval backbone=test_vit task=flops {line}")
         assert code == 2 and "without a reducer" in err
     assert not Path("results").exists() or all(r["status"] == "failed" for r in rows())
+
+
+def test_controls_of_a_sweep_say_in_their_rows_what_loading_said(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = "weights=vit_digits reducer=tome task=flops resolutions=[0.5]"
+    code, out, err = run(f"eval -m {line} schedule.r=2,4")
+    assert (code, err, caplog.text) == (0, "", "")
+    notes = [r["notes"] for r in rows()]
+    assert notes[:3] == [None] * 3 and "position embedding resampled from 8x8 to" in notes[3]
+    # Alone it is a warning, and in the row as well.
+    size = "+backbone.args.img_size=12"
+    code, out, err = run(f"eval weights=vit_digits task=flops {size}")
+    assert code == 0 and "resampled from 8x8 to 6x6" in caplog.text
+    assert rows()[-1]["notes"] == "position embedding resampled from 8x8 to 6x6"

@@ -27,8 +27,8 @@ from zoo.run.overrides import prepare
 from zoo.run.remarks import (
     Skipped,
     add_note,
+    noted,
     sweeps_reducers,
-    untrained_parts,
     without_class_token,
 )
 
@@ -126,7 +126,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep:
         refuse_subprocess_ddp(cfg)
-    typed, more, untrained = _typed(sweep), list[str](), list[str]()
+    typed, more, notes = _typed(sweep), list[str](), list[str]()
     try:
         check_config(cfg, kind, typed)
         show(wanted(cfg))
@@ -137,7 +137,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
             from zoo.run.train import train as work
         else:
             from zoo.run.evaluate import evaluate as work
-        with untrained_parts(quiet=sweep) as untrained:
+        with noted(quiet=sweep) as notes:
             if sweep and sweeps_reducers(typed):
                 row, more = without_class_token(work, cfg, typed)
             else:
@@ -163,7 +163,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
     finally:
         os.environ[_FULL_ERROR] = "1"
     row["command"] = " ".join([command_line(), *map(shlex.quote, more)])
-    for note in untrained if kind == "eval" else []:
+    for note in notes if kind == "eval" else []:
         add_note(row, note)
     if not _is_first_process():
         return row
@@ -176,7 +176,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
         # The disk filled up, or the folder went away: what was measured is still on the screen.
         print(f"{summary_line(row)}\n{json.dumps(row)}", flush=True)
         raise SystemExit(complain(explain(error) or str(error))) from error
-    remarks = [text.lstrip("+") for text in more] + (untrained if sweep else [])
+    remarks = [text.lstrip("+") for text in more] + (notes if sweep else [])
     say(" | ".join([summary_line(row), *remarks]))
     if not sweep:
         print(f"row: {path}", flush=True)

@@ -67,11 +67,11 @@ def without_class_token(
 
 
 @contextlib.contextmanager
-def untrained_parts(quiet: bool) -> Iterator[list[str]]:
-    """Within, collects which learned parts the weights that are loaded do not have.
+def noted(quiet: bool) -> Iterator[list[str]]:
+    """Within, collects what loading weights has to say: parts without any, resampled positions.
 
     Args:
-        quiet: Keep the warning back: the row says it, and the line of the job.
+        quiet: Keep the warnings back: the row says it, and the line of the job.
     """
     found: list[str] = []
 
@@ -81,12 +81,14 @@ def untrained_parts(quiet: bool) -> Iterator[list[str]]:
             found.append(note)
         return note is None or not quiet
 
-    logger = logging.getLogger("zoo.checkpoint.weights")
-    logger.addFilter(look)
+    loggers = [logging.getLogger(f"zoo.checkpoint.{name}") for name in ("weights", "positions")]
+    for logger in loggers:
+        logger.addFilter(look)
     try:
         yield found
     finally:
-        logger.removeFilter(look)
+        for logger in loggers:
+            logger.removeFilter(look)
 
 
 def add_note(row: Row, text: str) -> None:
