@@ -7,7 +7,7 @@ them. All derive from ValueError, so code that knows nothing of this library can
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class ZooError(ValueError):
@@ -34,6 +34,23 @@ class UnreachableBudget(ZooError):
 
 class UnsupportedModel(ZooError):
     """A backbone, block or attention class without an adapter."""
+
+
+class NoClassToken(ZooError):
+    """A method reads a class token that the model does not have.
+
+    Args:
+        message: What to type instead.
+        instead: The arguments of the method that do without one; empty where none do.
+    """
+
+    def __init__(self, message: str, instead: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.instead = dict(instead)
+
+    def __reduce__(self) -> tuple[type[NoClassToken], tuple[str, dict[str, str]]]:
+        """Errors travel between processes; the default would forget what to type instead."""
+        return NoClassToken, (str(self), self.instead)
 
 
 class BadCheckpoint(ZooError):

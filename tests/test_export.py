@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
+from reduction.functional import portable
 from tests.cases import CORE, METHODS, Row, images, model, refused
 from zoo.errors import ZooError
 
@@ -112,6 +113,34 @@ def test_onnx(row: Row, tmp_path: Path) -> None:
     m = model(row, depth=2)
     assert m.token_counts()[-1][1] < 65 or row.restores
     check_onnx(m, tmp_path / "model.onnx", images(2), batches())
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.int64])
+def test_an_exported_order_keeps_equal_entries_in_place(
+    descending: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No sort is stable where nobody asks, from some length on."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 3, (3, 70, 200), generator=draw).to(dtype)
+    if dtype.is_floating_point:
+        x[0, 0, ::3], x[1, 2, ::7] = -torch.inf, torch.inf
+    for dim in (0, 1, 2):
+        expected = x.argsort(dim=dim, descending=descending, stable=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(portable, "exporting", lambda: True)
+            assert torch.equal(portable.stable_order(x, dim, descending), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", FIRST, ids=lambda r: r.id)
+def test_what_was_exported_with_gradients_on_can_be_lowered(row: Row) -> None:
+    """As most people export: in evaluation mode, and without `torch.no_grad()`."""
+    # In double precision no choice between two tokens depends on how an exporter adds up.
+    m, x = model(row).double(), images(2).double()
+    lowered = torch.export.export(m, (x,)).run_decompositions().module()
+    assert max(gap(lowered, m, y) for y in (x, batches()[0].double())) < 1e-6
 
 
 @pytest.mark.slow

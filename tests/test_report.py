@@ -369,7 +369,7 @@ def test_console_table(rows):
         re.M,
     )
     assert re.search(r"^  evit \(trained\) +r=16 ", text, re.M)
-    assert "1 failed:" in text and "FAILED: cannot <b>reach</b> | that" in text
+    assert "1 failed run:" in text and "FAILED: cannot <b>reach</b> | that" in text
     assert "deit_small · costs only" in text
 
 

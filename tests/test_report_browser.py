@@ -137,7 +137,7 @@ def test_controls_and_failures_have_their_places(opened):
     names = methods(opened)
     assert names[:3] == ["dense", "lower resolution", "smaller model"]
     texts = opened.evaluate(f"{SHOWN}.map((r) => r.innerText)")
-    assert any("failed: at most <b>50</b> tokens" in text for text in texts)
+    assert any("FAILED: at most <b>50</b> tokens" in text for text in texts)
 
 
 def test_fidelity_can_be_plotted_instead_of_accuracy(opened):

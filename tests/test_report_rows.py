@@ -44,7 +44,7 @@ def test_new_row_has_every_field_and_fills_in_the_run():
 def test_new_row_refuses_what_is_not_a_field():
     with pytest.raises(TypeError, match="'top_1' is not a field.*did you mean top1"):
         new_row(top_1=3)
-    with pytest.raises(ZooError, match="'ok' or 'failed', got 'done'"):
+    with pytest.raises(ZooError, match="'ok', 'failed', 'skipped', got 'done'"):
         new_row(status="done")
 
 

@@ -2,10 +2,18 @@
 
 from reduction.errors import (
     BadCheckpoint,
+    NoClassToken,
     UnknownName,
     UnreachableBudget,
     UnsupportedModel,
     ZooError,
 )
 
-__all__ = ["BadCheckpoint", "UnknownName", "UnreachableBudget", "UnsupportedModel", "ZooError"]
+__all__ = [
+    "BadCheckpoint",
+    "NoClassToken",
+    "UnknownName",
+    "UnreachableBudget",
+    "UnsupportedModel",
+    "ZooError",
+]

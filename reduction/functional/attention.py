@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from reduction.eager import eager_on_cpu, traced
+from reduction.eager import eager_on_cpu, exporting, traced
 from reduction.functional.kernels import dot_product_attention
 from reduction.functional.masking import policy_softmax
 from reduction.tokens import Signals
@@ -202,4 +202,7 @@ def attention_bias(
         # The smallest finite number, so that a row of padding stays finite.
         lowest = torch.finfo(torch.float16).min
         bias = torch.where(mask, 0.0 if bias is None else bias, lowest)
+    if bias is not None and exporting():
+        # With a gradient through it, the layout recorded is not the one that exporters lower to.
+        bias = bias.detach()
     return None if bias is None else bias[:, None, None, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from reduction.eager import exporting
@@ -10,17 +11,21 @@ from reduction.eager import exporting
 def stable_order(x: Tensor, dim: int = 1, descending: bool = False) -> Tensor:
     """Indices that sort `x` along a dimension; equal entries stay in their order.
 
-    ONNX knows no sort that is stable by name, but the one it has is: of equal entries the one with
-    the lower index comes first.
+    ONNX knows no sort that is stable by name, and the sorts of other runtimes, torch's among them,
+    are not where nobody asks. Entries are then numbered by value and place, which no two share.
 
     Args:
         x: Any tensor.
         dim: Along which dimension.
         descending: Largest first.
     """
-    if exporting():
-        return x.argsort(dim=dim, descending=descending)
-    return x.argsort(dim=dim, descending=descending, stable=True)
+    if not exporting():
+        return x.argsort(dim=dim, descending=descending, stable=True)
+    values, order = x.movedim(dim, -1).sort(dim=-1, descending=descending)
+    later = (values[..., 1:] != values[..., :-1]).long().cumsum(-1)
+    value = torch.zeros_like(order).scatter(-1, order, torch.cat([order[..., :1] * 0, later], -1))
+    number = value * x.shape[dim] + torch.arange(x.shape[dim], device=x.device)
+    return number.argsort(dim=-1).movedim(-1, dim)
 
 
 def kth_smallest(x: Tensor, k: int) -> Tensor:

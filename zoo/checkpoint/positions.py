@@ -92,7 +92,8 @@ def to_grid(
     old = told if told is not None and prod(told) == rows else _likely(rows, backbone, new, origin)
     if old == new or rows < 1:
         return dict(body)
-    _log.warning("%s: position embedding resampled from %dx%d to %dx%d", origin, *old, *new)
+    said = "position embedding resampled from {}x{} to {}x{}".format(*old, *new)
+    _log.warning("%s: %s", origin, said, extra={"note": said})
     return {**body, TABLE: resample_abs_pos_embed(table, list(new), list(old), prefix)}
 
 

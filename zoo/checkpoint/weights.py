@@ -189,7 +189,10 @@ def fit(
     missing = [k for k in extras if k not in rest]
     if missing:
         _log.warning(
-            "%s holds no parameters for %s; they keep their initial values", origin, _some(missing)
+            "%s holds no parameters for %s; they keep their initial values",
+            origin,
+            _some(missing),
+            extra={"note": "untrained " + " and ".join(sorted({k.split(".")[0] for k in missing}))},
         )
     backbone.load_state_dict(body)
     if extras and rest:

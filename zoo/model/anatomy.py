@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from zoo.adapters.attention import parts_of
 from zoo.adapters.blocks import block_adapter
 from zoo.adapters.standalone import Standalone, as_standalone, check_alone
 from zoo.adapters.tower import Tower, check_backbone, tower_of
-from zoo.errors import UnsupportedModel, ZooError
+from zoo.errors import NoClassToken, UnsupportedModel, ZooError
 from zoo.plugins.base import Plugin
 
 
@@ -145,8 +146,26 @@ def check_together(anatomy: Anatomy) -> None:
                 "attention; use protected=false"
             )
     if reducer.needs_class_token and not anatomy.tower.class_tokens(anatomy.backbone):
-        other = "; use score_from='column_mean' (attention received from all tokens)"
-        raise ZooError(
-            f"reducer {reducer.name!r} scores tokens by the class token, which this model does "
-            f"not have{other if hasattr(reducer, 'score_from') else ''}"
+        instead = _without_class_token(reducer)
+        other = "".join(
+            f"; use {name}={value!r} ({_WITHOUT_CLASS_TOKEN[name, value]})"
+            for name, value in instead.items()
         )
+        raise NoClassToken(
+            f"reducer {reducer.name!r} scores tokens by the class token, which this model does "
+            f"not have{other}",
+            instead,
+        )
+
+
+_WITHOUT_CLASS_TOKEN = {
+    ("score_from", "column_mean"): "attention received from all tokens",
+    ("score", "column"): "attention received from all tokens",
+    ("start_from", "uniform"): "all tokens begin alike",
+}
+
+
+def _without_class_token(reducer: Reducer) -> dict[str, str]:
+    """The argument with which a method does without a class token, if it has one."""
+    known = inspect.signature(type(reducer)).parameters
+    return dict([pair for pair in _WITHOUT_CLASS_TOKEN if pair[0] in known][:1])

@@ -36,6 +36,7 @@ from zoo.report.words import (
     describe_budget,
     interval,
     is_dense,
+    is_without_result,
     most_gmacs,
     number,
     printable,
@@ -56,8 +57,8 @@ def compare(rows: Iterable[Row]) -> Comparison:
     """
     ordered = [_or_failed(printable(row)) for row in _without_copies(rows)]
     ordered.sort(key=lambda row: str(row.get("created") or ""))
-    failed = [row for row in ordered if row.get("status") == "failed"]
-    good = [row for row in ordered if row.get("status") != "failed"]
+    failed = [row for row in ordered if is_without_result(row)]
+    good = [row for row in ordered if not is_without_result(row)]
     identity = Identity(good)
     judged: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     costs: dict[tuple[str, ...], list[Row]] = defaultdict(list)
@@ -116,7 +117,7 @@ def _without_copies(rows: Iterable[Row]) -> Iterable[Row]:
 def _or_failed(row: Row) -> Row:
     """The row; a failure if it says that it measured an accuracy and holds none (NaN is none)."""
     measured = "accuracy" in tasks(row)
-    if row.get("status") == "failed" or not measured or number(row.get("top1")) is not None:
+    if is_without_result(row) or not measured or number(row.get("top1")) is not None:
         return row
     return {**row, "status": "failed", "error": row.get("error") or "its accuracy is no number"}
 
@@ -132,7 +133,7 @@ def succeeded_later(failed: Row, rows: Iterable[Row], identity: Identity) -> boo
         return row.get("backbone"), row.get("method") or DENSE, budget, data, seed, done
 
     return any(
-        row.get("status") != "failed"
+        not is_without_result(row)
         and what(row) == (*what(failed)[:-1], True)
         and _same_weights(failed, row)
         and identity.whole(row)  # a short run does not show that the whole one works

@@ -27,6 +27,7 @@ from zoo.report.tables import (
     entry_cells,
     failure_cells,
     fidelity_cells,
+    runs_without_result,
 )
 from zoo.report.words import (
     DENSE,
@@ -170,7 +171,7 @@ def _lede(comparison: Comparison) -> str:
 def _alarm(comparison: Comparison) -> str:
     if not comparison.failed:
         return ""
-    return f' <a class="alarm" href="#failed">{counted(len(comparison.failed), "run")} failed.</a>'
+    return f' <a class="alarm" href="#failed">{runs_without_result(comparison.failed)}.</a>'
 
 
 # ------------------------------------------------------------------------------------ table
@@ -246,7 +247,7 @@ def _failure(row: Row, row_id: int, folder: Path) -> str:
     first = _name_cell(method, "", '<i class="failure"></i>', links_of(row), folder)
     return (
         f'<tr class="failure" data-row="{row_id}" data-method="{escape(method)}">{first}{cells}'
-        f'<td class="error" colspan="{len(_COLUMNS) - 4}">failed: {escape(error)}</td></tr>'
+        f'<td class="error" colspan="{len(_COLUMNS) - 4}">{escape(error)}</td></tr>'
     )
 
 
@@ -300,7 +301,8 @@ def _failed(comparison: Comparison) -> str:
             f'<span class="meta">{escape(" · ".join(part for part in meta if part))}</span></p>'
             f"<p>{escape(str(row.get('error') or 'no reason recorded'))}</p>{command}</li>"
         )
+    heading = runs_without_result(comparison.failed)
     return (
-        f'<section class="card failed" id="failed"><h2>{counted(len(items), "failed run")}</h2>'
+        f'<section class="card failed" id="failed"><h2>{heading}</h2>'
         f"<ol>{''.join(items)}</ol></section>"
     )

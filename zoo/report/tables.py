@@ -24,6 +24,7 @@ from zoo.report.words import (
     format_rate,
     is_dense,
     summary_line,
+    why_without_result,
 )
 from zoo.results.rows import FIELDS, Row
 
@@ -163,7 +164,7 @@ def markdown_table(comparison: Comparison, title: str) -> str:
         if not view.combined:
             parts += _markdown_view(view)
     if comparison.failed:
-        parts += ["## Failed runs", ""]
+        parts += ["## Runs without a result", ""]
         parts += [f"- {_md(summary_line(row))}" for row in comparison.failed]
         parts.append("")
     parts += _markdown_methods(comparison)
@@ -205,7 +206,7 @@ def _markdown_view(view: View) -> list[str]:
         lines.append("| " + " | ".join(cells) + " |")
     for row in view.failures:
         method, budget, error = (_md(text) for text in failure_cells(row))
-        cells = [method, budget, f"FAILED: {error}", *[""] * len(columns)]
+        cells = [method, budget, error, *[""] * len(columns)]
         lines.append("| " + " | ".join(cells[: len(columns)]) + " |")
     notes = [f"- {_md(note)}" for note in view.notes]
     return [*lines, "", *notes, *([""] if notes else [])]
@@ -232,7 +233,7 @@ def table(rows: Iterable[Row]) -> str:
     comparison = compare(rows)
     blocks = [_console_view(view) for view in comparison.views if not view.combined]
     if comparison.failed:
-        lines = [f"{len(comparison.failed)} failed:"]
+        lines = [f"{runs_without_result(comparison.failed)}:"]
         blocks.append("\n".join(lines + [f"  {summary_line(row)}" for row in comparison.failed]))
     return "\n\n".join(blocks)
 
@@ -255,7 +256,7 @@ def _console_view(view: View) -> str:
     lines += [f"{mark} {_line(cells, widths)}" for mark, cells in zip(marks, body, strict=True)]
     for row in view.failures:
         method, budget, error = failure_cells(row)
-        lines.append(f"! {_line([method, budget], widths[:2])}  FAILED: {error}")
+        lines.append(f"! {_line([method, budget], widths[:2])}  {error}")
     if view.front:
         name = "top-1" if view.metric.key == "top1" else view.metric.words
         lines.append(f"* on the Pareto front of {name} against GMACs; Δ and savings against dense")
@@ -358,10 +359,20 @@ def format_memory(mebibytes: float | None) -> str:
 
 
 def failure_cells(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Method, budget and error of a failed row."""
+    """Method, budget, and what became of a run without a result."""
     method = "dense" if is_dense(row) else str(row.get("method"))
-    reason = " ".join(str(row.get("error") or "no reason recorded").split())
-    return method, describe_budget(row.get("schedule")), reason
+    return method, describe_budget(row.get("schedule")), why_without_result(row)
+
+
+def runs_without_result(rows: Iterable[Mapping[str, Any]]) -> str:
+    """How many runs failed, and how many were skipped.
+
+    >>> runs_without_result([{"status": "failed"}, {"status": "skipped"}, {"status": "failed"}])
+    '2 failed runs, 1 skipped run'
+    """
+    found = [str(row.get("status")) for row in rows]
+    kinds = ((found.count(kind), kind) for kind in ("failed", "skipped"))
+    return ", ".join(f"{n} {kind} run{'s' * (n != 1)}" for n, kind in kinds if n)
 
 
 def signed(value: float | None) -> str:

@@ -149,6 +149,21 @@ def is_dense(row: Mapping[str, Any]) -> bool:
     return row.get("method") in (None, "", DENSE, "dense") and not plugins(row)
 
 
+def is_without_result(row: Mapping[str, Any]) -> bool:
+    """Whether the run failed, or was skipped because what it asked for cannot be."""
+    return row.get("status") in ("failed", "skipped")
+
+
+def why_without_result(row: Mapping[str, Any]) -> str:
+    """What became of such a run, and why.
+
+    >>> why_without_result({"status": "failed", "error": "too hot"})
+    'FAILED: too hot'
+    """
+    reason = " ".join(str(row.get("error") or "no reason recorded").split())
+    return f"{'skipped' if row.get('status') == 'skipped' else 'FAILED'}: {reason}"
+
+
 def describe_budget(schedule: Mapping[str, Any] | None) -> str:
     """Say a schedule in a few characters.
 
@@ -294,9 +309,8 @@ def summary_line(row: Mapping[str, Any]) -> str:
         head += "" if own or row.get("method") in (None, DENSE) else f" + {row['method']}"
         head += "".join(f" + {name}" for name in plugins(row))
         head += f" {describe_budget(row.get('schedule'))}".rstrip()
-    if row.get("status") == "failed":
-        reason = " ".join(str(row.get("error") or "no reason recorded").split())
-        return f"{head} | FAILED: {reason}"
+    if is_without_result(row):
+        return f"{head} | {why_without_result(row)}"
     parts = [head]
     gmacs, dense = total_gmacs(row), number(row.get("gmacs_dense"))
     if gmacs is not None:

@@ -41,11 +41,13 @@ __all__ = [
 
 Row = dict[str, Any]
 
+STATUSES = ("ok", "failed", "skipped")
+
 FIELDS: dict[str, str] = {
     # the run
     "run_id": "unique name of the run: UTC time and a random suffix",
-    "status": "'ok' or 'failed'",
-    "error": "one line: why a failed run failed",
+    "status": "'ok', 'failed', or 'skipped': a job of a sweep that cannot be",
+    "error": "one line: why a failed run failed, or why a job was skipped",
     "created": "when the row was made, ISO 8601 in UTC",
     "command": "the command line that made the row, ready to be pasted",
     "task": "list of what was done: 'train', 'accuracy', 'flops', 'throughput', 'fidelity', 'knn', "
@@ -161,7 +163,7 @@ def new_row(**known: Any) -> Row:
 
     Raises:
         TypeError: A keyword is not a field.
-        ZooError: ``status`` is neither 'ok' nor 'failed'.
+        ZooError: ``status`` is none of `STATUSES`.
 
     >>> row = new_row(method="tome", backbone="deit_small_patch16_224", top1=79.5)
     >>> row["status"], row["top1"], row["top5"]
@@ -185,8 +187,9 @@ def new_row(**known: Any) -> Row:
     )
     row["git"], row["dirty"] = _checkout()
     row.update({name: plain(value) for name, value in known.items()})
-    if row["status"] not in ("ok", "failed"):
-        raise _error(f"status of a row must be 'ok' or 'failed', got {row['status']!r}")
+    if row["status"] not in STATUSES:
+        kinds = ", ".join(map(repr, STATUSES))
+        raise _error(f"status of a row must be one of {kinds}, got {row['status']!r}")
     lost = [name for name in _MEASURED if _not_finite(known.get(name))]
     if lost and row["status"] == "ok":
         # As None it would look like something that nobody measured.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
+from zoo.run.remarks import add_note, noted
 from zoo.run.variants import NOTHING, at_size, nothing_reduced
 
 if TYPE_CHECKING:
@@ -87,7 +88,10 @@ def add_controls(config: DictConfig, rows: Path) -> None:
                 raise error
             from zoo.run.evaluate import evaluate
 
-            row = evaluate(job.cfg)
+            with noted(quiet=True) as notes:
+                row = evaluate(job.cfg)
+            for note in notes:
+                add_note(row, note)
         except Exception as problem:
             message = explain(problem) or f"{type(problem).__name__}: {problem}"
             print(f"error: {message} [{' '.join(job.overrides)}]", file=sys.stderr)

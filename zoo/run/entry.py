@@ -24,6 +24,13 @@ from zoo.run.console import written_out
 from zoo.run.messages import explain, unknown_flag
 from zoo.run.outcome import FAILED, INTERRUPTED, State, complain
 from zoo.run.overrides import prepare
+from zoo.run.remarks import (
+    Skipped,
+    add_note,
+    noted,
+    sweeps_reducers,
+    without_class_token,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -119,8 +126,9 @@ def job(kind: str, cfg: DictConfig) -> Row:
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep:
         refuse_subprocess_ddp(cfg)
+    typed, more, notes = _typed(sweep), list[str](), list[str]()
     try:
-        check_config(cfg, kind, _typed(sweep))
+        check_config(cfg, kind, typed)
         show(wanted(cfg))
         _check_writable(_results(cfg))
         if kind == "train":
@@ -129,7 +137,13 @@ def job(kind: str, cfg: DictConfig) -> Row:
             from zoo.run.train import train as work
         else:
             from zoo.run.evaluate import evaluate as work
-        row = work(cfg)
+        with noted(quiet=sweep) as notes:
+            if sweep and sweeps_reducers(typed):
+                row, more = without_class_token(work, cfg, typed)
+            else:
+                row = work(cfg)
+    except Skipped as reason:
+        row = _failed_row(cfg, str(reason), status="skipped")
     except Exception as error:
         message = explain(error)
         if _is_first_process():
@@ -148,7 +162,9 @@ def job(kind: str, cfg: DictConfig) -> Row:
         return {"status": "failed"}
     finally:
         os.environ[_FULL_ERROR] = "1"
-    row["command"] = command_line()
+    row["command"] = " ".join([command_line(), *map(shlex.quote, more)])
+    for note in notes if kind == "eval" else []:
+        add_note(row, note)
     if not _is_first_process():
         return row
     from zoo.report.words import summary_line
@@ -160,7 +176,8 @@ def job(kind: str, cfg: DictConfig) -> Row:
         # The disk filled up, or the folder went away: what was measured is still on the screen.
         print(f"{summary_line(row)}\n{json.dumps(row)}", flush=True)
         raise SystemExit(complain(explain(error) or str(error))) from error
-    say(summary_line(row))
+    remarks = [text.lstrip("+") for text in more] + (notes if sweep else [])
+    say(" | ".join([summary_line(row), *remarks]))
     if not sweep:
         print(f"row: {path}", flush=True)
     if row.get("status") == "failed":  # it ran, and what it measured is no number
@@ -236,7 +253,7 @@ def _record(row: Row, cfg: DictConfig) -> str:
     return path
 
 
-def _failed_row(cfg: DictConfig, message: str) -> Row:
+def _failed_row(cfg: DictConfig, message: str, status: str = "failed") -> Row:
     """A row that says what was tried; it must be writable whatever went wrong."""
     from omegaconf import OmegaConf
 
@@ -262,7 +279,7 @@ def _failed_row(cfg: DictConfig, message: str) -> Row:
     task, weights, backbone = plain("task") or "train", plain("weights"), plain("backbone.name")
     reducer = named("reducer")
     return new_row(
-        status="failed",
+        status=status,
         error=message,
         command=command_line(),
         task=[task] if isinstance(task, str) else task,

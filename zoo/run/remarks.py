@@ -1,0 +1,96 @@
+"""What a job is done with beside what was typed, and what its row says of that."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Row = dict[str, Any]
+
+
+class Skipped(Exception):
+    """A job of a sweep asks for what cannot be, as is in the nature of sweeps."""
+
+
+def sweeps_reducers(typed: Sequence[str]) -> bool:
+    """Whether a command runs several reducers; then nobody has chosen each for this model."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    overrides = OverridesParser.create().parse_overrides([t for t in typed if t[:1] != "-"])
+    return any(o.key_or_group == "reducer" and o.is_sweep_override() for o in overrides)
+
+
+def without_class_token(
+    work: Callable[[DictConfig], Row], cfg: DictConfig, typed: Sequence[str]
+) -> tuple[Row, list[str]]:
+    """Does a job of a sweep over reducers; on a model without class token as far as that goes.
+
+    A method that ranks by the class token takes another score there, if it has one and the command
+    does not name one.
+
+    Args:
+        work: Trains or evaluates.
+        cfg: The composed configuration.
+        typed: The overrides of the sweep.
+
+    Returns:
+        The row, and what has to be typed beside the overrides to get it.
+
+    Raises:
+        Skipped: The method needs a class token.
+    """
+    from omegaconf import OmegaConf
+
+    from zoo.errors import NoClassToken
+
+    try:
+        return work(cfg), []
+    except NoClassToken as error:
+        chosen = {text.lstrip("+").partition("=")[0] for text in typed}
+        names = {"reducer.score", *(f"reducer.{name}" for name in error.instead)}
+        if not error.instead or chosen & names:
+            raise Skipped(str(error)) from error
+        more = []
+        for name, value in error.instead.items():
+            plus = "" if name in cfg.reducer else "+"
+            more.append(f"{plus}reducer.{name}={value}")
+            OmegaConf.update(cfg, f"reducer.{name}", value, force_add=True)
+    row = work(cfg)
+    words = ", ".join(text.lstrip("+").removeprefix("reducer.") for text in more)
+    add_note(row, f"{words}, as the model has no class token")
+    return row, more
+
+
+@contextlib.contextmanager
+def noted(quiet: bool) -> Iterator[list[str]]:
+    """Within, collects what loading weights has to say: parts without any, resampled positions.
+
+    Args:
+        quiet: Keep the warnings back: the row says it, and the line of the job.
+    """
+    found: list[str] = []
+
+    def look(record: logging.LogRecord) -> bool:
+        note = getattr(record, "note", None)
+        if note is not None and note not in found:
+            found.append(note)
+        return note is None or not quiet
+
+    loggers = [logging.getLogger(f"zoo.checkpoint.{name}") for name in ("weights", "positions")]
+    for logger in loggers:
+        logger.addFilter(look)
+    try:
+        yield found
+    finally:
+        for logger in loggers:
+            logger.removeFilter(look)
+
+
+def add_note(row: Row, text: str) -> None:
+    """Adds to what a row says in words."""
+    row["notes"] = "; ".join(note for note in (row.get("notes"), text) if note)
