@@ -7,7 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.models import vision_transformer as vit
 from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 
@@ -42,8 +44,54 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
         block_fn=ResPostRelPosBlock,
         **TINY,
     ),
+    "scaling": partial(
+        VisionTransformer, block_fn=vit.ParallelScalingBlock, init_values=0.5, **TINY
+    ),
+    "scaling_biased": partial(
+        VisionTransformer,
+        block_fn=vit.ParallelScalingBlock,
+        qkv_bias=False,
+        qk_norm=True,
+        global_pool="avg",
+        **TINY,
+    ),
+    "things": partial(
+        VisionTransformer,
+        block_fn=vit.ParallelThingsBlock,
+        scale_attn_norm=True,
+        scale_mlp_norm=True,
+        qkv_bias=True,
+        init_values=0.5,
+        **TINY,
+    ),
     "relpos_swin": partial(VisionTransformerRelPos, rel_pos_type="mlp-swin", **TINY),
 }
+if hasattr(vit, "DiffParallelScalingBlock"):  # not in timm 1.0.20
+    FAMILIES |= {
+        "scaling_fused": partial(
+            VisionTransformer,
+            block_fn=partial(vit.ParallelScalingBlock, fuse_out_proj=True),
+            **TINY,
+        ),
+        "diff": partial(VisionTransformer, attn_layer="diff", qk_norm=True, **TINY),
+        "diff_post": partial(
+            VisionTransformer, block_fn=vit.ResPostBlock, attn_layer="diff", **TINY
+        ),
+        "diff_things": partial(
+            VisionTransformer, block_fn=vit.ParallelThingsBlock, attn_layer="diff", **TINY
+        ),
+        "diff_scaling": partial(
+            VisionTransformer, block_fn=vit.DiffParallelScalingBlock, qkv_bias=False, **TINY
+        ),
+        "diff_dual": partial(
+            VisionTransformer,
+            block_fn=partial(vit.DiffParallelScalingBlock, dual_lambda=True),
+            reg_tokens=2,
+            global_pool="map",
+            class_token=False,
+            **TINY,
+        ),
+    }
 
 
 def family(name: str, seed: int = 0, fused: bool = True, **overrides: Any) -> Any:

@@ -149,9 +149,8 @@ class TimmTower(Tower):
 
 def channels(m: Any) -> int:
     """Channels of the images; a convolutional stem stands before the projection to patches."""
-    proj = m.patch_embed.proj
     if getattr(m.patch_embed, "backbone", None) is None:
-        return int(proj.in_channels)
+        return int(m.patch_embed.proj.in_channels)
     return next(c.in_channels for c in m.patch_embed.modules() if isinstance(c, nn.Conv2d))
 
 

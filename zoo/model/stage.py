@@ -140,7 +140,10 @@ def stages(
             plan = plan._replace(need=plan.need | hear[i])
         changed = changed or site == "pre"
         adapter = block_adapter(block)
-        halves = Halves(block, adapter, straight, straight is None and hooked(adapter.attn(block)))
+        # Where the block itself is the attention, its hooks are called around it.
+        attn = adapter.attn(block)
+        watched = straight is None and attn is not block and hooked(attn)
+        halves = Halves(block, adapter, straight, watched)
         lane: Lane = halves
         listened = plan.need or plan.rows is not None or site in ("mid", "attn") or frame.watch
         shifted = any(p.shift(i, frame.schedule) is not None for p in frame.plugins)
