@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zoo.adapters.reasons import REASONS, SUPPORTED
+from zoo.errors import ZooError
 from zoo.libraries.names import LIBRARIES, installed, open_clip_trunks
 from zoo.libraries.names import known as known_names
 
@@ -117,36 +119,71 @@ def problem(name: str) -> str:
     import timm
     import torch
 
-    from zoo.build import wrap
-    from zoo.cost.profile import profile
-
     try:
         with warnings.catch_warnings(), torch.device("meta"), torch.no_grad():
             warnings.simplefilter("ignore")
-            backbone: Any = timm.create_model(name)
-            model = wrap(backbone, None).eval()
-            embed = backbone.patch_embed
-            profile(model)
-            model(torch.empty(1, embed.proj.in_channels, *embed.img_size))
+            _try(timm.create_model(name))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
 
-def candidates() -> list[str]:
-    """Names of the models that may work: timm's modules that know a class which can be wrapped."""
-    import timm
-    from timm.models.eva import Eva
-    from timm.models.vision_transformer import VisionTransformer
+def _try(backbone: Any) -> None:
+    """Wrap a model without data with a reducer, run it, and count it twice.
 
-    modules = {timm.model_entrypoint(name).__module__ for name in _registered()}
-    wanted = {
-        m
-        for m in modules
-        if not m.startswith("timm.")
-        or {Eva, VisionTransformer} & {v for v in vars(sys.modules[m]).values() if type(v) is type}
-    }
-    return sorted(n for n in _registered() if timm.model_entrypoint(n).__module__ in wanted)
+    Raises:
+        ZooError: If the tokens are not those that were planned, or the counts differ.
+    """
+    import torch
+
+    from zoo.adapters.standalone import as_standalone
+    from zoo.build import wrap
+    from zoo.cost.counters import torch_gmacs
+    from zoo.cost.profile import profile
+
+    alone = as_standalone(backbone) is not None
+    model = wrap(backbone, *((None,) if alone else ("tome", _SCHEDULE))).eval()
+    images = torch.empty(1, *model.tower.input_size(backbone))
+    ours = profile(model)
+    if alone:
+        model(images)
+        return
+    _, info = model(images, return_info=True)
+    if list(info.tokens) != ours.tokens:
+        raise ZooError(f"expected tokens {ours.tokens}, got {list(info.tokens)}")
+    counted = torch_gmacs(wrap(backbone, "random", _SCHEDULE).eval(), images)
+    ours = profile(wrap(backbone, "random", _SCHEDULE))
+    if abs(counted - ours.gmacs) > 1e-5 * counted:
+        raise ZooError(f"expected {counted} GMACs as torch counts them, got {ours.gmacs}")
+
+
+_SCHEDULE = {"name": "keep_rate", "rate": 0.75}
+
+
+def candidates() -> list[str]:
+    """Names of the models that may work: of timm's plain vision transformers, and of others."""
+    return sorted(n for n in _registered() if _family(n) in SUPPORTED or not _of_timm(n))
+
+
+def transformers() -> dict[str, list[str]]:
+    """Names of timm's vision transformers by the file they are in, plain ones or not."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(filter(_of_timm, _registered())):
+        if _family(name) in (*SUPPORTED, *REASONS):
+            found.setdefault(_family(name), []).append(name)
+    return found
+
+
+def _of_timm(name: str) -> bool:
+    import timm
+
+    return str(timm.model_entrypoint(name).__module__).startswith("timm.")
+
+
+def _family(name: str) -> str:
+    import timm
+
+    return str(timm.model_entrypoint(name).__module__).rpartition(".")[2]
 
 
 def tried() -> str:

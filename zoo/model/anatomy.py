@@ -126,9 +126,9 @@ def check_blocks(blocks: Sequence[nn.Module], reducer: Reducer) -> None:
         adapter, kind = block_adapter(block), type(block).__name__
         if reducer.site == "attn" and not adapter.inside:
             raise UnsupportedModel(
-                f"reducer {reducer.name!r} removes tokens inside the attention, but in a {kind} the "
-                "MLP reads the same tokens beside it; choose a method that acts before or behind "
-                "the block, such as 'tome' or 'evit'"
+                f"reducer {reducer.name!r} removes tokens inside the attention, but in a {kind} "
+                "the MLP reads the same tokens beside it; choose a method that acts before or "
+                "behind the block, such as 'tome' or 'evit'"
             )
         if reducer.needs & {"x_mid", "mlp"} and adapter.mlp_branch is None:
             raise UnsupportedModel(
