@@ -173,9 +173,18 @@ def check_images(m: Any, images: Tensor) -> None:
             f"expected images of {size[0]}x{size[1]}, got {height}x{width}; resize them, or build "
             f"the model with img_size=({height}, {width}) or dynamic_img_size=True"
         )
-    if not getattr(m.patch_embed, "dynamic_img_pad", False) and (
-        height % patch[0] or width % patch[1]
-    ):
+    if not getattr(m.patch_embed, "dynamic_img_pad", False):
+        divisible(images, patch)
+
+
+def divisible(images: Tensor, patch: tuple[int, int]) -> None:
+    """Refuse images that patches do not fill.
+
+    Raises:
+        ZooError: Naming both sizes.
+    """
+    height, width = images.shape[-2:]
+    if height % patch[0] or width % patch[1]:
         raise ZooError(
             f"image size {height}x{width} is not divisible by the patch size {patch[0]}x{patch[1]}"
         )

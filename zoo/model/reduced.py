@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from reduction.base import Reducer
 from reduction.eager import traced
+from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.learned import Learned
 from reduction.mixins.training import Outcome, Trains
 from reduction.schedules.base import Schedule
@@ -24,6 +25,7 @@ from zoo.model.empty import for_any_batch
 from zoo.model.features import classify, features, intermediates
 from zoo.model.plan import Plan, Planner, make_plan
 from zoo.model.runtime import Runtime, make_runtime
+from zoo.model.sizes import for_any_sizes
 from zoo.model.stream import Info as Info
 from zoo.model.stream import flow, leave
 from zoo.model.timm_api import TimmContract
@@ -162,12 +164,13 @@ class ReducedViT(TimmContract):
 
     # ------------------------------------------------------------------ running
 
+    @for_any_sizes
     @for_any_batch
     def forward(self, images: Tensor, return_info: bool | str = False) -> Any:
         """Classify images.
 
         Args:
-            images: `(B, 3, H, W)`.
+            images: `(B, 3, H, W)`, or a padded batch of patches where the family takes it (NaFlex).
             return_info: True also returns an `Info`; "trace" keeps the state after each block.
 
         Returns:
@@ -192,6 +195,7 @@ class ReducedViT(TimmContract):
             logits = leave(self, out)
         return (logits, out.info) if return_info else logits
 
+    @for_any_sizes
     @for_any_batch
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens after the final norm, `(B, P+M, C)`; of a standalone backbone, its own answer.
@@ -219,6 +223,7 @@ class ReducedViT(TimmContract):
             return self.backbone.forward_head(x, pre_logits=pre_logits)  # type: ignore[no-any-return]
         return classify(self, x, pre_logits, sizes)
 
+    @for_any_sizes
     @for_any_batch
     def forward_intermediates(
         self,
@@ -271,10 +276,23 @@ class ReducedViT(TimmContract):
             self.tower.check_images(self.backbone, images)
         return alone
 
-    def _untouched(self) -> bool:
+    def unchanged(self, batches: Sequence[Tensor]) -> bool:
+        """Whether the model answers these images as the backbone does, with nothing to reduce.
+
+        Args:
+            batches: Images of one size each.
+        """
+        if self.reducer is None or self.anatomy.alone is not None:
+            return self.anatomy.alone is not None or self._untouched()
+        plain = self._untouched(reducer=True) and not isinstance(self.reducer, OwnAnswer)
+        grids = {self.tower.grid_of(self.backbone, images) for images in batches}
+        plans = [plan for grid in grids for plan in self.plan(grid)]
+        return plain and all(p.step is None and p.entry is None for p in plans)
+
+    def _untouched(self, reducer: bool = False) -> bool:
         """Whether there is nothing to do but what the backbone does by itself."""
         return (
-            self.reducer is None
+            (reducer or self.reducer is None)
             and not len(self.plugins)
             and self.runtime.last_block == "full"
             and not self.runtime.own_kernels
