@@ -133,7 +133,7 @@ def attempt(name: str) -> tuple[str, str]:
             kind = type(backbone).__name__
             _try(backbone)
     except Exception as error:
-        return kind, f"{type(error).__name__}: {error}"
+        return kind, f"{type(error).__name__}: {error}".partition("; supported are")[0]
     return kind, ""
 
 

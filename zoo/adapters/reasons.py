@@ -33,7 +33,8 @@ REASONS = {
     "crossvit": "two sequences of patches of different sizes run side by side and swap tokens",
     "davit": f"{_WINDOWS}, or among channels, between convolutions, and {_MERGES}",
     "deepseek_vit": (
-        "it is built to hand its raster to a language model: an aligner joins 2x2 neighbours of it"
+        "it hands its raster on to a language model, joined 2x2 where it has its aligner; it has "
+        "no adapter yet"
     ),
     "edgenext": "convolutions over the raster stand between attentions among channels",
     "efficientformer": "all but its last blocks are convolutions over a raster",
@@ -58,7 +59,10 @@ REASONS = {
     "nextvit": "its attention pools keys from a raster, between convolutions, in stages",
     "pit": "convolutions shrink its raster between the stages",
     "pvt_v2": "keys and values are made by convolutions over the raster, in stages",
-    "qwen3_vit": "it joins 2x2 neighbours of the raster behind its last block",
+    "qwen3_vit": (
+        "it hands its raster on to a language model, joined 2x2 where it has its merger; it has no "
+        "adapter yet"
+    ),
     "repvit": "it is a convolutional network",
     "sequencer": "recurrent layers run along the rows and columns of its raster",
     "swiftformer": "its additive attention stands between convolutions over the raster",

@@ -38,7 +38,7 @@ def _rows(b: Any, x: Tensor, rows: slice) -> Tensor:
     """Some outputs of the projection that attention and MLP share."""
     bias = b.in_proj.bias
     if (zeros := b._buffers.get("qkv_bias")) is not None:
-        # timm 1.0.20 adds the bias of the MLP in this order, behind as many zeros as q, k and v have.
+        # timm 1.0.20 adds the bias of the MLP in this order, behind zeros for q, k and v.
         bias = torch.cat((zeros, b.mlp_bias))
     return linear(x, b.in_proj.weight[rows], None if bias is None else bias[rows])
 

@@ -45,11 +45,11 @@ class Sized(NamedTuple):
     """Images of one size, out of a batch of several.
 
     Attributes:
-        index: Their places in the batch, `(b,)`.
+        places: Where in the batch they were, `(b,)`.
         images: `(b, C, H, W)`.
     """
 
-    index: Tensor
+    places: Tensor
     images: Tensor
 
 

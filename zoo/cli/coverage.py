@@ -2,7 +2,7 @@
 
 Every model of the families in `zoo.adapters.reasons` is built on the meta device, wrapped with a
 reducer, run, and its cost compared with torch's counter. `python -m zoo.cli.docs --backbones` does
-it, a few minutes long. What was tried is kept in `results/coverage`, a file for each version of
+it, a few minutes long. What was tried is kept in `docs/coverage`, a file for each version of
 timm, so that a run that was interrupted goes on, and pages can be written anew at once. With an
 older timm on the path, `python -m zoo.cli.coverage` writes that version's file alone.
 """
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from zoo import backbones
 from zoo.adapters.reasons import SUPPORTED, why_not
 
-FOLDER = Path("results/coverage")
+FOLDER = Path("docs/coverage")
 PAGE = Path("docs/coverage.md")
 
 

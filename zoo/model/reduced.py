@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from reduction.base import Reducer
 from reduction.eager import traced
+from reduction.functional.restoring import check_policy
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.learned import Learned
 from reduction.mixins.training import Outcome, Trains
@@ -55,6 +56,9 @@ class ReducedViT(TimmContract):
         ZooError: If the method needs a class token that the model does not have, or a budget is
             given that has not been solved.
     """
+
+    #: What dense outputs give to patches that were merged or dropped, where nobody says otherwise.
+    restoring: str = "merged"
 
     def __init__(
         self,
@@ -235,6 +239,9 @@ class ReducedViT(TimmContract):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        restore: str | None = None,
     ) -> Any:
         """Features of chosen blocks, brought back to the full patch grid, as timm hands them out.
 
@@ -247,14 +254,24 @@ class ReducedViT(TimmContract):
             output_fmt: "NCHW" for maps `(B, C, rows, columns)`, "NLC" for `(B, rows * columns, C)`.
             intermediates_only: Leave the final features out.
             output_dict: Give a mapping with `image_features` and `image_intermediates`.
+            attn_mask: Must be None: tokens change from block to block.
+            is_causal: Must be False.
+            restore: What a patch gets that was merged or dropped; None is what `restoring` says.
+                "merged": the features of the token that stands for it, zero where none does.
+                "nearest": those of the nearest patch at which a token sits. "zero": none. "knn": a
+                mean of the most similar tokens, see `reduction.functional.restoring`.
 
         Returns:
-            `(features, maps)`, or the maps; in the order of the blocks. A patch has the features of
-            the token that stands for it; where it was dropped they are zero.
+            `(features, maps)`, or the maps; in the order of the blocks.
 
         Raises:
-            ZooError: If there is no such block or format.
+            ZooError: If there is no such block, format or policy, or attention is to be masked.
         """
+        if attn_mask is not None or is_causal:
+            raise ZooError(
+                "attn_mask and is_causal are not possible here: a reduced model merges and drops "
+                "tokens, so places cannot be masked; leave them out"
+            )
         options: dict[str, Any] = {
             "return_prefix_tokens": return_prefix_tokens,
             "norm": norm,
@@ -263,9 +280,10 @@ class ReducedViT(TimmContract):
             "intermediates_only": intermediates_only,
             **({"output_dict": True} if output_dict else {}),
         }
-        if self.checked(images):
+        if self.checked(images, {f"restore={restore!r}": restore is not None}):
             return self.backbone.forward_intermediates(images, indices, **options)
-        return intermediates(self, images, indices, **options)
+        policy = check_policy(self.restoring if restore is None else restore)
+        return intermediates(self, images, indices, **options, restore=policy)
 
     def checked(self, images: Tensor, asked: dict[str, bool] | None = None) -> bool:
         """Refuse images that do not fit; says whether the backbone runs itself, whatever else."""

@@ -45,7 +45,7 @@ def joined(answers: Sequence[Any], parts: Sequence[Sized]) -> Any:
     """What was answered for every size, as one answer in the order of the batch."""
     first = answers[0]
     if isinstance(first, Tensor):
-        order = torch.cat([p.index for p in parts]).argsort()
+        order = torch.cat([p.places for p in parts]).argsort()
         if first.dim() == 3:
             longest = max(x.shape[1] for x in answers)
             answers = [F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in answers]
