@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zoo.adapters.reasons import REASONS, SUPPORTED
-from zoo.errors import ZooError
 from zoo.libraries.names import LIBRARIES, installed, open_clip_trunks
 from zoo.libraries.names import known as known_names
 
@@ -167,6 +166,7 @@ def _try(backbone: Any) -> None:
     from zoo.build import wrap
     from zoo.cost.counters import torch_gmacs
     from zoo.cost.profile import profile
+    from zoo.errors import ZooError
 
     alone = as_standalone(backbone) is not None
     model = wrap(backbone, *((None,) if alone else ("tome", _SCHEDULE))).eval()
