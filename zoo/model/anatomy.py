@@ -132,8 +132,8 @@ def check_blocks(blocks: Sequence[nn.Module], reducer: Reducer) -> None:
             )
         if reducer.needs & {"x_mid", "mlp"} and adapter.mlp_branch is None:
             raise UnsupportedModel(
-                f"reducer {reducer.name!r} looks at the answer of the MLP alone, which a {kind} "
-                "does not have; choose a method that does not read it"
+                f"block class {kind} has no one MLP whose answer reducer {reducer.name!r} could "
+                "look at; choose a method that does not read it"
             )
 
 
