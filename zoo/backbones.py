@@ -121,20 +121,34 @@ def problem(name: str) -> str:
 
 def attempt(name: str) -> tuple[str, str]:
     """The class of a model, and why it cannot be wrapped or does not run then, or nothing."""
-    import timm
     import torch
 
     kind = ""
     try:
-        with warnings.catch_warnings(), torch.device("meta"), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            with _no_numbers():
-                backbone = timm.create_model(name)
+            backbone = _built(name)
             kind = type(backbone).__name__
-            _try(backbone)
+            with torch.device("meta"):
+                _try(backbone)
     except Exception as error:
         return kind, f"{type(error).__name__}: {error}".partition("; supported are")[0]
     return kind, ""
+
+
+def _built(name: str) -> Any:
+    """A model on the meta device, by way of memory where timm cannot build it there."""
+    import timm
+    import torch
+
+    try:
+        with torch.device("meta"), _no_numbers():
+            model = timm.create_model(name)
+    except NotImplementedError:  # timm 1.0.20 reads numbers off a ResNet that it builds
+        if _family(name) not in SUPPORTED:
+            raise
+        model = timm.create_model(name)
+    return model.to("meta")
 
 
 def _no_numbers() -> Any:

@@ -98,9 +98,14 @@ def page(root: Path) -> str:
     for (file, kind), count in sorted(Counter((t.file, t.kind) for t in plain).items()):
         good = sum(not t.problem for t in plain if (t.file, t.kind) == (file, kind))
         lines.append(f"| `{file}` | `{kind}` | {count} | {good} |")
-    bad = [t for t in plain if t.problem]
+    bad = [
+        f"- `{t.name}`, timm {version}: {t.problem}"
+        for version, rows in runs.items()
+        for t in rows
+        if t.problem and t.file in SUPPORTED
+    ]
     if bad:
-        lines += ["", "Those that do not:", "", *(f"- `{t.name}`: {t.problem}" for t in bad)]
+        lines += ["", "Those that do not, with any version:", "", *bad]
     lines += [
         "",
         "Where the architecture has something of its own, this is what happens to it:",
