@@ -6,11 +6,13 @@ those tests names a method.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -193,6 +195,10 @@ _VIT: dict[str, Any] = dict(
 )
 _EVA: dict[str, Any] = {**_VIT, "embed_dim": 48, "num_heads": 3}
 
+# The oldest timm that is supported has no such option, and cannot build its post-norm Eva.
+_OLD = "qk_norm" not in inspect.signature(Eva).parameters
+_QK_NORM = {} if _OLD else {"qk_norm": True}
+
 # A name says which of timm's families it stands for.
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "plain": partial(VisionTransformer, **_VIT),
@@ -223,9 +229,9 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
         **_EVA,
     ),
     "rope_mixed": partial(
-        Eva, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", qk_norm=True, **_EVA
+        Eva, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", **_QK_NORM, **_EVA
     ),
-    "post_norm": partial(Eva, use_post_norm=True, **_EVA),
+    **({} if _OLD else {"post_norm": partial(Eva, use_post_norm=True, **_EVA)}),
     "jumbo": partial(Jumbo, jumbo_tokens=3, **_VIT),
 }
 
@@ -248,6 +254,8 @@ def pairs() -> list[tuple[Row, str]]:
 
 def backbone(name: str, seed: int = 0, **overrides: Any) -> nn.Module:
     """A tiny backbone with weights that are not at their (often nearly dead) initial values."""
+    if _OLD and name == "post_norm":
+        pytest.skip("this timm cannot build it")
     torch.manual_seed(seed)
     model = BACKBONES[name](**overrides)
     with torch.no_grad():

@@ -7,7 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.models import vision_transformer as vit
 from timm.models.beit import Beit
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 
@@ -18,6 +21,14 @@ from zoo.model.reduced import ReducedViT
 TINY: dict[str, Any] = dict(
     img_size=24, patch_size=4, embed_dim=24, depth=3, num_heads=2, num_classes=5, mlp_ratio=2
 )
+
+
+def naflex(**options: Any) -> NaFlexVit:
+    """A tiny NaFlexVit for images of 24x24, and of any other size."""
+    own = dict(patch_size=4, embed_dim=24, depth=3, num_heads=2, mlp_ratio=2, fix_init=False)
+    own |= dict(pos_embed_grid_size=(6, 6))
+    return NaFlexVit(NaFlexVitCfg(**{**own, **options}), num_classes=5)
+
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "beit": partial(Beit, use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.5, **TINY),
@@ -42,8 +53,69 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
         block_fn=ResPostRelPosBlock,
         **TINY,
     ),
+    "scaling": partial(
+        VisionTransformer, block_fn=vit.ParallelScalingBlock, init_values=0.5, **TINY
+    ),
+    "scaling_biased": partial(
+        VisionTransformer,
+        block_fn=vit.ParallelScalingBlock,
+        qkv_bias=False,
+        qk_norm=True,
+        global_pool="avg",
+        **TINY,
+    ),
+    "things": partial(
+        VisionTransformer,
+        block_fn=vit.ParallelThingsBlock,
+        scale_attn_norm=True,
+        scale_mlp_norm=True,
+        qkv_bias=True,
+        init_values=0.5,
+        **TINY,
+    ),
+    "naflex": partial(naflex, class_token=True, reg_tokens=1, global_pool="token"),
+    "naflex_map": partial(naflex, global_pool="map"),
+    "naflex_gap": partial(
+        naflex, reg_tokens=2, global_pool="avg", pos_embed="factorized", init_values=0.5
+    ),
+    "naflex_rope": partial(
+        naflex,
+        class_token=True,
+        global_pool="avgmax",
+        pos_embed="none",
+        rope_type="axial",
+        qk_norm=True,
+        swiglu_mlp=True,
+    ),
+    "naflex_mixed": partial(naflex, global_pool="max", rope_type="mixed", pre_norm=True),
     "relpos_swin": partial(VisionTransformerRelPos, rel_pos_type="mlp-swin", **TINY),
 }
+if hasattr(vit, "DiffParallelScalingBlock"):  # not in timm 1.0.20
+    FAMILIES |= {
+        "scaling_fused": partial(
+            VisionTransformer,
+            block_fn=partial(vit.ParallelScalingBlock, fuse_out_proj=True),
+            **TINY,
+        ),
+        "diff": partial(VisionTransformer, attn_layer="diff", qk_norm=True, **TINY),
+        "diff_post": partial(
+            VisionTransformer, block_fn=vit.ResPostBlock, attn_layer="diff", **TINY
+        ),
+        "diff_things": partial(
+            VisionTransformer, block_fn=vit.ParallelThingsBlock, attn_layer="diff", **TINY
+        ),
+        "diff_scaling": partial(
+            VisionTransformer, block_fn=vit.DiffParallelScalingBlock, qkv_bias=False, **TINY
+        ),
+        "diff_dual": partial(
+            VisionTransformer,
+            block_fn=partial(vit.DiffParallelScalingBlock, dual_lambda=True),
+            reg_tokens=2,
+            global_pool="map",
+            class_token=False,
+            **TINY,
+        ),
+    }
 
 
 def family(name: str, seed: int = 0, fused: bool = True, **overrides: Any) -> Any:

@@ -116,9 +116,9 @@ def test_signals_of_the_mlp_are_what_the_modules_computed(name: str, train: bool
 
 def test_a_block_without_one_mlp_says_so() -> None:
     m: Any = backbone("jumbo")
-    model = zoo.wrap(m, Seen(), PerBlock([m.patch_embed.num_patches] * (len(m.blocks) - 1) + [5]))
+    schedule = PerBlock([m.patch_embed.num_patches] * (len(m.blocks) - 1) + [5])
     with pytest.raises(UnsupportedModel, match="no one MLP"):
-        model.eval()(images(1))
+        zoo.wrap(m, Seen(), schedule)
 
 
 class Halving(reduction.Reducer):

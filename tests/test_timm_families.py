@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models import vision_transformer
 
 import reduction
 import zoo
@@ -13,10 +14,12 @@ from tests.cases import Row
 from tests.families import FAMILIES, family, first_rows, pictures, reduced
 from zoo.adapters.bias import bias_of
 from zoo.cost.counters import torch_gmacs
-from zoo.errors import ZooError
+from zoo.errors import UnsupportedModel
 
 ALL = list(FAMILIES)
 BIASED = [name for name in ALL if name.startswith(("beit", "relpos"))]
+BESIDE = [n for n in ALL if n.startswith("scaling") or n in ("diff_scaling", "diff_dual")]
+OLD = not hasattr(vision_transformer, "DiffParallelScalingBlock")
 NOTHING = {"name": "constant_r", "r": 0}
 
 
@@ -71,11 +74,11 @@ def test_every_method(row: Row, name: str) -> None:
     backbone = family(name)
     if needs_class_token(row, backbone):
         pytest.skip("needs a class token")
-    try:
-        model = reduced(row, backbone)
-    except ZooError as error:
-        assert str(error).count("\n") == 0 and "this" in str(error)
-        pytest.skip(str(error))
+    if row.name in ("ats", "mctf") and name in BESIDE:
+        with pytest.raises(UnsupportedModel, match="inside the attention, but in a .* beside it"):
+            reduced(row, backbone)
+        return
+    model = reduced(row, backbone)
     x = pictures(backbone, 3)
     with torch.no_grad():
         answer, info = model(x, return_info=True)
@@ -95,6 +98,8 @@ def test_every_method(row: Row, name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_cost_is_what_torch_counts(name: str) -> None:
     backbone = family(name)
+    if name == "naflex_mixed" and OLD:
+        pytest.skip("this timm multiplies positions and frequencies by a product of matrices")
     x = pictures(backbone, 1)
     for model in (zoo.wrap(backbone, None), zoo.wrap(backbone, "random", {"name": "keep_rate"})):
         assert zoo.profile(model).gmacs == pytest.approx(torch_gmacs(model, x), rel=1e-6)

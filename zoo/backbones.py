@@ -12,10 +12,12 @@ import functools
 import json
 import sys
 import warnings
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zoo.adapters.reasons import REASONS, SUPPORTED
 from zoo.libraries.names import LIBRARIES, installed, open_clip_trunks
 from zoo.libraries.names import known as known_names
 
@@ -114,48 +116,129 @@ def _works_here() -> list[str]:
 @functools.cache
 def problem(name: str) -> str:
     """Why a model cannot be wrapped, or does not run then; empty if it does."""
+    return attempt(name)[1]
+
+
+def attempt(name: str) -> tuple[str, str]:
+    """The class of a model, and why it cannot be wrapped or does not run then, or nothing."""
+    import torch
+
+    kind = ""
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            backbone = _built(name)
+            kind = type(backbone).__name__
+            with torch.device("meta"):
+                _try(backbone)
+    except Exception as error:
+        return kind, f"{type(error).__name__}: {error}".partition("; supported are")[0]
+    return kind, ""
+
+
+def _built(name: str) -> Any:
+    """A model on the meta device, by way of memory where timm cannot build it there."""
     import timm
     import torch
 
-    from zoo.build import wrap
-    from zoo.cost.profile import profile
-
     try:
-        with warnings.catch_warnings(), torch.device("meta"), torch.no_grad():
-            warnings.simplefilter("ignore")
-            backbone: Any = timm.create_model(name)
-            model = wrap(backbone, None).eval()
-            embed = backbone.patch_embed
-            profile(model)
-            model(torch.empty(1, embed.proj.in_channels, *embed.img_size))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        with torch.device("meta"), _no_numbers():
+            model = timm.create_model(name)
+    except NotImplementedError:  # timm 1.0.20 reads numbers off a ResNet that it builds
+        if _family(name) not in SUPPORTED:
+            raise
+        model = timm.create_model(name)
+    return model.to("meta")
+
+
+def _no_numbers() -> Any:
+    """Within, a number that is asked of a tensor without data is zero.
+
+    timm 1.0.20 asks for the rates of stochastic depth so, which are zero by default.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Zero(TorchFunctionMode):
+        def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.item and args[0].is_meta:
+                return 0.0
+            return func(*args, **(kwargs or {}))
+
+    return Zero()
+
+
+def _try(backbone: Any) -> None:
+    """Wrap a model without data with a reducer, run it, and count it twice.
+
+    Raises:
+        ZooError: If the tokens are not those that were planned, or the counts differ.
+    """
+    import torch
+
+    from zoo.adapters.standalone import as_standalone
+    from zoo.build import wrap
+    from zoo.cost.counters import torch_gmacs
+    from zoo.cost.profile import profile
+    from zoo.errors import ZooError
+
+    alone = as_standalone(backbone) is not None
+    model = wrap(backbone, *((None,) if alone else ("tome", _SCHEDULE))).eval()
+    images = torch.empty(1, *model.tower.input_size(backbone))
+    ours = profile(model)
+    if alone:
+        model(images)
+        return
+    _, info = model(images, return_info=True)
+    if list(info.tokens) != ours.tokens:
+        raise ZooError(f"expected tokens {ours.tokens}, got {list(info.tokens)}")
+    counted = torch_gmacs(wrap(backbone, "random", _SCHEDULE).eval(), images)
+    ours = profile(wrap(backbone, "random", _SCHEDULE))
+    # timm 1.0.20 multiplies positions by frequencies as matrices, which torch counts.
+    if abs(counted - ours.gmacs) > 1e-3 * counted:
+        raise ZooError(f"expected {counted} GMACs as torch counts them, got {ours.gmacs}")
+
+
+_SCHEDULE = {"name": "keep_rate", "rate": 0.75}
 
 
 def candidates() -> list[str]:
-    """Names of the models that may work: timm's modules that know a class which can be wrapped."""
+    """Names of the models that may work: of timm's plain vision transformers, and of others."""
+    return sorted(n for n in _registered() if _family(n) in SUPPORTED or not _of_timm(n))
+
+
+def transformers() -> dict[str, list[str]]:
+    """Names of timm's vision transformers by the file they are in, plain ones or not."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(filter(_of_timm, _registered())):
+        if _family(name) in (*SUPPORTED, *REASONS):
+            found.setdefault(_family(name), []).append(name)
+    return found
+
+
+def _of_timm(name: str) -> bool:
     import timm
-    from timm.models.eva import Eva
-    from timm.models.vision_transformer import VisionTransformer
 
-    modules = {timm.model_entrypoint(name).__module__ for name in _registered()}
-    wanted = {
-        m
-        for m in modules
-        if not m.startswith("timm.")
-        or {Eva, VisionTransformer} & {v for v in vars(sys.modules[m]).values() if type(v) is type}
-    }
-    return sorted(n for n in _registered() if timm.model_entrypoint(n).__module__ in wanted)
+    return str(timm.model_entrypoint(name).__module__).startswith("timm.")
 
 
-def tried() -> str:
-    """The text of `FILE`, found by trying every model that may work: minutes."""
+def _family(name: str) -> str:
+    import timm
+
+    return str(timm.model_entrypoint(name).__module__).rpartition(".")[2]
+
+
+def stored(works_of_timm: Iterable[str]) -> str:
+    """The text of `FILE`; models that are not timm's own are tried here.
+
+    Args:
+        works_of_timm: Names of timm's models that can be wrapped.
+    """
     registered = sorted(_registered())
-    good = [name for name in candidates() if not problem(name)]
-    stored = {
+    good = {*works_of_timm, *(n for n in registered if not _of_timm(n) and not problem(n))}
+    text = {
         "timm": metadata.version("timm"),
-        "works": good,
-        "refused": sorted(set(registered) - set(good)),
+        "works": sorted(good),
+        "refused": sorted(set(registered) - good),
     }
-    return json.dumps(stored, indent=0) + "\n"
+    return json.dumps(text, indent=0) + "\n"

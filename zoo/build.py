@@ -14,7 +14,7 @@ from reduction.registry import create_reducer, create_schedule
 from reduction.schedules.base import Schedule
 from reduction.schedules.target import Target
 from zoo.adapters.foreign import why_no_model, why_shell
-from zoo.adapters.tower import check_backbone
+from zoo.adapters.tower import check_backbone, tower_of
 from zoo.budget.align import resolved
 from zoo.budget.solve import solve
 from zoo.errors import UnknownName, UnsupportedModel, ZooError
@@ -51,8 +51,8 @@ OFFERED = "offered_tag"
 _SOURCES = frozenset({"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"})
 # What timm takes from a description of weights, by the argument that says it too.
 _DESCRIBED: dict[str, Callable[[Any], Any]] = {
-    "img_size": lambda m: m.patch_embed.img_size,
-    "in_chans": lambda m: m.patch_embed.proj.in_channels,
+    "img_size": lambda m: tower_of(m).input_size(m)[1:],
+    "in_chans": lambda m: tower_of(m).input_size(m)[0],
     "global_pool": lambda m: m.global_pool,
 }
 

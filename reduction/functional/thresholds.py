@@ -129,7 +129,7 @@ def packed(
     if merged is None or host is None:
         return Keep(leader, valid)
     senders = merged.shape[1]
-    follows = slot[:, senders:].gather(1, host) if host.shape[1] else host
+    follows = slot[:, senders:].gather(1, host) if host.shape[1] and senders < n else host
     slot = torch.cat([torch.where(merged, follows, slot[:, :senders]), slot[:, senders:]], 1)
     return Merge(torch.zeros_like(slot).scatter(1, rows, slot), leader, valid=valid)
 

@@ -47,6 +47,7 @@ class Parts(NamedTuple):
         norm: What the heads go through, `(B, N, H d)`, before the output projection.
         proj: The output projection, with whatever stands behind it.
         rotate_half: Whether rotary embedding turns the halves of a head and not its pairs.
+        value_dim: Width of the values of a head, where it is another than d; 0 is d.
     """
 
     heads: int
@@ -59,6 +60,7 @@ class Parts(NamedTuple):
     norm: Callable[[Tensor], Tensor] | None
     proj: Callable[[Tensor], Tensor]
     rotate_half: bool = False
+    value_dim: int = 0
 
 
 class Calling(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ class BlockAdapter(NamedTuple):
         masks: Whether the block's own `forward` takes a size bias `(B, 1, 1, N)` as `attn_mask`.
         call: `(block, x, extra) -> x`: how its library calls the block, or its `forward`; what is
             extra has timm's names, `rope` and `attn_mask`.
+        inside: Whether tokens may leave inside the attention. Not where the MLP reads the same
+            tokens: what happens between the two then happens behind both.
+        unheard: `block -> modules`: those whose work is done without calling them.
     """
 
     attn_branch: Callable[[Any, Tensor, Attend], tuple[Tensor, Any]]
@@ -52,6 +55,8 @@ class BlockAdapter(NamedTuple):
     mlp_drop: Callable[[Any], nn.Module | None] = lambda block: block.drop_path2
     masks: bool = True
     call: Callable[[Callable[..., Tensor], Tensor, dict[str, Any]], Tensor] = _as_timm
+    inside: bool = True
+    unheard: Callable[[Any], Sequence[nn.Module]] = lambda block: ()
 
 
 _BLOCKS: dict[object, BlockAdapter] = {}

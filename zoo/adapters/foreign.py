@@ -8,9 +8,12 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from zoo.adapters.reasons import why_not
+
 _SUPPORTED = (
-    "timm's VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, MAE, registers, distilled) and Eva "
-    "(EVA-02, DINOv3), torchvision's VisionTransformer, the image towers of open_clip, and "
+    "timm's VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, MAE, registers, distilled), Eva "
+    "(EVA-02, DINOv3), Beit, VisionTransformerRelPos and NaFlexVit, torchvision's "
+    "VisionTransformer, the image towers of open_clip, and "
     "subclasses that keep their forward"
 )
 # Of libraries whose models are run: which ones, and what people have instead.
@@ -128,7 +131,7 @@ def why_unsupported(m: nn.Module, inner: str | None = None) -> str:
             "pretrained=True); zoo.list_models() names the architectures"
         )
     if library == "timm":
-        hint = " (a hierarchical or windowed model has no single token sequence to reduce)"
+        hint = f": {why_not(cls.__module__)}"
     else:
         hint = " (it is no model of a library that is known here)"
     return f"backbone class {shown} is not supported{hint}; supported are {_SUPPORTED}"

@@ -49,7 +49,7 @@ def first_pooled(m: Any, prefix: int) -> int:
         prefix: Number of prefix tokens.
     """
     # Eva's attention pooling reads all tokens; everything else leaves the prefix away by default.
-    whole = getattr(m, "attn_pool", None) is not None and type(m).pool is Eva.pool
+    whole = getattr(m, "attn_pool", None) is not None and getattr(type(m), "pool", None) is Eva.pool
     return 0 if whole or getattr(m, "pool_include_prefix", False) else prefix
 
 

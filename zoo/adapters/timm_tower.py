@@ -149,9 +149,8 @@ class TimmTower(Tower):
 
 def channels(m: Any) -> int:
     """Channels of the images; a convolutional stem stands before the projection to patches."""
-    proj = m.patch_embed.proj
     if getattr(m.patch_embed, "backbone", None) is None:
-        return int(proj.in_channels)
+        return int(m.patch_embed.proj.in_channels)
     return next(c.in_channels for c in m.patch_embed.modules() if isinstance(c, nn.Conv2d))
 
 
@@ -174,9 +173,18 @@ def check_images(m: Any, images: Tensor) -> None:
             f"expected images of {size[0]}x{size[1]}, got {height}x{width}; resize them, or build "
             f"the model with img_size=({height}, {width}) or dynamic_img_size=True"
         )
-    if not getattr(m.patch_embed, "dynamic_img_pad", False) and (
-        height % patch[0] or width % patch[1]
-    ):
+    if not getattr(m.patch_embed, "dynamic_img_pad", False):
+        divisible(images, patch)
+
+
+def divisible(images: Tensor, patch: tuple[int, int]) -> None:
+    """Refuse images that patches do not fill.
+
+    Raises:
+        ZooError: Naming both sizes.
+    """
+    height, width = images.shape[-2:]
+    if height % patch[0] or width % patch[1]:
         raise ZooError(
             f"image size {height}x{width} is not divisible by the patch size {patch[0]}x{patch[1]}"
         )

@@ -41,6 +41,18 @@ class Embedded(NamedTuple):
     more: Mapping[str, Any] = _NOTHING
 
 
+class Sized(NamedTuple):
+    """Images of one size, out of a batch of several.
+
+    Attributes:
+        places: Where in the batch they were, `(b,)`.
+        images: `(b, C, H, W)`.
+    """
+
+    places: Tensor
+    images: Tensor
+
+
 class Tower:
     """How the backbones of one family are run.
 
@@ -108,6 +120,16 @@ class Tower:
             ZooError: If the shape, channels or size do not fit.
         """
         raise NotImplementedError
+
+    def by_size(self, m: Any, given: Any) -> Sequence[Sized]:
+        """A batch that is no tensor of images, as images of one size each.
+
+        Raises:
+            ZooError: If the family takes nothing else, or not this.
+        """
+        raise ZooError(
+            f"expected images, a tensor of shape (B, C, H, W), got {type(given).__name__}"
+        )
 
     def embed(self, m: Any, images: Tensor) -> Embedded:
         """Patch and position embedding, prefix tokens included."""

@@ -5,7 +5,8 @@ cards of the registered methods and from `zoo.report.evidence`; zoo/report/links
 a report, comes from the cards, and so do zoo/assets/methods.json and selectors.json, from which
 `zoo list` answers. The table in docs/selectors/index.md lies between the same two lines.
 `python -m zoo.cli.docs --check` writes nothing and fails if they are out of date.
-`--backbones` tries every model of timm that may work and writes zoo/assets/backbones.json.
+`--backbones` tries every vision transformer of timm and writes zoo/assets/backbones.json and
+docs/coverage.md, see `zoo.cli.coverage`.
 """
 
 from __future__ import annotations
@@ -322,10 +323,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     if arguments.backbones:
-        from zoo import backbones
+        from zoo.cli import coverage
 
-        backbones.FILE.write_text(backbones.tried(), encoding="utf-8")
-        print(f"wrote {backbones.FILE}")
+        coverage.write(Path(__file__).resolve().parents[2])
+        print("wrote zoo/assets/backbones.json and docs/coverage.md")
         return 0
     try:
         pages = generated(Path(__file__).resolve().parents[2])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reduction.counts import BlockCost, Dims
 from reduction.mixins.attention import OwnAttention
 from reduction.schedules.base import Schedule
-from zoo.adapters.attention import attention_weights, linear_weights, splits_queries
+from zoo.adapters.attention import attention_weights, linear_weights, parts_of, splits_queries
 from zoo.adapters.blocks import block_adapter
 from zoo.adapters.split_qkv import part_weights
 from zoo.adapters.standalone import Standalone
@@ -102,7 +102,9 @@ def block_cost(anatomy: Anatomy, i: int, p: Plan) -> BlockCost:
     """Cost of block i with the counts of a plan."""
     block, attn = anatomy.tower.blocks(anatomy.backbone)[i], anatomy.attention(i)
     dims = anatomy.dims(i)
-    width = dims.heads * dims.head_dim
+    parts = parts_of(attn)
+    # Half of what both products take for a pair of tokens.
+    width = dims.heads * (dims.head_dim + (parts.value_dim or dims.head_dim)) // 2
     own = _signal_macs(p.need, p.attention, dims)
     rows, rereads = p.attention, "no"
     products = 2 * p.attention * p.attention * width

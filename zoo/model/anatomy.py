@@ -117,6 +117,27 @@ def check_parts(
     check_alone(backbone, asked)
 
 
+def check_blocks(blocks: Sequence[nn.Module], reducer: Reducer) -> None:
+    """Refuse a reducer that acts where some block has no place for it.
+
+    Raises:
+        UnsupportedModel: Naming the class of the block.
+    """
+    for block in blocks:
+        adapter, kind = block_adapter(block), type(block).__name__
+        if reducer.site == "attn" and not adapter.inside:
+            raise UnsupportedModel(
+                f"reducer {reducer.name!r} removes tokens inside the attention, but in a {kind} "
+                "the MLP reads the same tokens beside it; choose a method that acts before or "
+                "behind the block, such as 'tome' or 'evit'"
+            )
+        if reducer.needs & {"x_mid", "mlp"} and adapter.mlp_branch is None:
+            raise UnsupportedModel(
+                f"block class {kind} has no one MLP whose answer reducer {reducer.name!r} could "
+                "look at; choose a method that does not read it"
+            )
+
+
 def check_together(anatomy: Anatomy) -> None:
     """Refuse a reducer and plugins that cannot work together or on this backbone.
 
@@ -145,6 +166,7 @@ def check_together(anatomy: Anatomy) -> None:
                 f"{pair}: tokens cannot be protected from a method that removes them inside the "
                 "attention; use protected=false"
             )
+    check_blocks(anatomy.tower.blocks(anatomy.backbone), reducer)
     if reducer.needs_class_token and not anatomy.tower.class_tokens(anatomy.backbone):
         instead = _without_class_token(reducer)
         other = "".join(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from zoo.adapters.tower import tower_of
+from zoo.errors import ZooError
 from zoo.model.empty import for_any_batch
 from zoo.model.features import intermediates
 from zoo.model.reduced import ReducedViT
@@ -79,8 +80,12 @@ class ReducedClipTower(ReducedViT):
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
+        attn_mask: Tensor | None = None,
+        restore: str | None = None,
     ) -> Any:
         """See `zoo.model.timm_api.TimmContract`."""
+        if attn_mask is not None:
+            raise ZooError("attn_mask is not possible here: tokens change from block to block")
         return intermediates(
             self,
             images,
@@ -89,6 +94,7 @@ class ReducedClipTower(ReducedViT):
             norm=norm,
             output_fmt="NCHW" if reshape else "NLC",
             intermediates_only=True,
+            restore=self.restoring if restore is None else restore,
         )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from reduction.assignment import unmerge
+from reduction.functional.restoring import Change, check_policy, restored
 from reduction.mixins.answer import OwnAnswer
 from reduction.tokens import NO_MEMORY, Tokens
 from zoo.errors import ZooError
@@ -106,16 +106,33 @@ def intermediates(
     output_fmt: str = "NCHW",
     intermediates_only: bool = False,
     output_dict: bool = False,
+    restore: str = "merged",
 ) -> Any:
     """See `ReducedViT.forward_intermediates`."""
+    check_policy(restore)
     if output_fmt not in FORMATS:
         raise ZooError(f"output_fmt must be one of {', '.join(FORMATS)}, got {output_fmt!r}")
     taken, last = take_indices(model.depth, indices)
-    out = flow(model, images, track=True, trace=taken, until=last if stop_early else None)
+    changes: list[tuple[int, Change]] = []
+
+    def note(block: int, before: Tokens, behind: Tokens) -> None:
+        changes.append((block, (before, behind)))
+
+    out = flow(
+        model,
+        images,
+        track=True,
+        trace=taken,
+        until=last if stop_early else None,
+        note=note if restore == "knn" else None,
+    )
     states = out.info.trace
     if norm:
         states = tuple(t._replace(x=model.tower.norm_maps(model.backbone, t.x)) for t in states)
-    maps: list[Any] = [unmerge(t) for t in states]
+    maps: list[Any] = [
+        restored(t, out.info.grid, restore, [c for block, c in changes if block <= i])
+        for i, t in zip(sorted(set(taken)), states, strict=True)
+    ]
     if output_fmt == "NCHW":
         maps = [x.transpose(1, 2).unflatten(2, out.info.grid).contiguous() for x in maps]
     heads = [t.x[:, : t.prefix] for t in states] if return_prefix_tokens and model.prefix else None

@@ -117,6 +117,8 @@ class Halves(NamedTuple):
             length = t.x.shape[1]
             branch = branch[:, :length]
             result = result._replace(signals=trim(result.signals, length))
+        if frame.note is not None and result.tokens is not None:
+            frame.note(stage.block, t, result.tokens)
         t = t if result.tokens is None else result.tokens
         if plan.rows is not None:
             t = _first(t, plan.rows)

@@ -35,6 +35,10 @@ def warn_unheard(model: ReducedViT) -> None:
         if module is not None and awaited(module):
             _warn(model, f"the hooks on {name} are not called: the wrapper runs its parts")
     for i, block in enumerate(blocks):
+        for part in block_adapter(block).unheard(block):
+            if awaited(part):
+                kind = type(part).__name__
+                _warn(model, f"the hooks on a {kind} of block {i} may not be called")
         if "forward" in vars(block) or "forward" in vars(block_adapter(block).attn(block)):
             _warn(model, f"the forward that was put into block {i} may not be called")
 

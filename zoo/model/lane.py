@@ -30,6 +30,8 @@ Watch = Callable[[int, Tokens, Tensor], None]
 #: Signals that somebody outside wants, by block.
 Hear = Mapping[int, frozenset[str]]
 NOBODY: Hear = MappingProxyType({})
+#: `(block, before, behind)`: gets the tokens before and behind a reduction; block -1 is the input.
+Note = Callable[[int, Tokens, Tokens], None]
 
 
 class Lane(Protocol):
@@ -60,6 +62,7 @@ class Frame(NamedTuple):
         embedded: From `Tower.embed`.
         class_tokens: Leading tokens that act as the class token, at least 1.
         watch: Wants the attention weights of every block, or None.
+        note: Wants the tokens before and behind every reduction, or None.
         bias: `(block, t, changed) -> bias`: `Tower.bias` of this pass, or None where the family has
             none.
     """
@@ -71,6 +74,7 @@ class Frame(NamedTuple):
     embedded: Embedded
     class_tokens: int
     watch: Watch | None = None
+    note: Note | None = None
     bias: Callable[[int, Tokens, bool], Tensor | None] | None = None
 
 

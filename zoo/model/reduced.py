@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from reduction.base import Reducer
 from reduction.eager import traced
+from reduction.functional.restoring import check_policy
+from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.learned import Learned
 from reduction.mixins.training import Outcome, Trains
 from reduction.schedules.base import Schedule
@@ -24,6 +26,7 @@ from zoo.model.empty import for_any_batch
 from zoo.model.features import classify, features, intermediates
 from zoo.model.plan import Plan, Planner, make_plan
 from zoo.model.runtime import Runtime, make_runtime
+from zoo.model.sizes import for_any_sizes
 from zoo.model.stream import Info as Info
 from zoo.model.stream import flow, leave
 from zoo.model.timm_api import TimmContract
@@ -53,6 +56,9 @@ class ReducedViT(TimmContract):
         ZooError: If the method needs a class token that the model does not have, or a budget is
             given that has not been solved.
     """
+
+    #: What dense outputs give to patches that were merged or dropped, where nobody says otherwise.
+    restoring: str = "merged"
 
     def __init__(
         self,
@@ -162,12 +168,13 @@ class ReducedViT(TimmContract):
 
     # ------------------------------------------------------------------ running
 
+    @for_any_sizes
     @for_any_batch
     def forward(self, images: Tensor, return_info: bool | str = False) -> Any:
         """Classify images.
 
         Args:
-            images: `(B, 3, H, W)`.
+            images: `(B, 3, H, W)`, or a padded batch of patches where the family takes it (NaFlex).
             return_info: True also returns an `Info`; "trace" keeps the state after each block.
 
         Returns:
@@ -192,6 +199,7 @@ class ReducedViT(TimmContract):
             logits = leave(self, out)
         return (logits, out.info) if return_info else logits
 
+    @for_any_sizes
     @for_any_batch
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens after the final norm, `(B, P+M, C)`; of a standalone backbone, its own answer.
@@ -219,6 +227,7 @@ class ReducedViT(TimmContract):
             return self.backbone.forward_head(x, pre_logits=pre_logits)  # type: ignore[no-any-return]
         return classify(self, x, pre_logits, sizes)
 
+    @for_any_sizes
     @for_any_batch
     def forward_intermediates(
         self,
@@ -230,6 +239,9 @@ class ReducedViT(TimmContract):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        restore: str | None = None,
     ) -> Any:
         """Features of chosen blocks, brought back to the full patch grid, as timm hands them out.
 
@@ -242,14 +254,24 @@ class ReducedViT(TimmContract):
             output_fmt: "NCHW" for maps `(B, C, rows, columns)`, "NLC" for `(B, rows * columns, C)`.
             intermediates_only: Leave the final features out.
             output_dict: Give a mapping with `image_features` and `image_intermediates`.
+            attn_mask: Must be None: tokens change from block to block.
+            is_causal: Must be False.
+            restore: What a patch gets that was merged or dropped; None is what `restoring` says.
+                "merged": the features of the token that stands for it, zero where none does.
+                "nearest": those of the nearest patch at which a token sits. "zero": none. "knn": a
+                mean of the most similar tokens, see `reduction.functional.restoring`.
 
         Returns:
-            `(features, maps)`, or the maps; in the order of the blocks. A patch has the features of
-            the token that stands for it; where it was dropped they are zero.
+            `(features, maps)`, or the maps; in the order of the blocks.
 
         Raises:
-            ZooError: If there is no such block or format.
+            ZooError: If there is no such block, format or policy, or attention is to be masked.
         """
+        if attn_mask is not None or is_causal:
+            raise ZooError(
+                "attn_mask and is_causal are not possible here: a reduced model merges and drops "
+                "tokens, so places cannot be masked; leave them out"
+            )
         options: dict[str, Any] = {
             "return_prefix_tokens": return_prefix_tokens,
             "norm": norm,
@@ -258,9 +280,10 @@ class ReducedViT(TimmContract):
             "intermediates_only": intermediates_only,
             **({"output_dict": True} if output_dict else {}),
         }
-        if self.checked(images):
+        if self.checked(images, {f"restore={restore!r}": restore is not None}):
             return self.backbone.forward_intermediates(images, indices, **options)
-        return intermediates(self, images, indices, **options)
+        policy = check_policy(self.restoring if restore is None else restore)
+        return intermediates(self, images, indices, **options, restore=policy)
 
     def checked(self, images: Tensor, asked: dict[str, bool] | None = None) -> bool:
         """Refuse images that do not fit; says whether the backbone runs itself, whatever else."""
@@ -271,10 +294,23 @@ class ReducedViT(TimmContract):
             self.tower.check_images(self.backbone, images)
         return alone
 
-    def _untouched(self) -> bool:
+    def unchanged(self, batches: Sequence[Tensor]) -> bool:
+        """Whether the model answers these images as the backbone does, with nothing to reduce.
+
+        Args:
+            batches: Images of one size each.
+        """
+        if self.reducer is None or self.anatomy.alone is not None:
+            return self.anatomy.alone is not None or self._untouched()
+        plain = self._untouched(reducer=True) and not isinstance(self.reducer, OwnAnswer)
+        grids = {self.tower.grid_of(self.backbone, images) for images in batches}
+        plans = [plan for grid in grids for plan in self.plan(grid)]
+        return plain and all(p.step is None and p.entry is None for p in plans)
+
+    def _untouched(self, reducer: bool = False) -> bool:
         """Whether there is nothing to do but what the backbone does by itself."""
         return (
-            self.reducer is None
+            (reducer or self.reducer is None)
             and not len(self.plugins)
             and self.runtime.last_block == "full"
             and not self.runtime.own_kernels

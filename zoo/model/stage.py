@@ -23,7 +23,7 @@ from zoo.adapters.fast_linear import Mode, using
 from zoo.adapters.hooks import called, hooked
 from zoo.errors import ZooError
 from zoo.model.halves import Halves, Whole
-from zoo.model.lane import NOBODY, Frame, Hear, Lane, Reduce, Stage
+from zoo.model.lane import NOBODY, Frame, Hear, Lane, Note, Reduce, Stage
 from zoo.model.plan import Plan
 from zoo.model.straight import Line, straight_blocks
 
@@ -134,13 +134,18 @@ def stages(
         step = plan.step
         site = None if reducer is None or step is None else reducer.site
         reduce = None if site is None else _bound(reducer, plan.spared)
+        if frame.note is not None and reduce is not None and site != "attn":
+            reduce = partial(_noted, frame.note, i, reduce)
         follows = reducer if isinstance(reducer, Follows) and plan.need else None
         parks = reducer if isinstance(reducer, Parks) and plan.restore else None
         if i in hear:
             plan = plan._replace(need=plan.need | hear[i])
         changed = changed or site == "pre"
         adapter = block_adapter(block)
-        halves = Halves(block, adapter, straight, straight is None and hooked(adapter.attn(block)))
+        # Where the block itself is the attention, its hooks are called around it.
+        attn = adapter.attn(block)
+        watched = straight is None and attn is not block and hooked(attn)
+        halves = Halves(block, adapter, straight, watched)
         lane: Lane = halves
         listened = plan.need or plan.rows is not None or site in ("mid", "attn") or frame.watch
         shifted = any(p.shift(i, frame.schedule) is not None for p in frame.plugins)
@@ -164,7 +169,7 @@ def stages(
                 changed,
                 reduce if site == "pre" else None,
                 reduce if site == "mid" else None,
-                _behind(i, reduce if site == "post" else None, follows, parks),
+                _behind(i, reduce if site == "post" else None, follows, parks, frame.note),
                 asks and lane is not halves,
                 inside,
                 follows is not None or i in hear,
@@ -186,14 +191,18 @@ def _bound(reducer: Any, tail: int) -> Reduce:
 
 
 def _behind(
-    block: int, reduce: Reduce | None, follows: Follows | None, parks: Parks | None
+    block: int,
+    reduce: Reduce | None,
+    follows: Follows | None,
+    parks: Parks | None,
+    note: Note | None = None,
 ) -> Reduce | None:
     """What happens when a block is over, in this order."""
     acts = [] if reduce is None else [reduce]
     if follows is not None:
         acts.append(partial(_observe, follows, block))
     if parks is not None:
-        acts.append(partial(_restore, parks))
+        acts.append(partial(_restore, parks, block, note))
     return partial(_in_turn, acts) if len(acts) > 1 else next(iter(acts), None)
 
 
@@ -201,8 +210,19 @@ def _observe(follows: Follows, block: int, t: Tokens, s: Signals, step: Any) -> 
     return follows.observe(t, s, block)
 
 
-def _restore(parks: Parks, t: Tokens, s: Signals, step: Any) -> Tokens:
-    return parks.restore(t)
+def _restore(
+    parks: Parks, block: int, note: Note | None, t: Tokens, s: Signals, step: Any
+) -> Tokens:
+    back = parks.restore(t)
+    if note is not None:
+        note(block, t, back)
+    return back
+
+
+def _noted(note: Note, block: int, reduce: Reduce, t: Tokens, s: Signals, step: Any) -> Tokens:
+    behind = reduce(t, s, step)
+    note(block, t, behind)
+    return behind
 
 
 def _in_turn(acts: Sequence[Reduce], t: Tokens, s: Signals, step: Any) -> Tokens:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers import GELU, Attention, GELUTanh, LayerNorm, LayerScale, Mlp
+from timm.models import vision_transformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -35,6 +36,8 @@ from zoo.adapters.hooks import everywhere
 from zoo.model.lane import Stage
 
 _NONE = Signals()
+# timm 1.0.20 has a class of its own for these blocks.
+_SCALES = frozenset({LayerScale, vision_transformer.LayerScale})
 
 Layer = tuple[Tensor, Tensor | None]
 Norm = tuple[Sequence[int], Tensor | None, Tensor | None, float]
@@ -192,7 +195,7 @@ def _resolve(block: Any, dtype: torch.dtype) -> Straight | None:
     if not (
         all(type(n) is nn.LayerNorm or (type(n) is LayerNorm and not n._fast_norm) for n in norms)
         and all(type(f) in (nn.Linear, FastLinear) for f in layers)
-        and all(type(s) is LayerScale for s in scales)
+        and all(type(s) in _SCALES for s in scales)
         and all(_ordinary(part, dtype) for part in (*norms, *layers, *scales))
     ):
         return None
@@ -225,7 +228,7 @@ def _watched(m: nn.Module | None) -> bool:
 
 def _ordinary(m: Any, dtype: torch.dtype) -> bool:
     """Whether all parameters are there and plain ones of this type; temporaries are so, too."""
-    names = ("gamma",) if type(m) is LayerScale else ("weight", "bias")
+    names = ("gamma",) if type(m) in _SCALES else ("weight", "bias")
     return all(name in m._parameters for name in names) and all(
         p is None or (p.dtype is dtype and type(p) in (Tensor, nn.Parameter))
         for p in m._parameters.values()

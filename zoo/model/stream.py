@@ -23,7 +23,7 @@ from zoo.adapters.hooks import hooked
 from zoo.adapters.tower import Embedded
 from zoo.errors import ZooError
 from zoo.model.heard import warn_unheard
-from zoo.model.lane import NOBODY, Frame, Hear, Watch
+from zoo.model.lane import NOBODY, Frame, Hear, Note, Watch
 from zoo.model.recorded import for_tracers
 from zoo.model.stage import checkpointed, run, run_hooked, stages
 
@@ -90,6 +90,7 @@ def flow(
     watch: Watch | None = None,
     hear: Hear = NOBODY,
     options: Mapping[str, Any] = NOTHING,
+    note: Note | None = None,
 ) -> Outflow:
     """Run the blocks.
 
@@ -104,6 +105,7 @@ def flow(
         watch: Wants the attention weights of every block.
         hear: Signals of blocks that are wanted beside those that the reducer reads.
         options: What else the embedding of this family takes.
+        note: Wants the tokens before and behind every reduction.
     """
     if traced():
         images = for_tracers(images)
@@ -115,16 +117,16 @@ def flow(
     embedded = tower.embed(m, images, **options)
     patches = embedded.x.shape[1] - model.prefix
     plans = model.planner.plan(model.anatomy, schedule, grid, patches, last_block)
-    t, memories = _enter(model, images, embedded, grid, plans[0].entry, track)
+    t, memories = _enter(model, images, embedded, grid, plans[0].entry, track, note)
     # Without its features, so that no later block holds on to them.
-    frame = _frame(model, embedded._replace(x=None), watch)
+    frame = _frame(model, embedded._replace(x=None), watch, note)
     del embedded
     entered = t if trace is True else None
     blocks = tower.blocks(m)
     block = run
     if hooked(*blocks):
         block = partial(run_hooked, blocks)
-    if tower.checkpointing(m) and torch.is_grad_enabled() and watch is None:
+    if tower.checkpointing(m) and torch.is_grad_enabled() and watch is note is None:
         block = checkpointed(block, model.runtime.linear)
     kept = range(len(blocks)) if trace is True else (trace or ())
     counts, states, signals = [], [], Signals()
@@ -158,6 +160,7 @@ def _enter(
     grid: tuple[int, int],
     entry: Step | None,
     track: bool,
+    note: Note | None = None,
 ) -> tuple[Tokens, list[Any]]:
     """Tokens before the first block, and what plugins remember."""
     tower, reducer = model.tower, model.reducer
@@ -178,7 +181,9 @@ def _enter(
             raise ZooError(
                 "a method that looks at images needs one token per patch; switch patch dropout off"
             )
-        t = apply(t, reducer.look(images, grid, entry))
+        before, t = t, apply(t, reducer.look(images, grid, entry))
+        if note is not None:
+            note(-1, before, t)
     memories = []
     for plugin in model.plugins:
         t, memory = plugin.start(t)
@@ -189,12 +194,14 @@ def _enter(
     return (reducer.begin(t) if isinstance(reducer, Remembers) else t), memories
 
 
-def _frame(model: ReducedViT, embedded: Embedded, watch: Watch | None) -> Frame:
+def _frame(
+    model: ReducedViT, embedded: Embedded, watch: Watch | None, note: Note | None = None
+) -> Frame:
     classes = max(1, model.tower.class_tokens(model.backbone))
     own, plugins = model.runtime.own_kernels, list(model.plugins)
     m, tower = model.backbone, model.tower
     bias = partial(tower.bias, m, embedded) if tower.biased(m) else None
-    return Frame(model.reducer, plugins, model.schedule, own, embedded, classes, watch, bias)
+    return Frame(model.reducer, plugins, model.schedule, own, embedded, classes, watch, note, bias)
 
 
 def leave(model: ReducedViT, out: Outflow) -> Tensor:

@@ -129,6 +129,8 @@ class TimmContract(nn.Module):
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
+        attn_mask: Tensor | None = None,
+        restore: str | None = None,
     ) -> Any:
         """Features of chosen blocks by DINO's name for them, see `forward_intermediates`.
 
@@ -138,6 +140,8 @@ class TimmContract(nn.Module):
             reshape: Give maps `(B, C, rows, columns)` in place of `(B, rows * columns, C)`.
             return_prefix_tokens: Give `(features, prefix tokens)` in place of each.
             norm: Apply the final norm.
+            attn_mask: Must be None.
+            restore: As in `forward_intermediates`.
         """
         return self.forward_intermediates(
             images,
@@ -146,6 +150,8 @@ class TimmContract(nn.Module):
             norm=norm,
             output_fmt="NCHW" if reshape else "NLC",
             intermediates_only=True,
+            attn_mask=attn_mask,
+            restore=restore,
         )
 
     def prune_intermediate_layers(

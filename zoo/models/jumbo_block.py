@@ -18,6 +18,12 @@ MLP_KINDS = ("shared", "unshared", "none")
 POOLS = ("jumbo", "")
 
 
+def placed(device: Any, dtype: Any) -> dict[str, Any]:
+    """Arguments of timm's layers for weights somewhere else; those of timm 1.0.20 take none."""
+    given = {"device": device, "dtype": dtype}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 class LowRank(nn.Module):
     """A low-rank linear map, zero at the start: `up(down(x))`.
 
@@ -113,7 +119,7 @@ class JumboBlock(Block):
         dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd = placed(device, dtype)
         norm: Any = norm_layer  # timm says a type and takes a partial
         super().__init__(dim, num_heads, drop_path=drop_path, norm_layer=norm, **dd, **kwargs)
         self.jumbo_tokens = jumbo_tokens

@@ -7,6 +7,7 @@ here sees J prefix tokens, so every reducer works on the patches behind them.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -23,7 +24,7 @@ from reduction.tokens import take_rows
 from zoo.adapters.attention import projection
 from zoo.adapters.heads import register_pool
 from zoo.errors import ZooError
-from zoo.models.jumbo_block import JumboBlock, PatchDrop, check_options, check_pool
+from zoo.models.jumbo_block import JumboBlock, PatchDrop, check_options, check_pool, placed
 from zoo.models.jumbo_weights import check_release, checkpoint_filter_fn, infer_args
 
 __all__ = ["DenseFeatures", "Jumbo", "checkpoint_filter_fn"]
@@ -110,7 +111,7 @@ class Jumbo(VisionTransformer):
     ) -> None:
         slots = (3 if embed_dim >= 768 else 6) if jumbo_tokens is None else jumbo_tokens
         check_options(slots, jumbo_mlp, jumbo_lora, global_pool, num_classes)
-        dd = {"device": device, "dtype": dtype}
+        dd = placed(device, dtype)
         norm = get_norm_layer(norm_layer) or partial(LayerNorm, eps=1e-5)
         act = get_act_layer(act_layer) or nn.GELU
         wide = slots * embed_dim
@@ -202,7 +203,9 @@ class Jumbo(VisionTransformer):
             mode: See timm; "" is the official initialisation.
             needs_reset: Also reset norms and convolutions.
         """
-        super().init_weights(mode, needs_reset)
+        # timm 1.0.20 takes no word on what else to reset.
+        told = "needs_reset" in inspect.signature(super().init_weights).parameters
+        super().init_weights(mode, **({"needs_reset": needs_reset} if told else {}))
         trunc_normal(self.jumbo_token, std=0.02)
         trunc_normal(self.cls_token, std=0.02)
         _init_head(self.head)

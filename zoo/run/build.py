@@ -190,10 +190,10 @@ def _checked(model: ReducedViT) -> ReducedViT:
     # timm builds such a model and fails at the first image.
     if model.tower.library != "timm":
         return model
-    embed: Any = model.backbone.patch_embed
-    size, patch = embed.img_size, model.tower.patch_size(model.backbone)
+    size, patch = model.tower.input_size(model.backbone)[1:], model.tower.patch_size(model.backbone)
     published = tuple((model.pretrained_cfg.get("input_size") or ())[1:])
     # A published size may leave a rim that the patches do not reach, where timm says so.
+    embed = getattr(model.backbone, "patch_embed", None)
     strict = getattr(embed, "strict_img_size", True) or getattr(embed, "dynamic_img_pad", False)
     rim = size == published and strict
     whole = not size or all(s % p == 0 for s, p in zip(size, patch, strict=True))

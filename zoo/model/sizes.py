@@ -1,0 +1,57 @@
+"""Batches of images of several sizes: those of one size run together, each as it would alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.adapters.tower import Sized
+from zoo.errors import ZooError
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def for_any_sizes(method: _F) -> _F:
+    """Let a method that takes images `(B, C, H, W)` take a batch of several sizes, too.
+
+    It answers as for one, in the order of the batch. Tokens and features are padded with zeros.
+    """
+
+    @wraps(method)
+    def whole(self: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(images, Tensor):
+            return method(self, images, *args, **kwargs)
+        parts = self.tower.by_size(self.backbone, images)
+        if method.__name__ == "forward":
+            told = kwargs.get("return_info") or (args and args[0])
+            if told and len(parts) > 1:
+                raise ZooError(
+                    "return_info tells of tokens over one raster, and these images have "
+                    f"{len(parts)} sizes; call the model with one size at a time"
+                )
+            if not told and self.unchanged([p.images for p in parts]):
+                return self.tower.whole(self.backbone, images)
+        return joined([method(self, p.images, *args, **kwargs) for p in parts], parts)
+
+    return whole  # type: ignore[return-value]  # wraps keeps the signature, which mypy cannot see
+
+
+def joined(answers: Sequence[Any], parts: Sequence[Sized]) -> Any:
+    """What was answered for every size, as one answer in the order of the batch."""
+    first = answers[0]
+    if isinstance(first, Tensor):
+        order = torch.cat([p.places for p in parts]).argsort()
+        if first.dim() == 3:
+            longest = max(x.shape[1] for x in answers)
+            answers = [F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in answers]
+        return first if len(answers) == 1 else torch.cat(list(answers)).index_select(0, order)
+    if isinstance(first, Mapping):
+        return {name: joined([a[name] for a in answers], parts) for name in first}
+    if len(answers) == 1:
+        return first
+    return type(first)(joined(list(items), parts) for items in zip(*answers, strict=True))
