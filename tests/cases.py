@@ -196,6 +196,13 @@ METHODS = [
     Row("toma", (("metric", "key"), ("scale", 10.0), ("restore", "soft"))),
     Row("expedit", floor=0.5),
     Row("expedit", (("restore", "copy"), ("window", 3), ("temperature", 0.5)), floor=0.5),
+    Row("dtome", schedule=R8),
+    Row("dtome", (("max_r_per_instance_ratio", 1.5), ("prop_attn", False)), R8),
+    # Similarities alone decide: no schedule makes these cheaper.
+    Row("algm", (("layers", (1, 3)), ("threshold", 0.0)), R8, floor=1.0),
+    Row("algm", (("layers", (2, 4)), ("threshold", 0.1), ("window", (2, 4))), R8, floor=1.0),
+    Row("g2tm", (("threshold", 0.2),), R8, floor=1.0),
+    Row("g2tm", (("layer", 1), ("threshold", 0.1), ("attention", "iprop")), R8, floor=1.0),
     # Behind the block, two of the four are whole.
     Row("repshift", floor=0.5),
     Row("repshift", (("op", "attention"), ("distance", "l1"), ("residual", True)), floor=0.5),

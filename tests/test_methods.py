@@ -160,7 +160,8 @@ def test_prefix_tokens_are_never_reduced(row: Row) -> None:
     step = reduction.Step(1, 4, reduction.Budget(40), (8, 8))
     out = m.reducer.reduce(t, signals, step)
     assert torch.equal(out.x[:, :5], t.x[:, :5])
-    assert out.n == m.reducer.count(64, step)
+    planned = m.reducer.count(64, step)
+    assert out.n == planned or (isinstance(m.reducer, reduction.Adaptive) and out.n < planned)
 
 
 @rows

@@ -16,6 +16,7 @@ __all__ = [
     "ReducedViT",
     "__version__",
     "attention_maps",
+    "calibrate",
     "create_model",
     "list_methods",
     "list_models",
@@ -27,6 +28,7 @@ __all__ = [
 if TYPE_CHECKING:
     from zoo.api import (
         attention_maps,
+        calibrate,
         create_model,
         list_methods,
         list_models,

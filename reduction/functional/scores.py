@@ -93,7 +93,8 @@ def distance(a: Tensor, b: Tensor, kind: str = "l2") -> Tensor:
     a, b = a.to(exact), b.to(exact)
     if kind == "cosine":
         return 1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)
-    return torch.linalg.vector_norm(a - b, ord=1 if kind == "l1" else 2, dim=-1)
+    apart: Tensor = torch.linalg.vector_norm(a - b, ord=1 if kind == "l1" else 2, dim=-1)
+    return apart
 
 
 def representation_shift(t: Tokens, s: Signals, draw: Draw) -> Tensor:

@@ -71,7 +71,7 @@ def clusters(
         window: See `near_cells`.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    raster = x.transpose(1, 2).unflatten(2, grid)
+    raster = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
     centres = pooled(raster, coarse).flatten(2).transpose(1, 2)
     close = near_cells(grid, coarse, window, x.device)
     share = x.new_zeros(())

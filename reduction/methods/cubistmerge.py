@@ -112,10 +112,11 @@ class CubistMerge(Reducer):
         if self.rows is None or self.columns is None:
             return shapes(grid)
         known = [grid]
-        times = max(len(self.rows) if is_list(self.rows) else sum(grid), 1)
-        for i in range(times):
-            r, c = (v[i] if is_list(v) else v for v in (self.rows, self.columns))
+        listed = [len(v) for v in (self.rows, self.columns) if is_list(v)]
+        for i in range(min(listed) if listed else sum(grid)):
             rows, columns = known[-1]
+            r = self.rows if isinstance(self.rows, int) else self.rows[i]
+            c = self.columns if isinstance(self.columns, int) else self.columns[i]
             known.append((rows - min(r, rows // 2), columns - min(c, columns // 2)))
         return list(dict.fromkeys(known))
 
