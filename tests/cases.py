@@ -19,6 +19,7 @@ from torch import nn
 
 import reduction
 import zoo
+from reduction.tokens import OF_THE_MLP
 from zoo.model.reduced import ReducedViT
 from zoo.models.jumbo import Jumbo
 
@@ -186,6 +187,28 @@ METHODS = [
     Row("mctf", schedule=R8),
     Row("mctf", (("osa", 2), ("pooling", "max"), ("tau_size", 0.0)), R8),
     Row("mctf", (("osa", 0), ("both", False), ("pooling", "size")), floor=0.65),
+    Row("cubistmerge"),
+    Row("cubistmerge", (("similarity", "distance"), ("compat_last_writer", True)), R8),
+    Row("cubistmerge", (("rows", 1), ("columns", 1))),
+    Row("vidtldr", schedule=R8, prunes=True),
+    Row("vidtldr", (("prop_attn", False),), R8, prunes=True),
+    Row("toma"),
+    Row("toma", (("metric", "key"), ("scale", 10.0), ("restore", "soft"))),
+    Row("expedit", floor=0.5),
+    Row("expedit", (("restore", "copy"), ("window", 3), ("temperature", 0.5)), floor=0.5),
+    Row("dtome", schedule=R8),
+    Row("dtome", (("max_r_per_instance_ratio", 1.5), ("prop_attn", False)), R8),
+    # Similarities alone decide: no schedule makes these cheaper.
+    Row("algm", (("layers", (1, 3)), ("threshold", 0.0)), R8, floor=1.0),
+    Row("algm", (("layers", (2, 4)), ("threshold", 0.1), ("window", (2, 4))), R8, floor=1.0),
+    Row("g2tm", (("threshold", 0.2),), R8, floor=1.0),
+    Row("g2tm", (("layer", 1), ("threshold", 0.1), ("attention", "iprop")), R8, floor=1.0),
+    # Behind the block, two of the four are whole.
+    Row("repshift", floor=0.5),
+    Row("repshift", (("op", "attention"), ("distance", "l1"), ("residual", True)), floor=0.5),
+    Row("repshift", (("op", "block"), ("distance", "cosine"), ("settle", "nearest")), floor=0.5),
+    Row("evit", (("score", "repshift"),), floor=0.5),
+    Row("evovit", (("score", "repshift"),), restores=True, own_losses=True),
 ]
 
 _VIT: dict[str, Any] = dict(
@@ -265,8 +288,11 @@ def images(batch: int = 2, size: int = 32, seed: int = 1) -> torch.Tensor:
 
 
 def refused(row: Row, name: str) -> bool:
-    """Whether a method says that it needs a class token which this backbone does not have."""
-    needs = reduction.create(**row.reducer()).needs_class_token
+    """Whether a method says that it needs what this backbone does not have."""
+    made = reduction.create(**row.reducer())
+    if made.needs & OF_THE_MLP and name == "jumbo":
+        return True
+    needs = made.needs_class_token
     return needs and not row.without_class_token and name in WITHOUT_CLASS_TOKEN
 
 

@@ -91,7 +91,7 @@ def test_halves_of_every_block_are_exactly_timm(name: str, fused: bool) -> None:
 @core
 def test_runs_and_counts(row: Row, name: str) -> None:
     if refused(row, name):
-        with pytest.raises(ZooError, match="class token"):
+        with pytest.raises(ZooError, match="class token|no one MLP"):
             model(row, name)
         return
     m, x = model(row, name), images(3)
@@ -151,12 +151,17 @@ def test_prefix_tokens_are_never_reduced(row: Row) -> None:
         "column": torch.rand(2, 69),
         "attn": torch.randn(2, 3, 69, 69).softmax(-1),
         "x_norm": torch.randn(2, 69, 48),
+        "out": torch.randn(2, 3, 69, 16),
+        "x_in": torch.randn(2, 69, 48),
+        "x_mid": torch.randn(2, 69, 48),
+        "mlp": torch.randn(2, 69, 48),
     }
     signals = reduction.Signals(**{k: v for k, v in seen.items() if k in m.reducer.needs})
     step = reduction.Step(1, 4, reduction.Budget(40), (8, 8))
     out = m.reducer.reduce(t, signals, step)
     assert torch.equal(out.x[:, :5], t.x[:, :5])
-    assert out.n == m.reducer.count(64, step)
+    planned = m.reducer.count(64, step)
+    assert out.n == planned or (isinstance(m.reducer, reduction.Adaptive) and out.n < planned)
 
 
 @rows

@@ -75,7 +75,7 @@ class Seen(reduction.Reducer):
 
     card = CARD
     site = "post"
-    needs = frozenset({"x_mid", "mlp", "out"})
+    needs = frozenset({"x_in", "x_mid", "mlp", "out"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,9 +116,8 @@ def test_signals_of_the_mlp_are_what_the_modules_computed(name: str, train: bool
 
 def test_a_block_without_one_mlp_says_so() -> None:
     m: Any = backbone("jumbo")
-    model = zoo.wrap(m, Seen(), PerBlock([m.patch_embed.num_patches] * (len(m.blocks) - 1) + [5]))
     with pytest.raises(UnsupportedModel, match="no one MLP"):
-        model.eval()(images(1))
+        zoo.wrap(m, Seen(), PerBlock([m.patch_embed.num_patches] * (len(m.blocks) - 1) + [5]))
 
 
 class Halving(reduction.Reducer):

@@ -81,6 +81,28 @@ def significance(attention: Tensor, v: Tensor) -> Tensor:
     return share
 
 
+def distance(a: Tensor, b: Tensor, kind: str = "l2") -> Tensor:
+    """How far rows are apart, `(B, N)` in float32 or better.
+
+    Args:
+        a: `(B, N, C)`.
+        b: Likewise.
+        kind: "l2", "l1", or "cosine" (one minus it).
+    """
+    exact = torch.promote_types(a.dtype, torch.float32)
+    a, b = a.to(exact), b.to(exact)
+    if kind == "cosine":
+        return 1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)
+    apart: Tensor = torch.linalg.vector_norm(a - b, ord=1 if kind == "l1" else 2, dim=-1)
+    return apart
+
+
+def representation_shift(t: Tokens, s: Signals, draw: Draw) -> Tensor:
+    """How far the MLP's answer is from what it was asked about, as a share of all."""
+    shift = distance(s.need("mlp"), s.need("x_mid"))
+    return _shares(shift[:, t.prefix :])
+
+
 class Score(NamedTuple):
     """A score and the signals that it reads."""
 
@@ -98,6 +120,7 @@ SCORES: dict[str, Score] = {
     "norm": Score(length),
     "random": Score(chance),
     "inverse": Score(inverse, _CLASS),
+    "repshift": Score(representation_shift, frozenset({"x_mid", "mlp"})),
 }
 #: What `score_from` may be: the attention that published methods rank by, and ours without a class.
 ATTENTION = ("class", "column_mean")

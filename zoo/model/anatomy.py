@@ -9,6 +9,7 @@ from torch import nn
 
 from reduction.base import Reducer
 from reduction.counts import Dims, Spec, Step
+from reduction.tokens import OF_THE_MLP
 from zoo.adapters.attention import parts_of
 from zoo.adapters.blocks import block_adapter
 from zoo.adapters.standalone import Standalone, as_standalone, check_alone
@@ -124,7 +125,8 @@ def check_together(anatomy: Anatomy) -> None:
     Raises:
         ZooError: Naming what does not fit, and what would.
     """
-    reducer, plugins, depth = anatomy.reducer, anatomy.plugins, anatomy.depth
+    m, reducer = anatomy.backbone, anatomy.reducer
+    plugins, depth = anatomy.plugins, anatomy.depth
     heads = [p.name for p in plugins if p.replaces_head]
     if len(heads) > 1:
         raise ZooError(f"plugins {heads} all bring a classifier; choose one of them")
@@ -143,6 +145,13 @@ def check_together(anatomy: Anatomy) -> None:
             raise ZooError(
                 f"{pair}: tokens cannot be protected from a method that removes them inside the "
                 "attention; use protected=false"
+            )
+    if reducer.needs & OF_THE_MLP:
+        without = [b for b in anatomy.tower.blocks(m) if block_adapter(b).mlp_branch is None]
+        if without:
+            raise UnsupportedModel(
+                f"reducer {reducer.name!r} looks at what the MLP of a block answers, and block "
+                f"class {type(without[0]).__name__} has no one MLP; choose another score or method"
             )
     if reducer.needs_class_token and not anatomy.tower.class_tokens(anatomy.backbone):
         other = "; use score_from='column_mean' (attention received from all tokens)"

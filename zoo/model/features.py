@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from reduction.assignment import unmerge
 from reduction.mixins.answer import OwnAnswer
+from reduction.mixins.restoring import restored
 from reduction.tokens import NO_MEMORY, Tokens
 from zoo.errors import ZooError
 from zoo.model.stream import Outflow, flow, own_answer
@@ -115,7 +115,7 @@ def intermediates(
     states = out.info.trace
     if norm:
         states = tuple(t._replace(x=model.tower.norm_maps(model.backbone, t.x)) for t in states)
-    maps: list[Any] = [unmerge(t) for t in states]
+    maps: list[Any] = [restored(t) for t in states]
     if output_fmt == "NCHW":
         maps = [x.transpose(1, 2).unflatten(2, out.info.grid).contiguous() for x in maps]
     heads = [t.x[:, : t.prefix] for t in states] if return_prefix_tokens and model.prefix else None

@@ -17,7 +17,7 @@ from reduction.mixins.attention import InAttention
 from reduction.mixins.following import Follows
 from reduction.mixins.masking import Masked
 from reduction.mixins.parking import Parks
-from reduction.tokens import Signals, Tokens
+from reduction.tokens import OF_THE_MLP, Signals, Tokens
 from zoo.adapters.blocks import block_adapter
 from zoo.adapters.fast_linear import Mode, using
 from zoo.adapters.hooks import called, hooked
@@ -49,6 +49,7 @@ def run(stage: Stage, t: Tokens, signals: Signals) -> tuple[Tokens, Signals]:
         t = stage.before(t, signals, step)
     if stage.asks and (t.policy is not None or (stage.inside and stage.inside.inside(t))):
         lane = stage.halves
+    entered = t.x if stage.shows_mlp else None
     t, seen = lane.attention(t, stage)
     if stage.between is not None:
         t = stage.between(t, seen, step)
@@ -57,7 +58,7 @@ def run(stage: Stage, t: Tokens, signals: Signals) -> tuple[Tokens, Signals]:
     if stage.shows_mlp:
         before = t.x
         x, branch = lane.mlp_seen(before)
-        t, seen = t._replace(x=x), seen._replace(x_mid=before, mlp=branch)
+        t, seen = t._replace(x=x), seen._replace(x_in=entered, x_mid=before, mlp=branch)
     else:
         t = t._replace(x=lane.mlp(t.x))
     if stage.behind is not None:
@@ -168,7 +169,7 @@ def stages(
                 asks and lane is not halves,
                 inside,
                 follows is not None or i in hear,
-                bool(_OF_THE_MLP & plan.need),
+                bool(OF_THE_MLP & plan.need),
             )
         )
         added = sum(p.added(i, depth) for p in frame.plugins)
@@ -176,8 +177,7 @@ def stages(
     return out
 
 
-#: Signals of the MLP, and those for which an attention goes through modules.
-_OF_THE_MLP = frozenset({"x_mid", "mlp"})
+#: Signals for which an attention goes through modules.
 _MAPS = frozenset({"attn", "out"})
 
 
