@@ -51,7 +51,8 @@ BESIDE: dict[str, tuple[str, ...]] = {
 #: Inside `reduction`, likewise from top to bottom.
 REDUCTION: tuple[tuple[str, ...], ...] = (
     ("reduction",),
-    ("reduction.methods",),
+    ("reduction.methods", "reduction.selectors"),
+    ("reduction.selection",),
     ("reduction.registry",),
     ("reduction.mixins",),
     ("reduction.base", "reduction.options", "reduction.schedules"),
