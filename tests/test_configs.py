@@ -25,6 +25,7 @@ OPTIONS = {
 }
 TRAIN_ONLY = {"augment", "callbacks", "experiment", "logger", "loss", "lr_schedule", "module"}
 TRAIN_ONLY |= {"optim", "trainer"}
+EVAL_ONLY = {"selector"}
 ALL = [
     (group, option)
     for group, options in sorted(OPTIONS.items())
@@ -69,7 +70,7 @@ def test_option_composes_and_its_targets_take_its_arguments(group, option):
 
 @pytest.mark.parametrize("root", ["eval", "train"])
 def test_every_group_has_its_place(root):
-    groups = set(OPTIONS) - {"hydra"} - (TRAIN_ONLY if root == "eval" else set())
+    groups = set(OPTIONS) - {"hydra"} - (TRAIN_ONLY if root == "eval" else EVAL_ONLY)
     last = {group: OPTIONS[group][-1] for group in groups - {"experiment"}}
     cfg = compose(root, [f"{group}={option}" for group, option in last.items()])
     for group, option in last.items():

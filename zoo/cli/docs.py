@@ -299,18 +299,18 @@ def generated(root: Path) -> dict[Path, str]:
     readme = root / _README
     if not readme.is_file():
         raise ZooError(f"no {readme}; run this in a checkout, the installed package has no docs")
-    return {
+    pages = {
         readme: readme_with_table(readme.read_text(encoding="utf-8")),
         root / _INDEX: index_page(),
         root / _LINKS: links(),
         root / _METHODS: stored_text(),
         root / _SELECTORS: selectors.stored_text(),
-        root / _SELECTOR_INDEX: with_table(
-            (root / _SELECTOR_INDEX).read_text(encoding="utf-8"),
-            _SELECTOR_INDEX,
-            selectors_table(),
-        ),
     }
+    index = root / _SELECTOR_INDEX
+    if index.is_file():  # the rest of this page is written by hand
+        text = index.read_text(encoding="utf-8")
+        pages[index] = with_table(text, _SELECTOR_INDEX, selectors_table())
+    return pages
 
 
 def main(argv: Sequence[str] | None = None) -> int:

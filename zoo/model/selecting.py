@@ -143,6 +143,10 @@ class SelectingTower(nn.Module):
         whole = tower.reducer is None
         return n if keep >= n else self.selector.rows(n, keep, rows if whole else None)
 
+    def token_count(self) -> int:
+        """Tokens that are chosen from, at the tower's own image size."""
+        return (self.tower.plan()[self.block].leaving - self.tower.prefix) // self.group
+
     def forward(self, images: Tensor) -> Tensor:
         """The K tokens, `(B, K, C)`, or of the width that the projector puts out.
 

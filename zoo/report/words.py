@@ -261,6 +261,23 @@ def _on_features(row: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def _selected(row: Mapping[str, Any]) -> list[str]:
+    """What a selector keeps, against its controls, at every number of tokens."""
+    found = row.get("select")
+    if not isinstance(found, Mapping):
+        return []
+    name = (found.get("selector") or {}).get("name")
+    parts = []
+    for entry in found.get("by_keep") or ():
+        ours, lots, small = (entry.get(k) or {} for k in ("selector", "random", "resolution"))
+        text = f"{name} {entry['keep']}: k-NN {ours['knn_top1']:.1f} %, random "
+        text += f"{lots['knn_top1']:.1f} ± {lots['knn_top1_spread']:.1f}"
+        if small:
+            text += f", {small['n_tokens']} of a smaller image {small['knn_top1']:.1f}"
+        parts.append(text)
+    return parts
+
+
 def summary_line(row: Mapping[str, Any]) -> str:
     """One line that says what a run found, or why it failed.
 
@@ -294,6 +311,7 @@ def summary_line(row: Mapping[str, Any]) -> str:
         parts.append(f"top-1 {top1:.2f} %{text}")
     parts += _like_dense(row)
     parts += _on_features(row)
+    parts += _selected(row)
     if (rate := number(row.get("imgs_per_s"))) is not None:
         parts.append(f"{format_rate(rate)} img/s")
     return " | ".join(parts)

@@ -49,7 +49,7 @@ FIELDS: dict[str, str] = {
     "created": "when the row was made, ISO 8601 in UTC",
     "command": "the command line that made the row, ready to be pasted",
     "task": "list of what was done: 'train', 'accuracy', 'flops', 'throughput', 'fidelity', 'knn', "
-    "'linear_probe', 'retrieval', 'zeroshot'",
+    "'linear_probe', 'retrieval', 'zeroshot', 'select'",
     # what was run
     "method": "registry name of the reducer; 'none' is the dense model",
     "reducer": "mapping: name and arguments of the reducer",
@@ -90,6 +90,10 @@ FIELDS: dict[str, str] = {
     "export": "mapping, of an exported model: folder, format, precision, files, megabytes, "
     "max_error (of a logit, to torch in float32), agreement (percent), n_random, n_real",
     "zeroshot": "mapping, of classification by text: text, classes, top1, top5, ci95",
+    "select": "mapping, of a selector behind the tower: selector (name and arguments), block, "
+    "n_tokens, dense (all tokens), and by_keep: for each keep the selector, random tokens (mean "
+    "and spread over seeds) and resolution (a smaller image): knn_top1, recall1, map, agreement "
+    "with dense, centred_cosine, coverage_mean and coverage_worst (1 - cosine to the nearest kept)",
     "centred_cosine": "mapping, with gallery=dense: mean and worst cosine of features with the "
     "dense model's, both minus the mean feature of the gallery; worst_image (its place)",
     # speed
@@ -126,7 +130,7 @@ FIELDS: dict[str, str] = {
 # What a run measures: a number that is none makes the row a failure.
 _MEASURED = (
     *("gmacs", "gmacs_sample", "top1", "top5", "top1_start", "ci95", "fidelity"),
-    *("knn", "linear_probe", "retrieval", "zeroshot", "centred_cosine"),
+    *("knn", "linear_probe", "retrieval", "zeroshot", "select", "centred_cosine"),
     *("imgs_per_s", "imgs_per_s_dense", "ms", "by_batch"),
 )
 

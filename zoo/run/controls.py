@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
+from zoo.run.variants import NOTHING, at_size, nothing_reduced
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -26,11 +27,6 @@ KINDS = ("dense", "resolution")
 
 # What does not tell one model and its data from another, or only its budget.
 _FREE = ("reducer", "schedule", "plugin", "seed", "results", "paths", "control", "resolutions")
-_NOTHING = {
-    "reducer": {"_target_": "reduction.registry.no_reducer"},
-    "schedule": {"_target_": "reduction.registry.default_schedule", "r": None},
-    "plugin": {"_target_": "zoo.plugins.no_plugins"},
-}
 
 
 @dataclass(frozen=True)
@@ -52,9 +48,9 @@ class Job:
     def dense(self) -> bool:
         """Whether it runs the dense model: nothing reduces, and the weights bring nothing along."""
         reducer, plugin = self.cfg.get("reducer"), self.cfg.get("plugin")
-        nothing: Any = _NOTHING["reducer"]
+        nothing: Any = NOTHING["reducer"]
         chosen = reducer is not None and reducer.get("_target_") == nothing["_target_"]
-        return chosen and (plugin is None or plugin == _NOTHING["plugin"])
+        return chosen and (plugin is None or plugin == NOTHING["plugin"])
 
 
 def saved_jobs(folder: Path) -> list[Job]:
@@ -178,8 +174,7 @@ def lower_sizes(side: int, patch: int, wanted: Sequence[float]) -> list[int]:
 
 
 def _without_reduction(job: Job) -> Job:
-    cfg = _copy(job.cfg)
-    cfg.update(_NOTHING)
+    cfg = nothing_reduced(job.cfg)
     parts = re.compile(r"[+~]*(reducer|schedule|plugin)[.=]")
     kept = [text for text in job.overrides if not parts.match(text)]
     return Job(cfg, (*kept, "reducer=none"))
@@ -188,22 +183,11 @@ def _without_reduction(job: Job) -> Job:
 def _at_size(job: Job, pixels: int) -> Job:
     from omegaconf import OmegaConf
 
-    cfg = _copy(job.cfg)
-    OmegaConf.update(cfg, "backbone.args.img_size", pixels, force_add=True)
     overrides = [text for text in job.overrides if "backbone.args.img_size=" not in text]
     overrides.append(f"++backbone.args.img_size={pixels}")
-    if OmegaConf.select(cfg, "data.img_size") is not None:
-        cfg.data.img_size = None
+    if OmegaConf.select(job.cfg, "data.img_size") is not None:
         overrides.append("data.img_size=null")
-    return Job(cfg, tuple(overrides))
-
-
-def _copy(cfg: DictConfig) -> DictConfig:
-    from omegaconf import OmegaConf
-
-    copied = cfg.copy()
-    OmegaConf.set_struct(copied, False)
-    return copied
+    return Job(at_size(job.cfg, pixels), tuple(overrides))
 
 
 def _name(cfg: DictConfig) -> str | None:

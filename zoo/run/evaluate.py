@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from zoo.data.module import ImageData
     from zoo.model.reduced import ReducedViT
 
-TASKS = ("accuracy", "flops", "throughput", "fidelity", *FEATURE_TASKS, "export")
+TASKS = ("accuracy", "flops", "throughput", "fidelity", *FEATURE_TASKS, "export", "select")
 _BY_BATCH = ("batch", "imgs_per_s", "imgs_per_s_dense", "ms", "peak_mem_mb", "peak_mem_mb_dense")
 
 
@@ -91,7 +91,7 @@ def _measured(
     if "flops" in tasks and "accuracy" not in tasks:
         yield sample_costs(cfg, model, limit)
     data: Any = None
-    if set(tasks) & {"accuracy", "fidelity", *FEATURE_TASKS, "export"}:
+    if set(tasks) & {"accuracy", "fidelity", *FEATURE_TASKS, "export", "select"}:
         from zoo.data import build_data
 
         # Outputs have classes for accuracy only; the others take images of any.
@@ -113,6 +113,10 @@ def _measured(
         from zoo.run.export import measure_export
 
         yield measure_export(cfg, model, data)
+    if "select" in tasks:
+        from zoo.run.select import measure_selection
+
+        yield measure_selection(cfg, model, data, device, dtype, limit)
     if data is not None and data.damaged:
         yield {"notes": str(data.damaged)}
 

@@ -101,7 +101,7 @@ class _Lookup:
         self.among_themselves = False
         self.exclude: Tensor | None = None
         if {"knn", "linear_probe"} & set(tasks) or "class" in self.relevance:
-            chosen = _gallery(cfg, data)
+            chosen = gallery_images(cfg, data)
             self.split: str | None = data.splits[chosen.part]
             self.gallery = self._of_owner(chosen)
             self._leave_out(chosen)
@@ -256,7 +256,7 @@ def _share(name: str, interval: str, count: int, total: int) -> dict[str, Any]:
     return {name: 100 * count / total, interval: list(wilson_interval(count, total))}
 
 
-def _gallery(cfg: DictConfig, data: ImageData) -> Selection:
+def gallery_images(cfg: DictConfig, data: ImageData) -> Selection:
     """The images that others are looked up in."""
     part = _PARTS[cfg.gallery_split]
     if data.splits[part] == data.splits["test"]:

@@ -20,7 +20,7 @@ WIDTH, _COLUMN = 80, 34
 _HEADS = {
     "train": "Trains or fine-tunes a model, tests it, saves it as a model folder.",
     "eval": "Measures a model: accuracy, FLOPs, throughput, fidelity to the dense model; features "
-    "by neighbours, linear probe, retrieval, text.",
+    "by neighbours, linear probe, retrieval, text; selectors behind a tower.",
 }
 _FOOT = """\
 --cfg job shows the configuration of a command without running it; -m runs

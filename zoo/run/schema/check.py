@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 # Groups whose chosen option says what to build; without it they say nothing.
 _BUILT = (
-    *("reducer", "schedule", "plugin", "data"),
+    *("reducer", "schedule", "plugin", "selector", "data"),
     *("module", "loss", "optim", "lr_schedule", "trainer"),
 )
 # Cheap to build, and then their own messages come first.
-_PARTS = ("reducer", "schedule", "plugin")
+_PARTS = ("reducer", "schedule", "plugin", "selector")
 
 
 def check_config(cfg: DictConfig, kind: str, typed: Iterable[str] = ()) -> None:

@@ -295,6 +295,13 @@ EVAL: Options = {
         ),
         "crop": real(above=0, high=1),
     },
+    "selector": anything(),
+    "select": {
+        "keep": either(whole(1), _SHARE, list_of(either(whole(1), _SHARE), "tokens or shares")),
+        "block": whole(-1000, 1000),
+        "norm": flag(),
+        "seeds": whole(1, 1000),
+    },
     "zeroshot": {
         "embeddings": maybe(path("a file")),
         "templates": either(_WORDS, list_of(_WORDS, "a list of sentences with {}")),
@@ -387,6 +394,7 @@ REQUIRED = (
     *(f"knn{end}" for end in ("", ".k", ".temperature")),
     *(f"linear_probe{end}" for end in ("", ".c", ".held_out", ".iterations")),
     *(f"retrieval{end}" for end in ("", ".relevance", ".crop")),
+    *(f"select{end}" for end in ("", ".keep", ".block", ".norm", ".seeds")),
     *(f"zeroshot{end}" for end in ("", ".embeddings", ".templates")),
     *(f"export{end}" for end in ("", ".format", ".precision", ".images", ".calibration")),
     *(f"features{end}" for end in ("", ".cache", ".folder", ".max_gb", ".seed")),
@@ -395,7 +403,7 @@ REQUIRED = (
 )
 #: Groups that may be null.
 OPTIONAL = (
-    *("backbone", "reducer", "schedule", "plugin", "runtime"),
+    *("backbone", "reducer", "schedule", "plugin", "selector", "runtime"),
     *("augment", "callbacks", "logger", "data.options"),
 )
 #: Groups that take more names than the table has.

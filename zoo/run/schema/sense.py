@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 _LOOKUPS = ("knn", "linear_probe", "retrieval")
 # Options, and the tasks that look at them.
 _NEEDS = {
-    **{key: _LOOKUPS for key in ("gallery", "gallery_split", "gallery_limit")},
-    **{key: (key,) for key in (*_LOOKUPS, "zeroshot")},
-    "features": (*_LOOKUPS, "zeroshot"),
+    **{key: (*_LOOKUPS, "select") for key in ("gallery", "gallery_split", "gallery_limit")},
+    **{key: (key,) for key in (*_LOOKUPS, "zeroshot", "select")},
+    "knn": ("knn", "select"),
+    "selector": ("select",),
+    "features": (*_LOOKUPS, "zeroshot", "select"),
     "export": ("export",),
 }
 
