@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import reduction
+import zoo
 from reduction import ZooError, checks, create_schedule
 from reduction.registry import method
 from reduction.schedules.base import SCHEDULES
+from tests.cases import backbone, images
 
 BAD: tuple[Any, ...] = ("a", "", None, [], {}, [None], True, math.nan, math.inf, -math.inf, 1j)
 METHODS = reduction.list_methods()
@@ -21,7 +23,8 @@ NAMED = [n for n in reduction.list_schedules() if SCHEDULES[n].__module__.starts
 
 
 def options(cls: type) -> list[inspect.Parameter]:
-    return list(inspect.signature(cls).parameters.values())
+    found = inspect.signature(cls).parameters.values()
+    return [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def kinds(parameter: inspect.Parameter) -> set[str]:
@@ -109,3 +112,41 @@ def test_what_fits_is_given_back() -> None:
     assert checks.shares("r", (0.5, 1)) == [0.5, 1] and checks.shares("r", 0.5) == 0.5
     with pytest.raises(ZooError):
         checks.positive("x", torch.ones(2))
+
+
+#: Of the right type as a rule, and out of most ranges.
+ODD: tuple[Any, ...] = (-1, 0, 1e30, math.nan, math.inf, "x", [], True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_with_an_odd_argument_is_refused_or_answers_with_numbers(name: str) -> None:
+    dense, x = backbone("plain"), images(1)
+    for parameter in options(method(name)):
+        for value in ODD:
+            what = f"{parameter.name}={value!r}"
+            try:
+                with torch.no_grad():
+                    reducer = method(name)(**{parameter.name: value})
+                    logits = zoo.wrap(dense, reducer).eval()(x)
+            except ZooError as error:
+                assert "\n" not in str(error), what
+            except Exception as error:
+                raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+            else:
+                assert logits.isfinite().all(), what
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_loss_is_to_be_as_large_as_possible(name: str) -> None:
+    for parameter in options(method(name)):
+        if parameter.name.endswith("_weight") and parameter.annotation == "float":
+            with pytest.raises(ZooError, match=f"{parameter.name} must be 0 or more, got -1"):
+                method(name)(**{parameter.name: -1})
+
+
+def test_ratios_are_one_per_stage() -> None:
+    for name in ("dynamicvit", "dtps"):
+        with pytest.raises(ZooError, match="one share per stage"):
+            method(name)(ratios=[])
+        with pytest.raises(ZooError, match="expected one share per stage, and the schedule has"):
+            zoo.wrap(backbone("plain"), {"name": name, "ratios": [0.5]})

@@ -119,8 +119,8 @@ class AViT(Adaptive, Learned, OwnAnswer, Trains, Reducer):
         self.scale = positive("scale", scale)
         self.center = number("center", center)
         self.eps = share("eps", eps, zero=False, one=False)
-        self.ponder_weight = number("ponder_weight", ponder_weight)
-        self.prior_weight = number("prior_weight", prior_weight)
+        self.ponder_weight = number("ponder_weight", ponder_weight, 0)
+        self.prior_weight = number("prior_weight", prior_weight, 0)
         self.prior_depth = number("prior_depth", prior_depth, 1, null=True)
         self.compat = one_of("compat", compat, COMPAT)
         self._reads = "class"

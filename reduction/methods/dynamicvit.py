@@ -12,6 +12,7 @@ from reduction.assignment import Assignment, Keep, Merge, apply
 from reduction.base import Card
 from reduction.checks import listed, number, share
 from reduction.counts import Dims, Spec, Step
+from reduction.errors import ZooError
 from reduction.mixins.following import Extends
 from reduction.mixins.learned import Staged
 from reduction.mixins.masking import Masked
@@ -120,12 +121,14 @@ class DynamicViT(Staged, Extends, Masked, Trains, ScoreReducer):
         ratios: list[float] | None = None,
     ) -> None:
         super().__init__()
-        self.ratio_weight = number("ratio_weight", ratio_weight)
-        self.logit_weight = number("logit_weight", logit_weight)
-        self.token_weight = number("token_weight", token_weight)
+        self.ratio_weight = number("ratio_weight", ratio_weight, 0)
+        self.logit_weight = number("logit_weight", logit_weight, 0)
+        self.token_weight = number("token_weight", token_weight, 0)
         if ratios is not None:
             for ratio in listed("ratios", ratios):
                 share("ratios", ratio)
+            if not ratios:
+                raise ZooError("ratios must hold one share per stage, got []")
         self.ratios = ratios
 
     def build(self, spec: Spec, step: Step) -> nn.Module:
@@ -208,6 +211,11 @@ class DynamicViT(Staged, Extends, Masked, Trains, ScoreReducer):
         super().setup(spec)
         total = spec.grid[0] * spec.grid[1]
         self._shares = [step.keep / total for step in spec.stages]
+        if self.ratios is not None and len(self.ratios) != len(self._shares):
+            raise ZooError(
+                f"ratios={list(self.ratios)}: expected one share per stage, and the schedule has "
+                f"{len(self._shares)}"
+            )
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         c = dims.width

@@ -69,7 +69,7 @@ class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Train
     ) -> None:
         super().__init__()
         self.tau = positive("tau", tau)
-        self.budget_weight = number("budget_weight", budget_weight)
+        self.budget_weight = number("budget_weight", budget_weight, 0)
         self.target = share("target", target, zero=False, null=True)
         self.limit = boolean("limit", limit)
         self.variant = one_of("variant", variant, VARIANTS)

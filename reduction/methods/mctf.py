@@ -125,9 +125,9 @@ class MCTF(OwnAttention, Trains, Reducer):
         self.prop_attn = boolean("prop_attn", prop_attn)
         self.floor = count("floor", floor)
         self.teacher_share = share("teacher_share", teacher_share, null=True)
-        self.teacher_weight = number("teacher_weight", teacher_weight)
-        self.consistency = number("consistency", consistency)
-        self.confidence = number("confidence", confidence)
+        self.teacher_weight = number("teacher_weight", teacher_weight, 0)
+        self.consistency = number("consistency", consistency, 0)
+        self.confidence = share("confidence", confidence)
         if osa == 0:
             self.site = "post"
             self.needs = frozenset({"column"})

@@ -127,8 +127,8 @@ class SiT(Queries, Trains, Reducer):
     ) -> None:
         super().__init__()
         self.distill = boolean("distill", distill)
-        self.token_weight = number("token_weight", token_weight)
-        self.logit_weight = number("logit_weight", logit_weight)
+        self.token_weight = number("token_weight", token_weight, 0)
+        self.logit_weight = number("logit_weight", logit_weight, 0)
         self.tau = positive("tau", tau)
         self.needs_teacher = distill
         # The reverse modules are made for so many tokens and no more.

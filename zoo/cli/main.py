@@ -15,16 +15,17 @@ from typing import Any, NoReturn
 _OVERVIEW = """\
 zoo: token reduction for vision transformers
 
-  zoo train OPTION=VALUE ...       train or fine-tune; the same as python train.py
-  zoo eval OPTION=VALUE ...        accuracy, FLOPs, throughput; the same as python eval.py
+  zoo train OPTION=VALUE ...       train or fine-tune, as python train.py
+  zoo eval OPTION=VALUE ...        accuracy, FLOPs, speed, as python eval.py
   zoo list [PATTERN]               the methods; with --selectors what chooses a
                                    tower's tokens, with --models the backbones
   zoo show NAME                    paper, code, arguments of one of them
-  zoo report RESULTS [--out DIR]   tables and plots of the rows that runs have written
-  zoo calibrate MODEL IMAGES ...   thresholds of merging from unlabelled images
-  zoo doctor                       does this installation compute what it should?
+  zoo report RESULTS [--out DIR]   tables and plots of rows
+  zoo calibrate MODEL IMAGES ...   thresholds of merging, from unlabelled images
+  zoo doctor                       does this installation compute right?
 
-zoo COMMAND --help says more. Try: zoo eval weights=vit_digits reducer=tome schedule.r=4
+zoo COMMAND --help says more. Try:
+  zoo eval weights=vit_digits reducer=tome schedule.r=4
 """
 _HYDRA = ("train", "eval")
 _PLAIN = ("list", "show", "report", "calibrate", "doctor")

@@ -81,7 +81,7 @@ class ReducedHfModel(ReducedViT):
         wanted = _flag(options, config, "output_hidden_states")
         training = self.training or m.training
         whole = return_info or training or wanted or not tower.part  # type: ignore[attr-defined]
-        with ReducedViT._linear(self):
+        with self.linear():
             out = flow(
                 self,
                 images,
