@@ -15,6 +15,7 @@ import zoo
 from reduction import Selection, retained_mask, select
 from tests.cases import WITHOUT_CLASS_TOKEN, backbone, images
 from tests.selector_cases import SELECTOR_CASES
+from zoo.adapters.tower import find_tower
 from zoo.errors import ZooError
 
 NAMES = sorted(SELECTOR_CASES)
@@ -321,3 +322,46 @@ def test_parts_that_do_not_go_together_are_refused() -> None:
         zoo.selector(zoo.wrap(backbone("plain"), None, plugins=["clc"]), "scope")
     with pytest.raises(ZooError, match="follows from the image"):
         zoo.selector(backbone("plain"), "prumerge", None, adaptive=True).retained_count()
+
+
+@pytest.mark.parametrize("name", ["CLIPVision", "SiglipVision", "Dinov2"])
+def test_towers_of_hugging_face(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = getattr(transformers, f"{name}Config")(
+        **shape, image_size=32, patch_size=4, attn_implementation="eager"
+    )
+    m = getattr(transformers, f"{name}Model")(config).eval()
+    if find_tower(m) is None:
+        pytest.skip("no tower of this library here")
+    with torch.no_grad():
+        for parameter in m.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    x = images(2)
+    with torch.no_grad():
+        told = m(pixel_values=x, output_hidden_states=True, output_attentions=True)
+        attention, prefix = told.attentions[-2], told.hidden_states[-2].shape[1] - 64
+        row = attention[:, :, 0] if prefix else attention.mean(2)
+        wanted = select(told.hidden_states[-2][:, prefix:], 9, "fastervlm", cls_row=row)
+        got = zoo.selector(m, "fastervlm", keep=9).select(x)
+        assert torch.equal(got.order, wanted.order)
+        assert torch.allclose(got.features, wanted.features, atol=1e-4)
+        for method in ("visionzip", "prumerge", "hiprune", "divprune"):
+            assert zoo.selector(m, method, keep=9)(x).shape == (2, 9, 32)
+        schedule = {"name": "constant_r", "r": 4}
+        assert zoo.selector(zoo.wrap(m, "tome", schedule), "scope", keep=9)(x).shape == (2, 9, 32)
+
+
+def test_towers_of_open_clip() -> None:
+    transformer = pytest.importorskip("open_clip.transformer")
+    torch.manual_seed(0)
+    m = transformer.VisionTransformer(
+        image_size=32, patch_size=4, width=32, layers=4, heads=4, mlp_ratio=2, output_dim=16
+    ).eval()
+    if find_tower(m) is None:
+        pytest.skip("no tower of this library here")
+    with torch.no_grad():
+        for method in ("fastervlm", "visionzip", "prumerge", "hiprune"):
+            assert zoo.selector(m, method, keep=9)(images(2)).shape == (2, 9, 32)
