@@ -16,12 +16,17 @@ class Clusters(NamedTuple):
     """What was found.
 
     Attributes:
-        centres: `(B, M, C)`, row by row over the coarse raster.
+        x: What was clustered, `(B, N, C)`.
         shares: How much of each patch belongs to each centre, `(B, M, N)`; columns add up to one.
     """
 
-    centres: Tensor
+    x: Tensor
     shares: Tensor
+
+    @property
+    def centres(self) -> Tensor:
+        """`(B, M, C)`, row by row over the coarse raster."""
+        return means(self.shares) @ self.x
 
 
 def near_cells(
@@ -75,11 +80,12 @@ def clusters(
     centres = pooled(raster, coarse).flatten(2).transpose(1, 2)
     close = near_cells(grid, coarse, window, x.device)
     share = x.new_zeros(())
-    for _ in range(iterations):
+    for i in range(iterations):
+        if i:
+            centres = means(share) @ x
         logits = (-temperature * squared_distances(x, centres)).masked_fill(~close, -torch.inf)
         share = logits.softmax(1)
-        centres = means(share) @ x
-    return Clusters(centres, share)
+    return Clusters(x, share)
 
 
 def pooled(raster: Tensor, coarse: tuple[int, int]) -> Tensor:

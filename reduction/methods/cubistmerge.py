@@ -10,7 +10,7 @@ from torch import Tensor
 from reduction.assignment import Merge, apply
 from reduction.base import Card, Reducer
 from reduction.checks import boolean, count, is_list, one_of
-from reduction.counts import Dims, Step
+from reduction.counts import Step
 from reduction.errors import ZooError
 from reduction.functional.lines import Thinned, thin
 from reduction.functional.rasters import shape_of, shapes
@@ -18,7 +18,6 @@ from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
 SIMILARITIES = ("cosine", "distance")
-Removed = int | Sequence[int] | None
 
 
 @register("cubistmerge")
@@ -68,8 +67,8 @@ class CubistMerge(Reducer):
 
     def __init__(
         self,
-        rows: Removed = None,
-        columns: Removed = None,
+        rows: int | Sequence[int] | None = None,
+        columns: int | Sequence[int] | None = None,
         similarity: str = "cosine",
         compat_last_writer: bool = False,
     ) -> None:
@@ -144,12 +143,8 @@ class CubistMerge(Reducer):
     def _thin(self, x: Tensor, r: int) -> Thinned:
         return thin(x, r, self.similarity, self.compat_last_writer)
 
-    def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
-        (rows, columns), (_, fewer) = self.smaller(n, step)
-        return (rows * (columns - 1) + (rows - 1) * fewer) * dims.width
 
-
-def _removed(name: str, value: Removed) -> int | list[int] | None:
+def _removed(name: str, value: int | Sequence[int] | None) -> int | list[int] | None:
     if is_list(value):
         return [count(name, v, 0) for v in value]
     return count(name, value, 0, null=True)  # type: ignore[return-value]

@@ -120,4 +120,7 @@ class Expedit(Restores, Reducer):
         return note_restore(t, out, back) if self.restore == "knn" else out
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
-        return (2 * self.iterations + 1) * n * self.count(n, step) * dims.width
+        (h, w), (rows, columns) = self.coarse(n, step)
+        start = h * w * rows + rows * w * columns
+        # Distances and weighted means of every round; those of the last are the new tokens.
+        return (start + 2 * self.iterations * n * rows * columns) * dims.width

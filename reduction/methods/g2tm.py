@@ -7,7 +7,7 @@ import torch
 from reduction.assignment import Merge
 from reduction.base import Card, Reducer
 from reduction.checks import count, number, one_of
-from reduction.counts import Dims, Step
+from reduction.counts import Step
 from reduction.errors import ZooError
 from reduction.functional.attention import attention_bias
 from reduction.functional.components import components, edges
@@ -94,6 +94,3 @@ class G2TM(Adaptive, OwnAttention, Reducer):
         live = torch.ones_like(head, dtype=torch.bool)
         index = torch.arange(t.n, device=head.device, dtype=exact).expand_as(head)
         return grouped(head, index, live, None)
-
-    def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
-        return 2 * n * dims.width

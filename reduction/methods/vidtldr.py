@@ -82,7 +82,7 @@ class VidTLDR(OwnAttention, Reducer):
 
     def inside(self, t: Tokens) -> bool:
         """Where sizes would show in the map."""
-        return not t.unit
+        return self.prop_attn and not t.unit
 
     def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
         """The usual output, and the map that there would be without sizes."""
@@ -113,4 +113,7 @@ class VidTLDR(OwnAttention, Reducer):
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         senders, receivers = split_sizes(n, prefix)
-        return senders * receivers * dims.width
+        matching = senders * receivers * dims.width
+        # Behind the first merge the map without sizes is one more product of queries and keys.
+        sized = self.prop_attn and n < step.grid[0] * step.grid[1]
+        return matching + (n + prefix) ** 2 * dims.width * sized
