@@ -38,6 +38,9 @@ class Row:
         restores: Parked tokens are back behind the last block.
         own_losses: Learned parts get a gradient from the method's own losses alone.
         stir: Learned parts start so that some get no gradient; tests give them random values.
+        soft: Spreads tokens over several others by their likeness, so that what a duplicate gives
+            to others than its twin leaves a trace.
+        own_counts: Leaves what its pattern or its thresholds give and not just any number.
         floor: Share of the dense cost below which the method cannot go on these shallow models.
     """
 
@@ -50,6 +53,8 @@ class Row:
     restores: bool = False
     own_losses: bool = False
     stir: bool = False
+    soft: bool = False
+    own_counts: bool = False
     floor: float = 0.0
 
     @property
@@ -113,8 +118,8 @@ METHODS = [
     Row("evit", (("score", "random"), ("seed", 5))),
     Row("diffrate", (("score", "norm"), ("prune_share", 0.3)), R8, prunes=True),
     Row("random"),
-    Row("heuristic"),
-    Row("heuristic", (("pattern", "linf"),)),
+    Row("heuristic", own_counts=True),
+    Row("heuristic", (("pattern", "linf"),), own_counts=True),
     Row("patchmerger"),
     Row("sinkhorn"),
     Row("sit"),
@@ -187,22 +192,44 @@ METHODS = [
     Row("mctf", schedule=R8),
     Row("mctf", (("osa", 2), ("pooling", "max"), ("tau_size", 0.0)), R8),
     Row("mctf", (("osa", 0), ("both", False), ("pooling", "size")), floor=0.65),
-    Row("cubistmerge"),
-    Row("cubistmerge", (("similarity", "distance"), ("compat_last_writer", True)), R8),
-    Row("cubistmerge", (("rows", 1), ("columns", 1))),
+    Row("cubistmerge", own_counts=True),
+    Row(
+        "cubistmerge",
+        (("similarity", "distance"), ("compat_last_writer", True)),
+        R8,
+        own_counts=True,
+    ),
+    Row("cubistmerge", (("rows", 1), ("columns", 1)), own_counts=True),
     Row("vidtldr", schedule=R8, prunes=True),
     Row("vidtldr", (("prop_attn", False),), R8, prunes=True),
     Row("toma"),
-    Row("toma", (("metric", "key"), ("scale", 10.0), ("restore", "soft"))),
-    Row("expedit", floor=0.5),
-    Row("expedit", (("restore", "copy"), ("window", 3), ("temperature", 0.5)), floor=0.5),
+    Row("toma", (("metric", "key"), ("scale", 10.0), ("restore", "soft")), soft=True),
+    Row("expedit", own_counts=True, floor=0.5),
+    Row(
+        "expedit",
+        (("restore", "copy"), ("window", 3), ("temperature", 0.5)),
+        own_counts=True,
+        floor=0.5,
+    ),
     Row("dtome", schedule=R8),
     Row("dtome", (("max_r_per_instance_ratio", 1.5), ("prop_attn", False)), R8),
     # Similarities alone decide: no schedule makes these cheaper.
-    Row("algm", (("layers", (1, 3)), ("threshold", 0.0)), R8, floor=1.0),
-    Row("algm", (("layers", (2, 4)), ("threshold", 0.1), ("window", (2, 4))), R8, floor=1.0),
-    Row("g2tm", (("threshold", 0.2),), R8, floor=1.0),
-    Row("g2tm", (("layer", 1), ("threshold", 0.1), ("attention", "iprop")), R8, floor=1.0),
+    Row("algm", (("layers", (1, 3)), ("threshold", 0.0)), R8, own_counts=True, floor=1.0),
+    Row(
+        "algm",
+        (("layers", (2, 4)), ("threshold", 0.1), ("window", (2, 4))),
+        R8,
+        own_counts=True,
+        floor=1.0,
+    ),
+    Row("g2tm", (("threshold", 0.2),), R8, own_counts=True, floor=1.0),
+    Row(
+        "g2tm",
+        (("layer", 1), ("threshold", 0.1), ("attention", "iprop")),
+        R8,
+        own_counts=True,
+        floor=1.0,
+    ),
     # Behind the block, two of the four are whole.
     Row("repshift", floor=0.5),
     Row("repshift", (("op", "attention"), ("distance", "l1"), ("residual", True)), floor=0.5),

@@ -63,6 +63,7 @@ class ALGM(Adaptive, Reducer):
     site = "mid"
     family = "constant_r"
     every_block = True
+    limited = False
     added_tokens = "spare"
 
     def __init__(

@@ -58,6 +58,7 @@ class G2TM(Adaptive, OwnAttention, Reducer):
     site = "mid"
     family = "constant_r"
     every_block = True
+    limited = False
     added_tokens = "spare"
 
     def __init__(self, layer: int = 2, threshold: float = 0.88, attention: str = "none") -> None:

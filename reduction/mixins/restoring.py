@@ -35,7 +35,8 @@ def note_restore(t: Tokens, out: Tokens, weights: Tensor) -> Tokens:
         return out
     earlier = t.memory.get(_NAME)
     if earlier is not None:
-        weights = earlier @ weights
+        # Tokens that a plugin added since lie last, and no patch is in them.
+        weights = earlier @ weights[:, : earlier.shape[2]]
     elif t.n != t.source.shape[1]:
         weights = take_rows(weights, t.source.clamp_min(0))
     return out._replace(memory={**out.memory, _NAME: weights})
