@@ -230,6 +230,10 @@ METHODS = [
         own_counts=True,
         floor=1.0,
     ),
+    Row("idlevit", restores=True),
+    Row("asvit", (("first", 0), ("tau", 0.1))),
+    Row("asvit", (("first", 0), ("accumulate", "sum"), ("tau", 0.1))),
+    Row("asvit", (("first", 0), ("accumulate", "ema"), ("beta", 0.5), ("tau", 0.1))),
     # Behind the block, two of the four are whole.
     Row("repshift", floor=0.5),
     Row("repshift", (("op", "attention"), ("distance", "l1"), ("residual", True)), floor=0.5),
