@@ -41,6 +41,7 @@ class Row:
         soft: Spreads tokens over several others by their likeness, so that what a duplicate gives
             to others than its twin leaves a trace.
         own_counts: Leaves what its pattern or its thresholds give and not just any number.
+        frames: Only grids with so many times as many rows are taken.
         floor: Share of the dense cost below which the method cannot go on these shallow models.
     """
 
@@ -55,6 +56,7 @@ class Row:
     stir: bool = False
     soft: bool = False
     own_counts: bool = False
+    frames: int = 1
     floor: float = 0.0
 
     @property
@@ -230,6 +232,18 @@ METHODS = [
         own_counts=True,
         floor=1.0,
     ),
+    Row("pixelprune", (("threshold", 1.7),), R8, floor=1.0),
+    Row(
+        "pixelprune",
+        (("scan", "serpentine"), ("metric", "mae"), ("threshold", 0.56), ("mean", 0.0)),
+        R8,
+        floor=1.0,
+    ),
+    Row("rlt", (("frames", 2), ("threshold", 1.1)), R8, frames=2, floor=1.0),
+    Row("evs", (("frames", 2),), frames=2, floor=0.5),
+    Row("apt", (("thresholds", (5.8,)),), R8, stir=True, floor=1.0),
+    Row("apt", (("thresholds", (5.85, 6.9)), ("std", (0.3, 0.5, 0.4))), R8, stir=True, floor=1.0),
+    Row("cts", schedule=R8),
     Row("idlevit", restores=True),
     Row("asvit", (("first", 0), ("tau", 0.1))),
     Row("asvit", (("first", 0), ("accumulate", "sum"), ("tau", 0.1))),

@@ -93,7 +93,22 @@ class Anatomy(NamedTuple):
             classes=tower.classes(m),
             steps=tuple(steps),
             reads=tower.reads(m),
+            patch_macs=_patch_macs(m),
+            **_pixels(m),
         )
+
+
+def _patch_macs(m: Any) -> int:
+    """What it takes to embed one patch; 0 where the embedding is no single projection."""
+    proj = getattr(getattr(m, "patch_embed", None), "proj", None)
+    return int(proj.weight.numel()) if isinstance(proj, nn.Conv2d) else 0
+
+
+def _pixels(m: Any) -> dict[str, tuple[float, ...]]:
+    """How pixels were normalised, where the backbone publishes it."""
+    published = getattr(m, "pretrained_cfg", None) or {}
+    found = {name: published.get(name) for name in ("mean", "std")}
+    return {k: tuple(map(float, v)) for k, v in found.items() if v is not None}
 
 
 def check_parts(

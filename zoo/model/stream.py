@@ -14,7 +14,7 @@ from reduction.assignment import apply
 from reduction.counts import Step
 from reduction.eager import traced
 from reduction.mixins.answer import OwnAnswer
-from reduction.mixins.entry import AtInput
+from reduction.mixins.entry import AtEmbedding, AtInput, Embedding
 from reduction.mixins.following import Extends, Remembers
 from reduction.mixins.images import SeesImages
 from reduction.schedules.base import Schedule
@@ -178,7 +178,13 @@ def _enter(
             raise ZooError(
                 "a method that looks at images needs one token per patch; switch patch dropout off"
             )
-        t = apply(t, reducer.look(images, grid, entry))
+        if isinstance(reducer, AtEmbedding):
+            pieces = Embedding(
+                partial(tower.patches, model.backbone), partial(tower.positions, model.backbone)
+            )
+            t = reducer.enter(t, images, grid, entry, pieces)
+        else:
+            t = apply(t, reducer.look(images, grid, entry))
     memories = []
     for plugin in model.plugins:
         t, memory = plugin.start(t)
