@@ -28,12 +28,15 @@ class Step(NamedTuple):
         depth: Number of blocks.
         budget: What the schedule allows here; `keep` is already clipped to what is possible.
         grid: Patch grid `(rows, columns)` of the input.
+        again: Whether this is the step of an earlier block, which lasts, see
+            `reduction.mixins.parking.Parks`.
     """
 
     block: int
     depth: int
     budget: Budget
     grid: tuple[int, int]
+    again: bool = False
 
     @property
     def keep(self) -> int:

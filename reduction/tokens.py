@@ -103,7 +103,7 @@ class Signals(NamedTuple):
         attn: The whole map `(B, H, P+N, P+N)`; asking for it gives up fused attention.
         x_norm: Input of the attention after its layer norm, `(B, P+N, C)`.
         out: Output of the attention before its projection, `(B, H, P+N, d)`.
-        x_in: The residual stream that entered the block, `(B, P+N, C)`; at site "post" only.
+        x_in: The residual stream that entered the block's attention, `(B, P+N, C)`.
         x_mid: The residual stream between attention and MLP, `(B, P+N, C)`; at site "post" only.
         mlp: What the MLP adds to it, layer scale included, `(B, P+N, C)`; at site "post" only.
     """
@@ -133,7 +133,7 @@ class Signals(NamedTuple):
 
 SIGNALS = frozenset(Signals._fields)
 #: Those that are known only behind the MLP, of which blocks must have one.
-OF_THE_MLP = frozenset({"x_in", "x_mid", "mlp"})
+OF_THE_MLP = frozenset({"x_mid", "mlp"})
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ class Stage(NamedTuple):
         inside: The reducer, if it may take part in the attention, or None.
         keeps: Whether the signals of the attention are wanted behind the MLP.
         shows_mlp: Whether the signals of the MLP are wanted.
+        shows_input: Whether what enters the attention is wanted.
     """
 
     block: int
@@ -108,3 +109,4 @@ class Stage(NamedTuple):
     inside: InAttention | None
     keeps: bool
     shows_mlp: bool
+    shows_input: bool

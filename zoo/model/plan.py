@@ -153,6 +153,7 @@ def _walk(
     steps: list[Step | None] = []
     restored = [False] * depth
     parks = reducer.parks if isinstance(reducer, Parks) else "no"
+    since = 0
     parked, last = 0, None  # tokens that would come back, and the step that took them out
     for block in range(depth):
         step = None
@@ -166,7 +167,11 @@ def _walk(
                     _check(reducer, schedule, block, depth, free, n0)
                 step = _step(reducer, schedule, block, depth, free, n0, grid)
         if parks == "block" and step is None and last is not None:
-            step = last._replace(block=block)
+            assert isinstance(reducer, Parks)
+            if reducer.lasts(block, since):
+                step = last._replace(block=block, again=True)
+        elif step is not None:
+            since = block
         if parked and step is not None:
             restored[block - 1] = True
             n = n + parked

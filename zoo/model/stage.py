@@ -49,8 +49,12 @@ def run(stage: Stage, t: Tokens, signals: Signals) -> tuple[Tokens, Signals]:
         t = stage.before(t, signals, step)
     if stage.asks and (t.policy is not None or (stage.inside and stage.inside.inside(t))):
         lane = stage.halves
-    entered = t.x if stage.shows_mlp else None
-    t, seen = lane.attention(t, stage)
+    if stage.shows_input:
+        entered = t.x
+        t, seen = lane.attention(t, stage)
+        seen = seen._replace(x_in=entered)
+    else:
+        t, seen = lane.attention(t, stage)
     if stage.between is not None:
         t = stage.between(t, seen, step)
         if not stage.keeps:
@@ -58,7 +62,7 @@ def run(stage: Stage, t: Tokens, signals: Signals) -> tuple[Tokens, Signals]:
     if stage.shows_mlp:
         before = t.x
         x, branch = lane.mlp_seen(before)
-        t, seen = t._replace(x=x), seen._replace(x_in=entered, x_mid=before, mlp=branch)
+        t, seen = t._replace(x=x), seen._replace(x_mid=before, mlp=branch)
     else:
         t = t._replace(x=lane.mlp(t.x))
     if stage.behind is not None:
@@ -170,6 +174,7 @@ def stages(
                 inside,
                 follows is not None or i in hear,
                 bool(OF_THE_MLP & plan.need),
+                "x_in" in plan.need,
             )
         )
         added = sum(p.added(i, depth) for p in frame.plugins)
