@@ -41,6 +41,7 @@ class Row:
         soft: Spreads tokens over several others by their likeness, so that what a duplicate gives
             to others than its twin leaves a trace.
         own_counts: Leaves what its pattern or its thresholds give and not just any number.
+        gates: Switches parts of blocks: all tokens are there behind every one.
         frames: Only grids with so many times as many rows are taken.
         floor: Share of the dense cost below which the method cannot go on these shallow models.
     """
@@ -56,6 +57,7 @@ class Row:
     stir: bool = False
     soft: bool = False
     own_counts: bool = False
+    gates: bool = False
     frames: int = 1
     floor: float = 0.0
 
@@ -248,6 +250,20 @@ METHODS = [
     Row("flowcut", (("target", 50),), R8, floor=1.0),
     Row("ipcv", (("stabilised", 1),), restores=True, floor=0.5),
     Row("ipcv", (("neighbours", 3),), R8, restores=True, floor=0.5),
+    Row("adavit", (("token_threshold", 0.88),), R8, stir=True, gates=True, floor=1.0),
+    Row(
+        "adavit",
+        (
+            ("keep_layers", 0),
+            ("token_threshold", 0.87),
+            ("head_threshold", 0.88),
+            ("layer_threshold", 0.85),
+        ),
+        R8,
+        stir=True,
+        gates=True,
+        floor=1.0,
+    ),
     Row("idlevit", restores=True),
     Row("asvit", (("first", 0), ("tau", 0.1))),
     Row("asvit", (("first", 0), ("accumulate", "sum"), ("tau", 0.1))),
@@ -339,7 +355,7 @@ def images(batch: int = 2, size: int = 32, seed: int = 1) -> torch.Tensor:
 def refused(row: Row, name: str) -> bool:
     """Whether a method says that it needs what this backbone does not have."""
     made = reduction.create(**row.reducer())
-    if made.needs & OF_THE_MLP and name == "jumbo":
+    if (made.needs & OF_THE_MLP or row.gates) and name == "jumbo":
         return True
     needs = made.needs_class_token
     return needs and not row.without_class_token and name in WITHOUT_CLASS_TOKEN

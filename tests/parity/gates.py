@@ -90,3 +90,26 @@ def asvit(fx: Fixture) -> Iterator[Case]:
             case.close(name, near, fx.tensors[name], tol)
     check_alone(case, model, fx.images, fx.tensors["logits"])
     yield case
+
+
+@handles("adavit")
+def adavit(fx: Fixture) -> Iterator[Case]:
+    config, depth = fx.config, fx.info["timm"]["kwargs"]["depth"]
+    names = ("keep_layers", "token_threshold", "head_threshold", "layer_threshold")
+    reducer = {"name": "adavit", **{k: config[k] for k in names if k in config}}
+    model = zoo.wrap(fx.backbone(), reducer, {"name": "per_block", "keep": [None] * depth}).eval()
+    model.reducer.load_state_dict({k: v.float() for k, v in fx.group("reducer.").items()})
+    case, info = evaluated(fx, model)
+    check_blocks(case, fx, model, info)
+    memory, first = info.final.memory, config.get("keep_layers", 1)
+    # The class token, which always takes part, is stored as well.
+    case.equal(
+        "tokens",
+        memory["adavit.all.tokens"].transpose(0, 1),
+        fx.tensors["token_select"][:, :, 1:].float(),
+    )
+    for kind, name in (("heads", "head_select"), ("layers", "layer_select")):
+        ours = memory[f"adavit.all.{kind}"][first:].transpose(0, 1)
+        case.equal(kind, ours, fx.tensors[name].float())
+    check_alone(case, model, fx.images, fx.tensors["logits"])
+    yield case

@@ -9,6 +9,7 @@ from torch import nn
 
 from reduction.base import Reducer
 from reduction.counts import Dims, Spec, Step
+from reduction.mixins.gating import Gates
 from reduction.tokens import OF_THE_MLP
 from zoo.adapters.attention import parts_of
 from zoo.adapters.blocks import block_adapter
@@ -167,6 +168,13 @@ def check_together(anatomy: Anatomy) -> None:
             raise UnsupportedModel(
                 f"reducer {reducer.name!r} looks at what the MLP of a block answers, and block "
                 f"class {type(without[0]).__name__} has no one MLP; choose another score or method"
+            )
+    if isinstance(reducer, Gates):
+        without = [b for b in anatomy.tower.blocks(m) if block_adapter(b).mlp_masked is None]
+        if without:
+            raise UnsupportedModel(
+                f"reducer {reducer.name!r} switches parts of the MLP, and block class "
+                f"{type(without[0]).__name__} has no one MLP; choose another method"
             )
     if reducer.needs_class_token and not anatomy.tower.class_tokens(anatomy.backbone):
         other = "; use score_from='column_mean' (attention received from all tokens)"

@@ -15,6 +15,7 @@ from reduction.eager import undisturbed
 from reduction.functional.carriers import join_tail, split_tail, trim
 from reduction.mixins.attention import InAttention
 from reduction.mixins.following import Follows
+from reduction.mixins.gating import Gates
 from reduction.mixins.masking import Masked
 from reduction.mixins.parking import Parks
 from reduction.tokens import OF_THE_MLP, Signals, Tokens
@@ -59,7 +60,10 @@ def run(stage: Stage, t: Tokens, signals: Signals) -> tuple[Tokens, Signals]:
         t = stage.between(t, seen, step)
         if not stage.keeps:
             seen = _NONE  # the MLP is where memory peaks: hold nothing that it does not need
-    if stage.shows_mlp:
+    if stage.gates is not None:
+        t = t._replace(x=lane.mlp_gated(t.x, stage.gates.mlp_gates(t)))
+        t = stage.gates.ungate(t)
+    elif stage.shows_mlp:
         before = t.x
         x, branch = lane.mlp_seen(before)
         t, seen = t._replace(x=x), seen._replace(x_mid=before, mlp=branch)
@@ -175,6 +179,7 @@ def stages(
                 follows is not None or i in hear,
                 bool(OF_THE_MLP & plan.need),
                 "x_in" in plan.need,
+                reducer if isinstance(reducer, Gates) and step is not None else None,
             )
         )
         added = sum(p.added(i, depth) for p in frame.plugins)
