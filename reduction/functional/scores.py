@@ -97,6 +97,26 @@ def distance(a: Tensor, b: Tensor, kind: str = "l2") -> Tensor:
     return apart
 
 
+@torch.no_grad()
+def saliency(attention: Tensor, prefix: int = 0) -> Tensor:
+    """Weight of every patch, `(B, N)`: 0 for background, up to 1 for the most focused.
+
+    Args:
+        attention: Map `(B, H, P+N, P+N)` after the softmax, without a size bias.
+        prefix: P.
+    """
+    p = attention.to(torch.promote_types(attention.dtype, torch.float32)).mean(1)
+    focus = torch.special.xlogy(p, p).sum(-1)[:, prefix:]
+    low, high = focus.amin(1, keepdim=True), focus.amax(1, keepdim=True)
+    spread = high - low
+    u = (focus - low) / torch.where(spread > 0, spread, 1.0)
+    above = u - u.mean(1, keepdim=True)
+    most = above.amax(1, keepdim=True)
+    weight = (above / torch.where(most > 0, most, 1.0)).clamp_min(0)
+    # Where all look alike, none is background.
+    return torch.where(most > 0, weight, 1.0)
+
+
 def representation_shift(t: Tokens, s: Signals, draw: Draw) -> Tensor:
     """How far the MLP's answer is from what it was asked about, as a share of all."""
     shift = distance(s.need("mlp"), s.need("x_mid"))

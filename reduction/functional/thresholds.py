@@ -172,6 +172,19 @@ def grouped(head: Tensor, key: Tensor, live: Tensor, limit: int | None) -> Merge
     return Merge(slot, order[:, :longest], valid=valid)
 
 
+def held(source: Tensor) -> Keep:
+    """Keep the places that hold others, in their order.
+
+    Args:
+        source: The place that stands for each, `(B, N)`; those that stand for others, and for
+            themselves, stay.
+    """
+    index = torch.arange(source.shape[1], device=source.device, dtype=torch.float32)
+    live = torch.ones_like(source, dtype=torch.bool)
+    a = grouped(source, index.expand(source.shape), live, None)
+    return Keep(a.leader, a.valid, a.slot)
+
+
 def live_first(t: Tokens) -> tuple[Tensor, Tensor]:
     """Rows of reducible tokens with padding last, and which are none, both `(B, N)`."""
     if t.mask is None:

@@ -13,6 +13,7 @@ from reduction.checks import count, number, positive, share
 from reduction.counts import Dims, Spec, Step
 from reduction.functional import thresholds
 from reduction.functional.attention import attention_bias
+from reduction.functional.neighbours import rows_of_heads
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.mixins.gating import Gates, MlpGates
@@ -20,7 +21,7 @@ from reduction.mixins.learned import Learned
 from reduction.mixins.parking import park, unpark
 from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register
-from reduction.tokens import Signals, Tokens, take_rows
+from reduction.tokens import Signals, Tokens
 
 _OWN = "adavit."
 _KINDS = ("heads", "layers", "tokens")
@@ -117,6 +118,7 @@ class AdaViT(Adaptive, Learned, Trains, Gates, OwnAttention, Reducer):
     )
     site = "attn"
     every_block = True
+    limited = False
     added_tokens = "refuse"
     family = "constant_r"
 
@@ -239,7 +241,7 @@ class AdaViT(Adaptive, Learned, Trains, Gates, OwnAttention, Reducer):
         tokens = tokens._replace(memory={**tokens.memory, f"{_OWN}places": places})
         head = torch.arange(t.prefix, device=kept.device).expand(kept.shape[0], -1)
         rows = torch.cat([head, keep.index + t.prefix], dim=1)
-        q, k, v = (_of(x, rows) for x in (a.q, a.k, a.v))
+        q, k, v = (rows_of_heads(x, rows) for x in (a.q, a.k, a.v))
         bias = attention_bias(None, tokens.mask, a.q.dtype)
         bias = None if bias is None else bias.to(a.q.dtype)
         return a._replace(q=q, k=k, v=v, bias=bias, need=frozenset()).usual()[0], tokens
@@ -288,10 +290,3 @@ class AdaViT(Adaptive, Learned, Trains, Gates, OwnAttention, Reducer):
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         gated = dims.heads + 2 if step.block >= self.keep_layers else 0
         return (n + gated) * dims.width
-
-
-def _of(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of `(B, H, N, d)`."""
-    batch, heads, _, width = x.shape
-    taken = take_rows(x.transpose(1, 2).flatten(2), rows)
-    return taken.view(batch, rows.shape[1], heads, width).transpose(1, 2)

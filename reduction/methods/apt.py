@@ -67,6 +67,7 @@ class APT(Adaptive, Pixels, AtEmbedding, Reducer):
     site = "input"
     family = "constant_r"
     every_block = True
+    limited = False
 
     def __init__(
         self,

@@ -86,7 +86,6 @@ class ASViT(Adaptive, Learned, Trains, Follows, Masked, Reducer):
     )
     site = "pre"
     needs = frozenset({"cls_row", "out"})
-    every_block = False
     added_tokens = "spare"
 
     def __init__(
@@ -106,7 +105,7 @@ class ASViT(Adaptive, Learned, Trains, Follows, Masked, Reducer):
         self.beta = share("beta", beta)
         self.first = count("first", first, 0)
         self.start = None if start is None else [number("start", v) for v in listed("start", start)]
-        self.limit = boolean("limit", limit)
+        self.limit = self.limited = boolean("limit", limit)
         self.tau = positive("tau", tau)
         self.budget_weight = number("budget_weight", budget_weight, 0)
         self.keep_ratio = share("keep_ratio", keep_ratio, zero=False, null=True)

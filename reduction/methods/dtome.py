@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from reduction.assignment import Merge, apply
@@ -24,26 +23,23 @@ class DToMe(Calibrates, Reducer):
     first set that resembles one of the second by more than the block's threshold (cosine of the
     keys, mean over heads) joins it, in a size-weighted mean. How many do depends on the image.
 
-    Thresholds come from unlabelled images, `zoo.calibrate`: while they are looked for, the most
-    similar pairs of a whole batch merge, as many as the schedule removes from it, and a threshold
-    is the similarity of the first pair that does not merge, averaged over batches. Before that they
-    are 1 and the method merges what the schedule says, as ToMe.
+    Thresholds come from unlabelled images, `zoo.calibrate`: the most similar pairs of a whole batch
+    merge, and a threshold is the similarity of the first pair that does not, averaged over batches.
+    Before that they are 1 and the method merges what the schedule says, as ToMe.
 
     Args:
         limit: Merge further pairs until no more tokens are left than the schedule says (ours).
             Calibration switches it off.
-        max_r_per_instance_ratio: At most this many times the schedule's count may merge in one
-            image; None: no such limit.
-        compat_eps: Added to the sizes that means divide by while thresholds are looked for. The
-            official code has 1e-4 there, which shrinks every token a little.
+        max_r_per_instance_ratio: At most this many times the calibrated count merge in an image.
+        compat_eps: Added to sizes that means divide by in calibration; officially 1e-4.
         prop_attn: Proportional attention.
 
     Raises:
         ZooError: If an argument is out of range.
 
     References:
-        Wang et al., arXiv 2504.17040; official code github.com/MikeWangWZHL/dymu (MIT text, parts
-        descend from ToMe; this implementation is written from a specification).
+        Wang et al., arXiv 2504.17040; official code github.com/MikeWangWZHL/dymu; written from a
+        specification.
     """
 
     card = Card(
@@ -77,12 +73,10 @@ class DToMe(Calibrates, Reducer):
         )
         self.compat_eps = number("compat_eps", compat_eps, 0)
         self.prop_attn = boolean("prop_attn", prop_attn)
-        self.register_buffer("thresholds", None)
-        self.register_buffer("pairs", None)
+        self.no_thresholds_yet()
 
     def max_drop(self, n: int) -> int:
-        # Where thresholds alone decide, nothing that a schedule asks for is out of reach.
-        return n // 2 if self.limit else n - 1
+        return n // 2 if self.limit else n - 1  # thresholds alone: nothing is asked for
 
     def count(self, n: int, step: Step) -> int:
         return min(n, step.keep) if self.limit else n
@@ -91,7 +85,7 @@ class DToMe(Calibrates, Reducer):
         if self.calibrating is None:
             return super().reduce(t, s, step)
         r = min(self.calibrating[step.block], (t.n + t.prefix - 1) // 2)
-        if r == 0:
+        if not r:
             return t
         p = partners(t, self._metric(t, s))
         ratio = self.max_r_per_instance_ratio
@@ -104,10 +98,7 @@ class DToMe(Calibrates, Reducer):
         assert self.thresholds is not None
         p = partners(t, self._metric(t, s))
         keep = step.keep if self.limit else None
-        most = None
-        if self.max_r_per_instance_ratio is not None and self.pairs is not None:
-            pairs = self.pairs[step.block]
-            most = torch.where(pairs > 0, (pairs * self.max_r_per_instance_ratio).long(), t.n)
+        most = self.most(step.block, self.max_r_per_instance_ratio)
         merged = above(p, self.thresholds[step.block], keep, most)
         return joined(t, p, merged, keep, by_similarity=not t.prefix)
 

@@ -106,6 +106,7 @@ class FlowCut(Adaptive, Reducer):
     def __init__(self, target: int | None = None, compat_batch: bool = False) -> None:
         super().__init__()
         self.target = count("target", target, null=True)
+        self.limited = target is None
         self.compat_batch = boolean("compat_batch", compat_batch)
 
     def acts(self, block: int, depth: int) -> bool:

@@ -10,11 +10,12 @@ from reduction.assignment import Keep, apply
 from reduction.base import Card, Reducer
 from reduction.checks import boolean, number
 from reduction.counts import Dims, Step
+from reduction.functional.neighbours import rows_of_heads
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.mixins.parking import Parks, in_place, park, parked, unpark
 from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register
-from reduction.tokens import Signals, Tokens, take_rows
+from reduction.tokens import Signals, Tokens
 
 _CUT = "cut"
 
@@ -112,7 +113,7 @@ class IdleViT(OwnAttention, Parks, Trains, Reducer):
             memory[_CUT] = found if earlier is None else torch.cat([earlier, found])
         head = torch.arange(t.prefix, device=chosen.device).expand(chosen.shape[0], -1)
         rows = torch.cat([head, chosen + t.prefix], dim=1)
-        q, k, v = (_of(x, rows) for x in (a.q, a.k, a.v))
+        q, k, v = (rows_of_heads(x, rows) for x in (a.q, a.k, a.v))
         bias = None
         if a.bias is not None:
             bias = a.bias.expand(rows.shape[0], 1, 1, -1).gather(3, rows[:, None, None])
@@ -154,10 +155,3 @@ class IdleViT(OwnAttention, Parks, Trains, Reducer):
 def _finals(outcome: Outcome) -> tuple[Tokens, Tokens]:
     assert outcome.teacher is not None
     return outcome.final, outcome.teacher.final
-
-
-def _of(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of `(B, H, N, d)`."""
-    batch, heads, _, width = x.shape
-    taken = take_rows(x.transpose(1, 2).flatten(2), rows)
-    return taken.view(batch, rows.shape[1], heads, width).transpose(1, 2)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from reduction.assignment import Keep, apply
 from reduction.base import Card, Reducer
 from reduction.checks import count
 from reduction.counts import Dims, Step
+from reduction.functional.neighbours import nearest_kept, rebuilt
 from reduction.functional.portable import stable_order
 from reduction.mixins.following import Follows
 from reduction.mixins.parking import Parks, park, unpark
 from reduction.registry import register
-from reduction.tokens import Signals, Tokens, take_rows
+from reduction.tokens import Signals, Tokens
 
 _OWN = "ipcv."
 
@@ -91,37 +91,18 @@ class IPCV(Parks, Follows, Reducer):
                 moved = torch.linalg.vector_norm(now - before, dim=-1, dtype=exact)
                 memory[f"{_OWN}order"] = stable_order(moved, descending=True)
             memory[f"{_OWN}start"] = now
-        order = memory[f"{_OWN}order"]
-        chosen = memory.get(f"{_OWN}chosen")
-        if chosen is None or chosen.shape[1] != step.keep:
-            chosen = order[:, : step.keep].sort(dim=1).values
-            rest = order[:, step.keep :].sort(dim=1).values
-            memory |= {f"{_OWN}chosen": chosen, f"{_OWN}rest": rest}
-            memory[f"{_OWN}near"] = self._nearest(memory[f"{_OWN}start"], chosen, rest)
-        t = t._replace(memory=memory)
-        return park(t, apply(t, Keep(chosen)))
-
-    @torch.no_grad()
-    def _nearest(self, x: Tensor, chosen: Tensor, rest: Tensor) -> Tensor:
-        """Kept tokens that each other one follows, `(B, R, k)` places among the kept ones."""
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        kept, gone = take_rows(exact, chosen), take_rows(exact, rest)
-        square = kept.square().sum(-1).unsqueeze(1) + gone.square().sum(-1).unsqueeze(2)
-        distance = square - 2 * gone @ kept.transpose(1, 2)
-        near = min(self.neighbours, chosen.shape[1])
-        return distance.topk(near, dim=2, largest=False).indices
+        if not step.again:
+            order, start = memory[f"{_OWN}order"], memory[f"{_OWN}start"]
+            places = order[:, : step.keep].sort(dim=1).values, order[:, step.keep :]
+            near = nearest_kept(start, *places, self.neighbours)
+            memory |= {f"{_OWN}chosen": places[0], f"{_OWN}rest": places[1], f"{_OWN}near": near}
+        return park(t, apply(t._replace(memory=memory), Keep(memory[f"{_OWN}chosen"])))
 
     def restore(self, t: Tokens) -> Tokens:
         """All tokens in their places; those that were not kept are rebuilt."""
         chosen, rest = t.memory[f"{_OWN}chosen"], t.memory[f"{_OWN}rest"]
         start, near = t.memory[f"{_OWN}start"], t.memory[f"{_OWN}near"]
-        kept = t.patches
-        change = kept - take_rows(start, chosen)
-        batch, r, k = near.shape
-        follow = take_rows(change, near.flatten(1)).view(batch, r, k, -1).mean(2)
-        rebuilt = take_rows(start, rest) + follow
-        places = torch.cat([chosen, rest], dim=1).argsort(dim=1)
-        return unpark(t, take_rows(torch.cat([kept, rebuilt], dim=1), places))
+        return unpark(t, rebuilt(t.patches, start, chosen, rest, near))
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         # Distances once; rebuilding adds up and multiplies nothing.

@@ -10,7 +10,7 @@ from reduction.base import Card, Reducer
 from reduction.checks import boolean, number, one_of
 from reduction.counts import Step
 from reduction.functional.predicting import Predicted, patch_vectors, predicted_2d, runs
-from reduction.functional.thresholds import grouped
+from reduction.functional.thresholds import held
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.entry import AtInput
 from reduction.mixins.pixels import Channels, Pixels
@@ -63,6 +63,7 @@ class PixelPrune(Adaptive, Pixels, AtInput, Reducer):
     site = "input"
     family = "constant_r"
     every_block = True
+    limited = False
 
     def __init__(
         self,
@@ -97,18 +98,4 @@ class PixelPrune(Adaptive, Pixels, AtInput, Reducer):
 
     @torch.no_grad()
     def look(self, images: Tensor, grid: tuple[int, int], step: Step) -> Keep:
-        found = self.find(images, grid)
-        return holders(found.source)
-
-
-def holders(source: Tensor) -> Keep:
-    """Keep the places that hold others, in their order.
-
-    Args:
-        source: The place that stands for each, `(B, N)`; those that stand for others, and for
-            themselves, stay.
-    """
-    index = torch.arange(source.shape[1], device=source.device, dtype=torch.float32)
-    live = torch.ones_like(source, dtype=torch.bool)
-    a = grouped(source, index.expand(source.shape), live, None)
-    return Keep(a.leader, a.valid, a.slot)
+        return held(self.find(images, grid).source)

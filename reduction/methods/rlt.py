@@ -12,7 +12,7 @@ from reduction.counts import Step
 from reduction.errors import ZooError
 from reduction.functional.frames import Runs, static_runs
 from reduction.functional.predicting import patch_vectors
-from reduction.methods.pixelprune import holders
+from reduction.functional.thresholds import held
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.entry import AtInput
 from reduction.registry import register
@@ -57,6 +57,7 @@ class RLT(Adaptive, AtInput, Reducer):
     site = "input"
     family = "constant_r"
     every_block = True
+    limited = False
 
     def __init__(self, frames: int = 1, threshold: float = 0.1) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class RLT(Adaptive, AtInput, Reducer):
 
     @torch.no_grad()
     def look(self, images: Tensor, grid: tuple[int, int], step: Step) -> Keep:
-        return holders(self.find(images, grid).source)
+        return held(self.find(images, grid).source)
 
 
 def frame_grid(grid: tuple[int, int], frames: int) -> tuple[int, int]:

@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from reduction.assignment import Merge
 from reduction.base import Card, Reducer
 from reduction.checks import boolean
 from reduction.counts import Dims, Step
 from reduction.functional.matching import bipartite_matching, split_sizes
+from reduction.functional.scores import saliency
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
-
-
-@torch.no_grad()
-def saliency(attention: Tensor, prefix: int = 0) -> Tensor:
-    """Weight of every patch, `(B, N)`: 0 for background, up to 1 for the most focused.
-
-    Args:
-        attention: Map `(B, H, P+N, P+N)` after the softmax, without a size bias.
-        prefix: P.
-    """
-    p = attention.to(torch.promote_types(attention.dtype, torch.float32)).mean(1)
-    focus = torch.special.xlogy(p, p).sum(-1)[:, prefix:]
-    low, high = focus.amin(1, keepdim=True), focus.amax(1, keepdim=True)
-    spread = high - low
-    u = (focus - low) / torch.where(spread > 0, spread, 1.0)
-    above = u - u.mean(1, keepdim=True)
-    most = above.amax(1, keepdim=True)
-    weight = (above / torch.where(most > 0, most, 1.0)).clamp_min(0)
-    # Where all look alike, none is background.
-    return torch.where(most > 0, weight, 1.0)
 
 
 @register("vidtldr")

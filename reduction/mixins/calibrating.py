@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reduction.checks import listed, number
 from reduction.counts import Spec
@@ -35,6 +35,19 @@ class Calibrates(Adaptive, Learned):
     thresholds: Tensor | None
     pairs: Tensor | None
     calibrating: tuple[int, ...] | None = None
+
+    def no_thresholds_yet(self) -> None:
+        """Register the buffers, empty until `setup`; called once by a constructor."""
+        assert isinstance(self, nn.Module)
+        self.register_buffer("thresholds", None)
+        self.register_buffer("pairs", None)
+
+    def most(self, block: int, ratio: float | None) -> Tensor | None:
+        """At most so many times the pairs that a threshold was looked for with, or None."""
+        if ratio is None or self.pairs is None:
+            return None
+        pairs = self.pairs[block]
+        return torch.where(pairs > 0, (pairs * ratio).long(), torch.iinfo(torch.int64).max)
 
     def setup(self, spec: Spec) -> None:
         """One threshold per block, unless they are there."""

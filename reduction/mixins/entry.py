@@ -16,7 +16,8 @@ class AtInput:
     """A method of the site "input": it acts once, between the embedding and the first block.
 
     Positions are added before patches are taken away, so they stay those of the full grid.
-    `Reducer.count`, `max_drop` and `macs` are asked for this one reduction, with a step of block 0.
+    `Reducer.count`, `max_drop` and `macs` are asked for this one reduction, with a step of block 0,
+    which has the budget of the first block that the schedule reduces in.
     """
 
     def look(self, images: Tensor, grid: tuple[int, int], step: Step) -> Keep:

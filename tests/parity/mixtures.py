@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reduction.functional.facilities import as_means, facilities, shares
+from reduction.functional.scores import saliency
 from reduction.functional.superpixels import clusters, nearest_weights, squared_distances
-from reduction.methods.vidtldr import saliency
 from tests.parity.fixture import Case, Fixture
 from tests.parity.runner import handles
 from tests.parity.stages import build, check_blocks, check_counts, evaluated

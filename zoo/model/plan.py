@@ -138,10 +138,12 @@ def _walk(
     n0 = n
     entry = None
     if reducer is not None and schedule is not None and reducer.site == "input":
-        if strict and aligned is None:
-            _check(reducer, schedule, 0, depth, n, n0)
         if aligned is None:
-            entry = _step(reducer, schedule, 0, depth, n, n0, grid)
+            first = _first(schedule, depth, n)
+            if strict:
+                _check(reducer, schedule, first, depth, n, n0)
+            found = _step(reducer, schedule, first, depth, n, n0, grid)
+            entry = None if found is None else found._replace(block=0)
         else:
             entry = aligned.entry(reducer, n, prefix)
         n = n if entry is None else reducer.count(n, entry)
@@ -198,6 +200,12 @@ def _walk(
         more = steps[block], need, spared[block], restored[block]
         plans.append(Plan(entering, attention, mlp, leaving, *more))
     return [plans[0]._replace(entry=entry), *plans[1:]]
+
+
+def _first(schedule: Schedule, depth: int, n: int) -> int:
+    """The first block that a schedule has a budget for, which is that of what enters block 0."""
+    budgets = (schedule.budget(block, depth, n, n) for block in range(depth))
+    return next((i for i, budget in enumerate(budgets) if budget is not None), 0)
 
 
 def _spared(reducer: Reducer | None, plugins: Sequence[Plugin], block: int, depth: int) -> int:
