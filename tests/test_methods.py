@@ -167,6 +167,7 @@ def test_prefix_tokens_are_never_reduced(row: Row) -> None:
 @rows
 def test_gradients_reach_every_weight(row: Row) -> None:
     m = model(row).train()
+    torch.manual_seed(1)  # what is drawn may switch a whole part of a block off
     logits, info = m(images(), return_info="trace")
     loss = logits.square().mean()
     if row.own_losses:

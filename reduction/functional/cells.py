@@ -6,7 +6,6 @@ Shapes: B images, P = h x w patches; a cell of scale s is 2^s x 2^s of them.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 BINS = 512
@@ -42,9 +41,11 @@ def lowered(images: Tensor, grid: tuple[int, int], scale: int) -> Tensor:
     """
     rows, columns = cell_grid(grid, scale)
     height, width = images.shape[2] // grid[0] << scale, images.shape[3] // grid[1] << scale
-    whole = images[:, :, : rows * height, : columns * width]
-    size = (rows * height >> scale, columns * width >> scale)
-    return F.interpolate(whole, size=size, mode="bilinear", align_corners=False)
+    side, middle = 1 << scale, slice((1 << scale) // 2 - 1, (1 << scale) // 2 + 1)
+    x = images[:, :, : rows * height, : columns * width]
+    x = x.unflatten(2, (-1, side)).unflatten(4, (-1, side))  # type: ignore[no-untyped-call]
+    low: Tensor = x[:, :, :, middle, :, middle].mean((3, 5))
+    return low
 
 
 def grey(pixels: Tensor) -> Tensor:
