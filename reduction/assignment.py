@@ -22,7 +22,7 @@ class Keep(NamedTuple):
         valid: `(B, M)` bool, False where a row is padding because this image keeps fewer.
         slot: Kept token that stands for each token from now on, `(B, N)` int64 in `[0, M)`, or -1.
             Features are still those of the kept tokens alone; sizes and the source map count the
-            others in.
+            others in. Padding stands for none.
     """
 
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
@@ -181,8 +181,6 @@ def _keep(t: Tokens, a: Keep) -> Tokens:
     rows = _with_prefix(a.index, t.prefix)
     source, size = t.source, take_rows(t.size, rows)
     if a.slot is not None:
-        if a.valid is not None:
-            raise ValueError("expected either padding (valid) or groups (slot), got both")
         source = _follow(source, a.slot)
         members = _group_sum(t.patch_size, a.slot, a.index.shape[-1])
         size = torch.cat([t.size[:, : t.prefix], members], dim=1)

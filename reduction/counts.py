@@ -28,12 +28,15 @@ class Step(NamedTuple):
         depth: Number of blocks.
         budget: What the schedule allows here; `keep` is already clipped to what is possible.
         grid: Patch grid `(rows, columns)` of the input.
+        again: Whether this is the step of an earlier block, which lasts, see
+            `reduction.mixins.parking.Parks`.
     """
 
     block: int
     depth: int
     budget: Budget
     grid: tuple[int, int]
+    again: bool = False
 
     @property
     def keep(self) -> int:
@@ -54,6 +57,9 @@ class Spec(NamedTuple):
         classes: Number of classes, 0 for a model without classifier.
         steps: The reduction of each block, None where nothing happens.
         reads: What the classifier pools: "class" (the class token) or "patches".
+        mean: What was subtracted from pixels in [0, 1], one number per channel.
+        std: What they were divided by.
+        patch_macs: Multiply-accumulates of embedding one patch.
     """
 
     width: int
@@ -65,6 +71,9 @@ class Spec(NamedTuple):
     classes: int
     steps: tuple[Step | None, ...]
     reads: str = "class"
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    patch_macs: int = 0
 
     @property
     def stages(self) -> list[Step]:

@@ -103,6 +103,7 @@ class Signals(NamedTuple):
         attn: The whole map `(B, H, P+N, P+N)`; asking for it gives up fused attention.
         x_norm: Input of the attention after its layer norm, `(B, P+N, C)`.
         out: Output of the attention before its projection, `(B, H, P+N, d)`.
+        x_in: The residual stream that entered the block's attention, `(B, P+N, C)`.
         x_mid: The residual stream between attention and MLP, `(B, P+N, C)`; at site "post" only.
         mlp: What the MLP adds to it, layer scale included, `(B, P+N, C)`; at site "post" only.
     """
@@ -114,6 +115,7 @@ class Signals(NamedTuple):
     attn: Tensor | None = None
     x_norm: Tensor | None = None
     out: Tensor | None = None
+    x_in: Tensor | None = None
     x_mid: Tensor | None = None
     mlp: Tensor | None = None
 
@@ -130,6 +132,8 @@ class Signals(NamedTuple):
 
 
 SIGNALS = frozenset(Signals._fields)
+#: Those that are known only behind the MLP, of which blocks must have one.
+OF_THE_MLP = frozenset({"x_mid", "mlp"})
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import nn
 
 import reduction
 import zoo
+from reduction.tokens import OF_THE_MLP
 from zoo.model.reduced import ReducedViT
 from zoo.models.jumbo import Jumbo
 
@@ -39,6 +40,11 @@ class Row:
         restores: Parked tokens are back behind the last block.
         own_losses: Learned parts get a gradient from the method's own losses alone.
         stir: Learned parts start so that some get no gradient; tests give them random values.
+        soft: Spreads tokens over several others by their likeness, so that what a duplicate gives
+            to others than its twin leaves a trace.
+        own_counts: Leaves what its pattern or its thresholds give and not just any number.
+        gates: Switches parts of blocks: all tokens are there behind every one.
+        frames: Only grids with so many times as many rows are taken.
         floor: Share of the dense cost below which the method cannot go on these shallow models.
     """
 
@@ -51,6 +57,10 @@ class Row:
     restores: bool = False
     own_losses: bool = False
     stir: bool = False
+    soft: bool = False
+    own_counts: bool = False
+    gates: bool = False
+    frames: int = 1
     floor: float = 0.0
 
     @property
@@ -114,8 +124,8 @@ METHODS = [
     Row("evit", (("score", "random"), ("seed", 5))),
     Row("diffrate", (("score", "norm"), ("prune_share", 0.3)), R8, prunes=True),
     Row("random"),
-    Row("heuristic"),
-    Row("heuristic", (("pattern", "linf"),)),
+    Row("heuristic", own_counts=True),
+    Row("heuristic", (("pattern", "linf"),), own_counts=True),
     Row("patchmerger"),
     Row("sinkhorn"),
     Row("sit"),
@@ -188,6 +198,103 @@ METHODS = [
     Row("mctf", schedule=R8),
     Row("mctf", (("osa", 2), ("pooling", "max"), ("tau_size", 0.0)), R8),
     Row("mctf", (("osa", 0), ("both", False), ("pooling", "size")), floor=0.65),
+    Row("cubistmerge", own_counts=True),
+    Row(
+        "cubistmerge",
+        (("similarity", "distance"), ("compat_last_writer", True)),
+        R8,
+        own_counts=True,
+    ),
+    Row("cubistmerge", (("rows", 1), ("columns", 1)), own_counts=True),
+    Row("vidtldr", schedule=R8, prunes=True),
+    Row("vidtldr", (("prop_attn", False),), R8, prunes=True),
+    Row("toma"),
+    Row("toma", (("metric", "key"), ("scale", 10.0), ("restore", "soft")), soft=True),
+    Row("expedit", own_counts=True, floor=0.5),
+    Row(
+        "expedit",
+        (("restore", "copy"), ("window", 3), ("temperature", 0.5)),
+        own_counts=True,
+        floor=0.5,
+    ),
+    Row("dtome", schedule=R8),
+    Row("dtome", (("max_r_per_instance_ratio", 1.5), ("prop_attn", False)), R8),
+    # Similarities alone decide: no schedule makes these cheaper.
+    Row("algm", (("layers", (1, 3)), ("threshold", 0.0)), R8, own_counts=True, floor=1.0),
+    Row(
+        "algm",
+        (("layers", (2, 4)), ("threshold", 0.1), ("window", (2, 4))),
+        R8,
+        own_counts=True,
+        floor=1.0,
+    ),
+    Row("g2tm", (("threshold", 0.2),), R8, own_counts=True, floor=1.0),
+    Row(
+        "g2tm",
+        (("layer", 1), ("threshold", 0.1), ("attention", "iprop")),
+        R8,
+        own_counts=True,
+        floor=1.0,
+    ),
+    Row("pixelprune", (("threshold", 1.7),), R8, own_counts=True, floor=1.0),
+    Row(
+        "pixelprune",
+        (("scan", "serpentine"), ("metric", "mae"), ("threshold", 0.56), ("mean", 0.0)),
+        R8,
+        own_counts=True,
+        floor=1.0,
+    ),
+    Row("rlt", (("frames", 2), ("threshold", 1.1)), R8, frames=2, own_counts=True, floor=1.0),
+    Row("evs", (("frames", 2),), frames=2, floor=0.5),
+    Row("apt", (("thresholds", (5.8,)),), R8, stir=True, own_counts=True, floor=1.0),
+    Row(
+        "apt",
+        (("thresholds", (5.85, 6.9)), ("std", (0.3, 0.5, 0.4))),
+        R8,
+        stir=True,
+        own_counts=True,
+        floor=1.0,
+    ),
+    Row("cts", schedule=R8, own_counts=True),
+    Row("flowcut", floor=0.5),
+    Row("flowcut", (("target", 50),), R8, own_counts=True, floor=1.0),
+    Row("ipcv", (("stabilised", 1),), restores=True, floor=0.5),
+    Row("ipcv", (("neighbours", 3),), R8, restores=True, floor=0.5),
+    Row(
+        "adavit",
+        (("token_threshold", 0.88),),
+        R8,
+        stir=True,
+        gates=True,
+        own_losses=True,
+        own_counts=True,
+        floor=1.0,
+    ),
+    Row(
+        "adavit",
+        (
+            ("keep_layers", 0),
+            ("token_threshold", 0.87),
+            ("head_threshold", 0.88),
+            ("layer_threshold", 0.85),
+        ),
+        R8,
+        stir=True,
+        gates=True,
+        own_losses=True,
+        own_counts=True,
+        floor=1.0,
+    ),
+    Row("idlevit", restores=True),
+    Row("asvit", (("first", 0), ("tau", 0.1))),
+    Row("asvit", (("first", 0), ("accumulate", "sum"), ("tau", 0.1))),
+    Row("asvit", (("first", 0), ("accumulate", "ema"), ("beta", 0.5), ("tau", 0.1))),
+    # Behind the block, two of the four are whole.
+    Row("repshift", floor=0.5),
+    Row("repshift", (("op", "attention"), ("distance", "l1"), ("residual", True)), floor=0.5),
+    Row("repshift", (("op", "block"), ("distance", "cosine"), ("settle", "nearest")), floor=0.5),
+    Row("evit", (("score", "repshift"),), floor=0.5),
+    Row("evovit", (("score", "repshift"),), restores=True, own_losses=True),
 ]
 
 _VIT: dict[str, Any] = dict(
@@ -273,8 +380,11 @@ def images(batch: int = 2, size: int = 32, seed: int = 1) -> torch.Tensor:
 
 
 def refused(row: Row, name: str) -> bool:
-    """Whether a method says that it needs a class token which this backbone does not have."""
-    needs = reduction.create(**row.reducer()).needs_class_token
+    """Whether a method says that it needs what this backbone does not have."""
+    made = reduction.create(**row.reducer())
+    if (made.needs & OF_THE_MLP or row.gates) and name == "jumbo":
+        return True
+    needs = made.needs_class_token
     return needs and not row.without_class_token and name in WITHOUT_CLASS_TOKEN
 
 

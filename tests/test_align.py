@@ -36,7 +36,7 @@ def reducing(model: zoo.ReducedViT) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("align", [8, 16])
-@pytest.mark.parametrize("name", [n for n in sorted(ROWS) if n != "heuristic"])
+@pytest.mark.parametrize("name", [n for n in sorted(ROWS) if not ROWS[n].own_counts])
 def test_a_method_leaves_multiples_and_runs_as_planned(name: str, align: int) -> None:
     row = ROWS[name]
     schedule = {**dict(row.schedule), "align": align}
@@ -50,6 +50,14 @@ def test_a_method_leaves_multiples_and_runs_as_planned(name: str, align: int) ->
     adaptive = any(a != b for a, b in zip(info.tokens, model.token_counts(), strict=True))
     if not adaptive:
         assert zoo.profile(model).gmacs == pytest.approx(torch_gmacs(model, images(2)), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(ROWS) if ROWS[n].own_counts])
+def test_a_method_with_counts_of_its_own_says_so(name: str) -> None:
+    row = ROWS[name]
+    with pytest.raises(ZooError, match="cannot be met; use align=1"):
+        model = zoo.wrap(backbone("plain"), row.reducer(), {**dict(row.schedule), "align": 16})
+        model.plan()
 
 
 def test_the_counts_of_deit_small() -> None:

@@ -95,8 +95,10 @@ def test_every_method_builds_from_its_option():
         cfg = compose("eval", ["backbone=test_vit", f"reducer={option}"])
         model = build_model(cfg)
         # Parked tokens may be back at the end.
-        kept, sizes = min(min(pair) for pair in model.token_counts()), model.token_counts()[0][0]
-        assert kept == sizes if option == "none" else kept < sizes, option
+        kept = min(min(p.entering, p.mlp, p.leaving) for p in model.plan())
+        sizes = zoo.wrap(model.backbone, None).token_counts()[0][0]
+        decides = getattr(model.reducer, "limited", True)  # the schedule
+        assert (kept < sizes) == (option != "none" and decides), option
 
 
 @pytest.mark.parametrize("option", [name for name in OPTIONS["backbone"] if name != "timm"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,3 +127,25 @@ def test_tokens_of_a_plugin_are_left_alone(llf: bool) -> None:
         logits, info = made(images(), return_info=True)
     assert list(info.tokens) == made.token_counts() and logits.isfinite().all()
     assert (info.source >= 0).all() == llf
+
+
+def test_official_names_of_projections_are_taken() -> None:
+    args = {"q_proj": True, "k_proj": True, "v_proj": True, "heads": 3}
+    source, goal = cropr(**args), cropr(**args)
+    with torch.no_grad():
+        for parameter in source.reducer.parameters():
+            parameter.normal_()
+    own = source.reducer.state_dict()
+    official = {
+        re.sub(r"\.([qkv])_proj\.", r".\1.", name): value.clone()
+        for name, value in own.items()
+        if not name.endswith(("k_proj.bias", "v_proj.bias"))
+    }
+    assert any(name.endswith("cross_attn.q.weight") for name in official)
+    goal.reducer.load_state_dict(official)
+    for name, value in goal.reducer.state_dict().items():
+        without = name.endswith(("k_proj.bias", "v_proj.bias"))
+        assert torch.equal(value, torch.zeros_like(value) if without else own[name]), name
+    goal.reducer.load_state_dict(own)
+    again = goal.reducer.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in own.items())

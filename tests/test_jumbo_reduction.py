@@ -9,7 +9,7 @@ import reduction
 import zoo
 from reduction.counts import Dims
 from reduction.tokens import Tokens
-from tests.cases import METHODS, Row, backbone, images, model
+from tests.cases import METHODS, Row, backbone, images, model, refused
 from tests.test_jumbo import make, pictures
 from tests.test_metamorphic import two_textures
 from zoo.adapters.attention import attend
@@ -129,6 +129,10 @@ def test_the_head_weighs_patches_by_size_and_leaves_padding_out() -> None:
 
 @pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
 def test_the_slots_pass_every_reducer_untouched(row: Row) -> None:
+    if refused(row, "jumbo"):
+        with pytest.raises(zoo.errors.ZooError, match="has no one MLP"):
+            model(row, "jumbo")
+        return
     m = model(row, "jumbo")
     seen = {}
 

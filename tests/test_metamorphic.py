@@ -18,7 +18,7 @@ MERGING = [
     r
     for r in METHODS
     if (made := reduction.create(r.name, **dict(r.args))).prop_attn
-    and not (r.prunes or r.ranked or isinstance(made, reduction.Adaptive))
+    and not (r.prunes or r.ranked or r.soft or isinstance(made, reduction.Adaptive))
 ]
 
 

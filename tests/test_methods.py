@@ -91,7 +91,7 @@ def test_halves_of_every_block_are_exactly_timm(name: str, fused: bool) -> None:
 @core
 def test_runs_and_counts(row: Row, name: str) -> None:
     if refused(row, name):
-        with pytest.raises(ZooError, match="class token"):
+        with pytest.raises(ZooError, match="class token|no one MLP"):
             model(row, name)
         return
     m, x = model(row, name), images(3)
@@ -102,7 +102,7 @@ def test_runs_and_counts(row: Row, name: str) -> None:
     assert m.token_counts() == zoo.profile(m).tokens
     check_counts(m, info)
     fewest = min(p.mlp for p in m.plan()) if row.restores else info.tokens[-1][1]
-    assert fewest < info.tokens[0][0]
+    assert row.gates or fewest < 64 + m.prefix
     assert info.size.dtype == torch.float32 and info.size.shape[1] == info.tokens[-1][1]
     assert info.source.shape == (3, 64)
     n = info.tokens[-1][1] - m.prefix
@@ -138,7 +138,7 @@ def test_sizes_follow_the_source_map(row: Row) -> None:
 @rows
 def test_prefix_tokens_are_never_reduced(row: Row) -> None:
     m = model(row, "registers")
-    if m.reducer.site == "attn":
+    if m.reducer.site in ("attn", "input"):
         with torch.no_grad():
             _, info = m(images(), return_info="trace")
         assert all(t.prefix == 5 and (t.size[:, :5] == 1).all() for t in info.trace)
@@ -151,17 +151,23 @@ def test_prefix_tokens_are_never_reduced(row: Row) -> None:
         "column": torch.rand(2, 69),
         "attn": torch.randn(2, 3, 69, 69).softmax(-1),
         "x_norm": torch.randn(2, 69, 48),
+        "out": torch.randn(2, 3, 69, 16),
+        "x_in": torch.randn(2, 69, 48),
+        "x_mid": torch.randn(2, 69, 48),
+        "mlp": torch.randn(2, 69, 48),
     }
     signals = reduction.Signals(**{k: v for k, v in seen.items() if k in m.reducer.needs})
     step = reduction.Step(1, 4, reduction.Budget(40), (8, 8))
     out = m.reducer.reduce(t, signals, step)
     assert torch.equal(out.x[:, :5], t.x[:, :5])
-    assert out.n == m.reducer.count(64, step)
+    planned = m.reducer.count(64, step)
+    assert out.n == planned or (isinstance(m.reducer, reduction.Adaptive) and out.n < planned)
 
 
 @rows
 def test_gradients_reach_every_weight(row: Row) -> None:
     m = model(row).train()
+    torch.manual_seed(1)  # what is drawn may switch a whole part of a block off
     logits, info = m(images(), return_info="trace")
     loss = logits.square().mean()
     if row.own_losses:
@@ -267,6 +273,12 @@ def test_tiny_and_odd_grids(row: Row, size: int) -> None:
     for schedule in (dict(row.schedule) | {"strict": False}, _keep_one()):
         if schedule["name"] == "per_block" and size == 4:
             continue
+        if row.frames > 1 and size == 4:
+            continue  # one token: a method that acts behind a block has nothing to look at
+        if (size // 4) % row.frames:
+            with pytest.raises(ZooError, match="frames on top of each other"):
+                zoo.wrap(m, row.reducer(), schedule).eval()(images(2, size))
+            continue
         reduced = zoo.wrap(m, row.reducer(), schedule).eval()
         with torch.no_grad():
             logits, info = reduced(images(2, size), return_info=True)
@@ -307,7 +319,9 @@ def test_another_image_size_at_run_time(row: Row) -> None:
     reduced = zoo.wrap(m, row.reducer(), {"name": "keep_rate", "rate": 0.6}).eval()
     with torch.no_grad():
         _, info = reduced(images(2, 48), return_info=True)
-    assert info.tokens[0][0] == 145 and info.source.shape == (2, 144)
+    early = reduced.reducer.site == "input"
+    assert info.tokens[0][0] == 145 or (early and info.tokens[0][0] < 145)
+    assert info.source.shape == (2, 144)
 
 
 @rows

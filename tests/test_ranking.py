@@ -128,7 +128,7 @@ def test_scores_are_shares_in_every_type() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         t = Tokens.start(torch.randn(2, 9, 6).to(dtype) * 1e3, prefix=1)
         row = torch.randn(2, 3, 9).softmax(-1).to(dtype)
-        s = Signals(cls_row=row, column=row.mean(1))
+        s = Signals(cls_row=row, column=row.mean(1), x_mid=t.x, mlp=torch.randn_like(t.x))
         for name, score in SCORES.items():
             value = score.function(t, s, Draw(seed=2))
             assert value.shape == (2, 8) and (value >= 0).all(), name

@@ -266,7 +266,7 @@ def test_appended_tokens_stand_behind_the_raster() -> None:
 
 def test_every_signal_is_trimmed() -> None:
     shape = {"column": (2, 7), "cls_row": (2, 3, 7), "attn": (2, 3, 7, 7)}
-    shape |= dict.fromkeys(("x_norm", "x_mid", "mlp"), (2, 7, 6))
+    shape |= dict.fromkeys(("x_norm", "x_in", "x_mid", "mlp"), (2, 7, 6))
     shape |= dict.fromkeys(("k", "v", "out"), (2, 3, 7, 2))
     assert set(shape) == SIGNALS
     whole = Signals(**{name: torch.randn(size) for name, size in shape.items()})

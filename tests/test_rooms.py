@@ -75,7 +75,7 @@ class Seen(reduction.Reducer):
 
     card = CARD
     site = "post"
-    needs = frozenset({"x_mid", "mlp", "out"})
+    needs = frozenset({"x_in", "x_mid", "mlp", "out"})
 
     def __init__(self) -> None:
         super().__init__()

@@ -196,3 +196,23 @@ def test_a_target_out_of_reach_gives_the_nearest_if_asked() -> None:
         zoo.wrap(backbone("plain"), "tome", target)
     model = zoo.wrap(backbone("plain"), "tome", {**target, "nearest": True})
     assert f"{zoo.profile(model).gmacs:.4f}" in str(error.value)
+
+
+def test_nominal_counts_are_not_made_up_for() -> None:
+    # 81 tokens at a rate of 0.25: 20, 5 and 1 are asked for, but half of the tokens is the most
+    # that merges at once.
+    args = {"rate": 0.25, "blocks": [1, 2, 3], "strict": False}
+    vit = backbone("plain", img_size=36)
+    left = [
+        zoo.wrap(vit, "tome", KeepRate(**args, nominal_r=n)).token_counts()[-3:]
+        for n in (True, False)
+    ]
+    assert [after - 1 for _, after in left[0]] == [41, 26, 22]
+    assert [after - 1 for _, after in left[1]] == [41, 21, 11]
+    with pytest.raises(ZooError, match="goes with of='initial'"):
+        KeepRate(0.5, of="current", nominal_r=True)
+    # Where nothing is out of reach, both are the same.
+    plain, nominal = (
+        zoo.wrap(vit, "topk", KeepRate(0.7, nominal_r=n)).token_counts() for n in (False, True)
+    )
+    assert plain == nominal

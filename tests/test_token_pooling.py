@@ -30,6 +30,7 @@ from reduction.functional import clustering
 from reduction.functional.attention import column_mean
 from reduction.functional.clustering import (
     Clusters,
+    farthest_reach,
     heaviest,
     kmeans,
     kmedoids,
@@ -586,7 +587,8 @@ def test_equal_weights_of_the_public_variant_start_far_apart() -> None:
     for b in range(2):
         chosen = [start]
         while len(chosen) < 9:
-            chosen.append(int(distance[b, chosen].max(0).values.argmax()))
+            reach = distance[b, chosen].max(0).values
+            chosen.append(int(reach.index_fill(0, torch.tensor(chosen), -1.0).argmax()))
         assert got[b].tolist() == chosen
     assert len({create("kmedoids_haurum", seed=i).first(12, STEP) for i in range(30)}) > 5
 
@@ -601,5 +603,24 @@ def test_keep_with_groups() -> None:
     assert out.x.flatten().tolist() == [0, 2, 3]
     assert out.size.tolist() == [[1, 1, 2]] and not out.unit
     assert out.source.tolist() == [[1, 0, 1, -1]] and out.origin.tolist() == [[1, 2]]
-    with pytest.raises(ValueError, match="not both|got both"):
-        apply(t, Keep(index, torch.ones(1, 2, dtype=torch.bool), slot))
+    # Padding stands for nothing.
+    out = apply(t, Keep(index, torch.tensor([[True, False]]), torch.tensor([[0, 0, 0, -1]])))
+    assert out.size.tolist() == [[1, 3, 0]] and out.mask.tolist() == [[True, True, False]]
+    assert out.source.tolist() == [[0, 0, 0, -1]]
+
+
+def test_points_far_apart_are_never_taken_twice() -> None:
+    # Of three points on a line the outer two are far from everything: a greedy choice by the
+    # largest distance alone would go back and forth between them.
+    x = torch.tensor([[0.0], [5.0], [10.0], [4.0]]).expand(2, -1, -1)
+    distance = squared_distances(x).sqrt()
+    assert farthest_reach(distance, 0, 4)[0].tolist() == [0, 2, 3, 1]
+    g = torch.Generator().manual_seed(0)
+    distance = squared_distances(torch.randn(3, 30, 4, generator=g)).sqrt()
+    for k in (1, 7, 30):
+        for row, d in zip(farthest_reach(distance, 3, k).tolist(), distance, strict=True):
+            chosen = [3]
+            while len(chosen) < k:
+                free = [j for j in range(30) if j not in chosen]
+                chosen.append(max(free, key=lambda j: max(float(d[i, j]) for i in chosen)))
+            assert row == chosen

@@ -308,6 +308,17 @@ def test_losses_of_the_reducer_are_added_and_logged():
     assert not Classifier(net(reducer="tome")).has_aux
 
 
+def test_the_classification_loss_has_the_weight_that_the_method_says():
+    batch, totals = digits(8), []
+    model = net(reducer=_WithLoss())
+    for weight in (1.0, 0.25):
+        model.reducer.class_weight = weight
+        module = Classifier(model, aux_weight=0.0)
+        module.log = lambda *args, **kwargs: None
+        totals.append(module.training_step(batch, 0).item())
+    assert totals[1] == pytest.approx(totals[0] / 4, rel=1e-5)
+
+
 def test_only_plain_hyper_parameters_are_stored():
     from omegaconf import OmegaConf
 

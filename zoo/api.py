@@ -17,6 +17,7 @@ from zoo.build import wrap as wrap
 from zoo.checkpoint import load as _load
 from zoo.cost.profile import profile as _profile
 from zoo.cost.types import Profile
+from zoo.measure.calibrate import calibrate as calibrate
 from zoo.model.maps import AttentionMap as AttentionMap
 from zoo.model.maps import attention_maps as attention_maps
 from zoo.model.reduced import ReducedViT

@@ -87,6 +87,7 @@ def trim(s: Signals, length: int) -> Signals:
         attn=None if s.attn is None else s.attn[:, :, :length, :length],
         x_norm=rows(s.x_norm),
         out=heads(s.out),
+        x_in=rows(s.x_in),
         x_mid=rows(s.x_mid),
         mlp=rows(s.mlp),
     )

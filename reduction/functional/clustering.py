@@ -101,7 +101,7 @@ def spread(distance: Tensor, k: int) -> Tensor:
 
 
 def farthest_reach(distance: Tensor, start: int, k: int) -> Tensor:
-    """k points, each after the first the one with the largest distance to any point so far.
+    """k points, each after the first the free one with the largest distance to any point so far.
 
     Args:
         distance: `(B, N, N)`.
@@ -109,12 +109,14 @@ def farthest_reach(distance: Tensor, start: int, k: int) -> Tensor:
         k: How many.
 
     Returns:
-        `(B, K)` int64, perhaps with repetitions.
+        `(B, K)` int64, no point twice.
     """
     points = [torch.full(distance.shape[:1], start, device=distance.device)]
     reach = distance[:, start]
+    taken = torch.zeros_like(reach)
     for _ in range(k - 1):  # each choice depends on the one before
-        points.append(reach.argmax(1))
+        taken = taken.scatter(1, points[-1].unsqueeze(1), -torch.inf)
+        points.append((reach + taken).argmax(1))
         reach = torch.maximum(reach, take_rows(distance, points[-1].unsqueeze(1)).squeeze(1))
     return torch.stack(points, dim=1)
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reduction.assignment import unmerge
 from reduction.errors import ZooError
+from reduction.functional.superpixels import squared_distances
 from reduction.tokens import Tokens, take_rows
 
 #: What removed patches get; "merged" is the default.
@@ -22,6 +24,7 @@ POLICIES = ("merged", "nearest", "zero", "knn")
 TEMPERATURE, NEIGHBOURS = 0.02, 20
 #: What a reduction found and what it left: reducible tokens before and after.
 Change = tuple[Tokens, Tokens]
+_NOTED = "restore"
 
 
 def check_policy(name: object) -> str:
@@ -43,7 +46,8 @@ def restored(
     Args:
         t: Tokens that track `source` and `origin`.
         grid: Patch grid `(rows, columns)`.
-        policy: "merged": a copy of the token that stands for the patch; zero where none does.
+        policy: "merged": a copy of the token that stands for the patch, or what the method has
+            noted (`note_restore`); zero where no token does.
             "zero": zero for every removed patch. "nearest": the token that sits nearest there,
             of equally near ones the first. "knn": a mean of the tokens that were most similar when
             the reduction happened, see `knn_weights`.
@@ -54,7 +58,7 @@ def restored(
     """
     check_policy(policy)
     if policy == "merged":
-        return unmerge(t)
+        return _as_noted(t)
     if policy == "knn":
         return _backwards(t, changes)
     place = _sitting(t, grid[0] * grid[1])
@@ -94,6 +98,7 @@ def knn_weights(
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
     live: Tensor | None = None,
+    l2: bool = False,
 ) -> Tensor:
     """What every token before a reduction is made of after it, `(B, N, M)`; rows add up to one.
 
@@ -107,22 +112,49 @@ def knn_weights(
         neighbours: How many tokens.
         temperature: How sharply similarity counts.
         live: False marks padding after it, `(B, M)`.
+        l2: Divide by the Euclidean norm of the weights instead of their sum, as the official code.
 
     References:
         Expedit, Liang et al., NeurIPS 2022, arXiv 2210.01035.
     """
-    before, after = before.float(), after.float()
-    cross = before @ after.transpose(1, 2)
-    distance = before.square().sum(-1, keepdim=True) + after.square().sum(-1).unsqueeze(1)
-    distance = (distance - 2 * cross).clamp_min(0)
+    exact = torch.promote_types(before.dtype, torch.float32)
+    before, after = before.to(exact), after.to(exact)
+    logits = -temperature * squared_distances(after, before)
     if live is not None:
-        distance = distance.masked_fill(~live.unsqueeze(1), torch.inf)
-    distance = distance - distance.amin(2, keepdim=True)
-    weight = (-temperature * distance).exp()
-    k = min(neighbours, weight.shape[2])
-    last = weight.topk(k, dim=2).values[:, :, -1:]
-    weight = weight * (weight >= last)
-    return weight / weight.sum(2, keepdim=True)
+        logits = logits.masked_fill(~live.unsqueeze(1), -torch.inf)
+    last = logits.topk(min(neighbours, logits.shape[2]), dim=2).values[..., -1:]
+    weight = (logits - logits.amax(2, keepdim=True)).exp().masked_fill(logits < last, 0.0)
+    return F.normalize(weight, dim=2) if l2 else weight / weight.sum(2, keepdim=True)
+
+
+def note_restore(t: Tokens, out: Tokens, weights: Tensor) -> Tokens:
+    """Remember how the tokens before a reduction come back from those behind it.
+
+    Reductions in several blocks are undone one after the other, in one product. Nothing is noted
+    where nobody follows the patches.
+
+    Args:
+        t: Tokens before, N reducible ones.
+        out: Tokens behind, M of them.
+        weights: `(B, N, M)`.
+    """
+    if t.source is None:
+        return out
+    earlier = t.memory.get(_NOTED)
+    if earlier is not None:
+        # Tokens that a plugin added since lie last, and no patch is in them.
+        weights = earlier @ weights[:, : earlier.shape[2]]
+    elif t.n != t.source.shape[1]:
+        weights = take_rows(weights, t.source.clamp_min(0))
+    return out._replace(memory={**out.memory, _NOTED: weights})
+
+
+def _as_noted(t: Tokens) -> Tensor:
+    """As the method noted, or of the token that holds the patch."""
+    weights = t.memory.get(_NOTED)
+    if weights is None:
+        return unmerge(t)
+    return (weights @ t.patches[:, : weights.shape[2]].to(weights.dtype)).to(t.x.dtype)
 
 
 def _backwards(t: Tokens, changes: Sequence[Change]) -> Tensor:

@@ -81,6 +81,48 @@ def significance(attention: Tensor, v: Tensor) -> Tensor:
     return share
 
 
+def distance(a: Tensor, b: Tensor, kind: str = "l2") -> Tensor:
+    """How far rows are apart, `(B, N)` in float32 or better.
+
+    Args:
+        a: `(B, N, C)`.
+        b: Likewise.
+        kind: "l2", "l1", or "cosine" (one minus it).
+    """
+    exact = torch.promote_types(a.dtype, torch.float32)
+    a, b = a.to(exact), b.to(exact)
+    if kind == "cosine":
+        return 1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)
+    apart: Tensor = torch.linalg.vector_norm(a - b, ord=1 if kind == "l1" else 2, dim=-1)
+    return apart
+
+
+@torch.no_grad()
+def saliency(attention: Tensor, prefix: int = 0) -> Tensor:
+    """Weight of every patch, `(B, N)`: 0 for background, up to 1 for the most focused.
+
+    Args:
+        attention: Map `(B, H, P+N, P+N)` after the softmax, without a size bias.
+        prefix: P.
+    """
+    p = attention.to(torch.promote_types(attention.dtype, torch.float32)).mean(1)
+    focus = torch.special.xlogy(p, p).sum(-1)[:, prefix:]
+    low, high = focus.amin(1, keepdim=True), focus.amax(1, keepdim=True)
+    spread = high - low
+    u = (focus - low) / torch.where(spread > 0, spread, 1.0)
+    above = u - u.mean(1, keepdim=True)
+    most = above.amax(1, keepdim=True)
+    weight = (above / torch.where(most > 0, most, 1.0)).clamp_min(0)
+    # Where all look alike, none is background.
+    return torch.where(most > 0, weight, 1.0)
+
+
+def representation_shift(t: Tokens, s: Signals, draw: Draw) -> Tensor:
+    """How far the MLP's answer is from what it was asked about, as a share of all."""
+    shift = distance(s.need("mlp"), s.need("x_mid"))
+    return _shares(shift[:, t.prefix :])
+
+
 class Score(NamedTuple):
     """A score and the signals that it reads."""
 
@@ -98,6 +140,7 @@ SCORES: dict[str, Score] = {
     "norm": Score(length),
     "random": Score(chance),
     "inverse": Score(inverse, _CLASS),
+    "repshift": Score(representation_shift, frozenset({"x_mid", "mlp"})),
 }
 #: What `score_from` may be: the attention that published methods rank by, and ours without a class.
 ATTENTION = ("class", "column_mean")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Assignment, Keep, Merge
+from reduction.eager import traced
 from reduction.functional.portable import stable_order
 from reduction.tokens import Tokens
 
@@ -132,6 +133,56 @@ def packed(
     follows = slot[:, senders:].gather(1, host) if host.shape[1] and senders < n else host
     slot = torch.cat([torch.where(merged, follows, slot[:, :senders]), slot[:, senders:]], 1)
     return Merge(torch.zeros_like(slot).scatter(1, rows, slot), leader, valid=valid)
+
+
+def lengths(kept: Tensor, limit: int | None) -> tuple[int, bool]:
+    """Rows to keep, and whether some are padding. A compiled graph keeps the upper limit.
+
+    Args:
+        kept: Which rows stay, `(B, N)` bool.
+        limit: The most that may stay, or None for N.
+    """
+    if kept.device.type == "meta" or traced():
+        n = int(kept.shape[1])
+        return (n if limit is None else min(n, limit)), True
+    low, high = kept.sum(1).aminmax()
+    return int(high), bool(low < high)
+
+
+def grouped(head: Tensor, key: Tensor, live: Tensor, limit: int | None) -> Merge:
+    """Groups named by one of their members, in an order of choice.
+
+    Args:
+        head: The member that stands for the group of each token, `(B, N)`; its own head is itself.
+        key: Groups come in ascending order of this number of their heads, `(B, N)`.
+        live: `(B, N)`; the others are in no group.
+        limit: The most groups that there may be, or None.
+    """
+    n = head.shape[1]
+    index = torch.arange(n, device=head.device).expand_as(head)
+    leads = live & (head == index)
+    order = stable_order(key.masked_fill(~leads, torch.inf))
+    place = torch.zeros_like(order).scatter(1, order, index)
+    slot = torch.where(live, place.gather(1, head), -1)
+    longest, ragged = lengths(leads, limit)
+    valid = None
+    if ragged:
+        count = leads.sum(1, keepdim=True)
+        valid = torch.arange(longest, device=head.device).unsqueeze(0) < count
+    return Merge(slot, order[:, :longest], valid=valid)
+
+
+def held(source: Tensor) -> Keep:
+    """Keep the places that hold others, in their order.
+
+    Args:
+        source: The place that stands for each, `(B, N)`; those that stand for others, and for
+            themselves, stay.
+    """
+    index = torch.arange(source.shape[1], device=source.device, dtype=torch.float32)
+    live = torch.ones_like(source, dtype=torch.bool)
+    a = grouped(source, index.expand(source.shape), live, None)
+    return Keep(a.leader, a.valid, a.slot)
 
 
 def live_first(t: Tokens) -> tuple[Tensor, Tensor]:

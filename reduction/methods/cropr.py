@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,20 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width) if heads > 1 else None
         self.mlp_norm = nn.LayerNorm(width, eps=1e-6) if mlp else None
         self.mlp = _mlp(width, int(width * mlp_ratio)) if mlp else None
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take official weights, too, which call the projections `q`, `k` and `v`."""
+        for name in ("q", "k", "v"):
+            own = getattr(self, f"{name}_proj")
+            for part in ("weight", "bias"):
+                value = state.pop(f"{prefix}{name}.{part}", None)
+                if value is not None:
+                    state[f"{prefix}{name}_proj.{part}"] = value
+            if own is not None and f"{prefix}{name}_proj.weight" in state:
+                # The official ones may do without a bias.
+                bias = f"{prefix}{name}_proj.bias"
+                state.setdefault(bias, torch.zeros_like(own.bias))
+        super()._load_from_state_dict(state, prefix, *args)
 
     def direction(self) -> Tensor:
         """The vector `(C,)` whose product with a token is its score, up to a constant.

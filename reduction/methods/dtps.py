@@ -36,6 +36,7 @@ class DTPS(DynamicViT):
         token_loss: "kl" (between the softmax over channels of this model's tokens and of the dense
             model's) or "mse".
         temperature: Divides the cosines.
+        class_weight: Factor of the classification loss.
 
     Raises:
         ZooError: If `token_loss` is unknown or `temperature` not positive.
@@ -60,8 +61,9 @@ class DTPS(DynamicViT):
         ratios: list[float] | None = None,
         token_loss: str = "kl",
         temperature: float = 1.0,
+        class_weight: float = 1.0,
     ) -> None:
-        super().__init__(ratio_weight, logit_weight, token_weight, ratios)
+        super().__init__(ratio_weight, logit_weight, token_weight, ratios, class_weight)
         self.token_loss = one_of("token_loss", token_loss, TOKEN_LOSSES)
         self.temperature = positive("temperature", temperature)
 

@@ -88,6 +88,7 @@ class DynamicViT(Staged, Extends, Masked, Trains, ScoreReducer):
         logit_weight: Factor of the logit loss.
         token_weight: Factor of the token loss.
         ratios: Kept share of each stage that the ratio loss aims at; None: what the schedule keeps.
+        class_weight: Factor of the classification loss.
 
     Raises:
         ZooError: If an argument is out of range.
@@ -119,8 +120,10 @@ class DynamicViT(Staged, Extends, Masked, Trains, ScoreReducer):
         logit_weight: float = 0.5,
         token_weight: float = 0.5,
         ratios: list[float] | None = None,
+        class_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        self.class_weight = number("class_weight", class_weight, 0)
         self.ratio_weight = number("ratio_weight", ratio_weight, 0)
         self.logit_weight = number("logit_weight", logit_weight, 0)
         self.token_weight = number("token_weight", token_weight, 0)

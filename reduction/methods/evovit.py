@@ -56,9 +56,9 @@ class EvoViT(Learned, Trains, Follows, Parks, ScoreReducer):
         head_weight: Factor of the loss of a second classifier, on the class token, or on the mean
             of the patches where the model's own reads the class token; 0: no second classifier. At
             1 the sum is twice the paper's, half of each.
-        score: Rank by another score: "class", "column", "norm", "random" or "inverse"; None is
-            `score_from`. See `reduction.functional.scores`. What reads no attention is not
-            followed but taken at each step.
+        score: Rank by another score: "class", "column", "norm", "random", "inverse" or "repshift";
+            None is `score_from`. See `reduction.functional.scores`. What reads nothing of a block
+            is not followed but taken at each step.
         seed: Of the score "random", see `random`.
 
     Raises:

@@ -11,7 +11,6 @@ from reduction.assignment import Assignment, Keep, apply
 from reduction.base import Card, Reducer
 from reduction.checks import boolean, number, one_of, positive, share
 from reduction.counts import Dims, Spec, Step
-from reduction.eager import traced
 from reduction.functional import thresholds
 from reduction.functional.attention import column_mean
 from reduction.functional.matching import head_sum, split_sizes, unit
@@ -165,7 +164,8 @@ class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Train
                     thresholds.halves(score, first), merged.to(score.dtype), host
                 )
         kept = live if score is None else self._survivors(score, live, step, self.limit)
-        return thresholds.packed(rows, kept, merged, host, *self._lengths(kept, step))
+        limit = step.keep if self.limit else None
+        return thresholds.packed(rows, kept, merged, host, *thresholds.lengths(kept, limit))
 
     def _joining(self, best: Tensor, live: Tensor, step: Step, limit: bool) -> Tensor:
         assert self.merge_threshold is not None
@@ -176,14 +176,6 @@ class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Train
         assert self.prune_threshold is not None
         keep = step.keep if limit else None
         return thresholds.survivors(score, live, self.prune_threshold[step.block], keep)
-
-    def _lengths(self, kept: Tensor, step: Step) -> tuple[int, bool]:
-        """Rows to keep, and whether some are padding. A compiled graph keeps the upper limit."""
-        if kept.device.type == "meta" or traced():
-            n = int(kept.shape[1])
-            return (min(n, step.keep) if self.limit else n), True
-        low, high = kept.sum(1).aminmax()
-        return int(high), bool(low < high)
 
     # ------------------------------------------------------------------ training with masks
 

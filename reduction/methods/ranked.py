@@ -29,8 +29,8 @@ class Ranked(ScoreReducer):
 
     Args:
         score: "class" (what the class token pays), "column" (what a token receives from all),
-            "norm" (length of the features), "random" or "inverse" (what the class token pays least
-            comes first).
+            "norm" (length of the features), "random", "inverse" (what the class token pays least
+            comes first) or "repshift" (see that method; acts behind the MLP).
         settle: What becomes of the tokens that are not kept. "drop": they are gone; "fuse": they
             become one more token, their sum weighted by scores; "squeeze": each joins the kept one
             most like it, weighted by `exp(cosine)`; "nearest": so too, in a size-weighted mean.

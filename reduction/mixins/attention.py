@@ -29,6 +29,7 @@ class AttentionInput(NamedTuple):
         again: What the attention would compute for other tokens of the residual stream; with True
             only `v` of it is filled. Given where `OwnAttention.rereads` says so.
         drop: Dropout of the attention weights where somebody watches it; see `dropped`.
+        x: What queries, keys and values were computed from, `(B, P+N, C)`.
     """
 
     q: Tensor
@@ -42,6 +43,7 @@ class AttentionInput(NamedTuple):
     class_tokens: int = 1
     again: Callable[[Tokens, bool], AttentionInput] | None = None
     drop: Callable[[Tensor], Tensor] | None = None
+    x: Tensor | None = None
 
     def logits(self) -> Tensor:
         """Scaled products of queries and keys with the bias added, `(B, H, P+N, P+N)`."""

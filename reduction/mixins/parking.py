@@ -27,6 +27,15 @@ class Parks:
 
     parks: Literal["no", "stage", "block"] = "stage"
 
+    def lasts(self, block: int, first: int) -> bool:
+        """Whether a step is repeated in a later block, where `parks` is "block".
+
+        Args:
+            block: The later block.
+            first: That of the step.
+        """
+        return True
+
     def restores(self, block: int, depth: int) -> bool:
         """Whether tokens that are parked behind this block, where it is their turn, come back."""
         return True

@@ -14,7 +14,7 @@ from reduction.errors import ZooError
 from reduction.functional.lots import lots, seed_or_torchs
 from reduction.functional.scores import ATTENTION, Draw, score_named
 from reduction.mixins.images import SeesImages
-from reduction.tokens import Signals, Tokens
+from reduction.tokens import OF_THE_MLP, Signals, Tokens
 
 _OWN: Any = object()
 
@@ -56,6 +56,8 @@ class ScoreReducer(SeesImages, Reducer):
         self._ranks = None if chosen is None else score_named(chosen)
         if self._ranks is not None:
             self.needs = self._ranks.needs
+        if self.needs & OF_THE_MLP and self.site == "mid":
+            self.site = "post"  # what the MLP says is not known before
 
     def arguments(self) -> dict[str, Any]:
         """Constructor arguments; `score` and `seed` only where a score was chosen by name."""

@@ -34,9 +34,11 @@ class Trains:
 
     Attributes:
         needs_teacher: `auxiliary_losses` compares with the frozen dense model.
+        class_weight: Factor of the classification loss that the others are added to.
     """
 
     needs_teacher: bool = False
+    class_weight: float = 1.0
 
     def auxiliary_losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """Losses to add to the classification loss while training, by name, weights included."""

@@ -29,6 +29,10 @@ class KeepRate(Schedule):
         strict: See `Schedule`.
         prefix: How many prefix tokens the counts include (some papers take their share of the
             whole sequence).
+        nominal_r: Remove in each stage what lies between its count and that of the stage before,
+            however many are there: what a method could not remove, no later stage makes up for.
+            So the stage-wise ToMe of Haurum et al. With `of="initial"`, and as a rule
+            `strict=False`.
 
     Raises:
         ZooError: If a value is out of range.
@@ -44,6 +48,7 @@ class KeepRate(Schedule):
         of: str = "initial",
         strict: bool = True,
         prefix: int = 0,
+        nominal_r: bool = False,
     ) -> None:
         if of not in ("initial", "current"):
             raise ZooError(f"of must be 'initial' or 'current', got {of!r}")
@@ -73,6 +78,9 @@ class KeepRate(Schedule):
         self.of = of
         self.strict = boolean("strict", strict)
         self.prefix = count("prefix", prefix, 0)
+        self.nominal_r = boolean("nominal_r", nominal_r)
+        if nominal_r and of != "initial":
+            raise ZooError(f"nominal_r=true goes with of='initial', got of={of!r}")
 
     def stages(self, depth: int) -> list[int]:
         """Blocks that reduce.
@@ -93,17 +101,23 @@ class KeepRate(Schedule):
         if block not in stages:
             return None
         stage = stages.index(block)
-        round_ = _ROUNDING[self.rounding]
+        if self._rate_of(stage) == 1 and not self.nominal_r:
+            return None
+        if not self.nominal_r:
+            return Budget(self._keep(stage, n, n0))
+        before = n0 if stage == 0 else min(n0, self._keep(stage - 1, n0, n0))
+        removed = before - min(before, self._keep(stage, n0, n0))
+        return Budget(max(1, n - removed)) if removed else None
+
+    def _rate_of(self, stage: int) -> float:
+        return self.rate[stage] if isinstance(self.rate, list) else self.rate
+
+    def _keep(self, stage: int, n: int, n0: int) -> int:
+        """Tokens that a stage keeps."""
+        rate = self._rate_of(stage)
         n, n0 = n + self.prefix, n0 + self.prefix
-        if isinstance(self.rate, list):
-            rate = self.rate[stage]
-            share = rate * (n if self.of == "current" else n0)
-        elif self.of == "current":
-            rate = self.rate
+        if self.of == "current":
             share = rate * n
         else:
-            rate = self.rate
-            share = n0 * rate ** (stage + 1)
-        if rate == 1:
-            return None
-        return Budget(max(1, round_(share) - self.prefix))
+            share = rate * n0 if isinstance(self.rate, list) else n0 * rate ** (stage + 1)
+        return max(1, _ROUNDING[self.rounding](share) - self.prefix)

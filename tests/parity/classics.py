@@ -113,6 +113,7 @@ def dynamicvit_training(fx: Fixture) -> Iterator[Case]:
     stages = range(len(fx.config["reduction_loc"]))
     reducer = {
         "name": "dynamicvit",
+        "class_weight": weights["cls_weight"],
         "ratio_weight": weights["ratio_weight"],
         "logit_weight": weights["cls_distill_weight"],
         "token_weight": weights["token_distill_weight"],
@@ -142,15 +143,19 @@ def dynamicvit_training(fx: Fixture) -> Iterator[Case]:
     tol = fx.tolerance("features")
     case.close("features", outcome.final.patches, fx.tensors["train.features"], tol)
     losses = model.reducer.auxiliary_losses(outcome)
-    ce = F.cross_entropy(logits, labels) * weights["cls_weight"]
+    ce = F.cross_entropy(logits, labels) * model.reducer.class_weight
     total = ce + sum(losses.values())
     parts = {
         "ce": ce,
-        "ratio": losses["ratio"] / weights["ratio_weight"],
-        "cls_kl": losses["logits"] / weights["cls_distill_weight"],
-        "token_mse": losses["token"] / weights["token_distill_weight"],
         "total": total,
     }
+    for name, ours, weight in (
+        ("ratio", "ratio", "ratio_weight"),
+        ("cls_kl", "logits", "cls_distill_weight"),
+        ("token_mse", "token", "token_distill_weight"),
+    ):
+        if weights[weight]:
+            parts[name] = losses[ours] / weights[weight]
     for name, value in parts.items():
         case.close(f"loss.{name}", value.reshape(1), fx.tensors[f"loss.{name}"], (1e-4, 1e-3))
     total.backward()

@@ -23,14 +23,15 @@ def tome(fx: Fixture) -> Iterator[Case]:
         rate = config["keep_rate"]
         schedule: dict[str, Any] = {"name": "keep_rate", "strict": False}
         if len(rate) == 1:
-            schedule |= {"rate": rate[0], "blocks": config["reduction_loc"]}
+            blocks = config["reduction_loc"]
+            schedule |= {"rate": rate[0], "blocks": blocks, "nominal_r": True}
         else:
             # A longer list means counts in that code base.
             depth = fx.info["timm"]["kwargs"]["depth"]
-            keep: list[int | None] = [None] * depth
+            removed, before = [0] * depth, fx.backbone().patch_embed.num_patches
             for block, count in zip(config["reduction_loc"], rate, strict=True):
-                keep[block] = int(count)
-            schedule = {"name": "per_block", "keep": keep, "strict": False}
+                removed[block], before = max(0, before - int(count)), int(count)
+            schedule = {"name": "constant_r", "r": removed, "strict": False}
         yield from run_cases(fx, "tome", schedule)
         return
     r, inflection = config["r"], None

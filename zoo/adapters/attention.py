@@ -347,7 +347,7 @@ def attend(
     dropout = parts.dropout if attn.training else 0.0
     fused = parts.fused and tap is None
     drop = None if fused else partial(_dropped, parts, dropout, tap)
-    more = need, class_tokens, again, drop
+    more = need, class_tokens, again, drop, x
     given = AttentionInput(q, k, v, parts.scale, bias, dropout, fused, *more)
     result = None if own is None else own(given)
     if result is None:

@@ -32,6 +32,8 @@ class BlockAdapter(NamedTuple):
         attn_input: `(block, x) -> x`: what the attention gets of the residual stream.
         mlp_branch: `(block, x) -> f`: what `mlp_half` adds to the residual stream through
             `block.drop_path2`, layer scale included; None where it adds no one thing.
+        mlp_masked: `(block, x, mask) -> f`: as `mlp_branch`, the MLP's input times a mask; None
+            where it has no one input.
         attn: `block -> module`: the attention.
         mlp: `block -> module`: where the linear layers of the MLP are.
         mlp_drop: `block -> module`: what the branch goes through on its way into the stream, or
@@ -50,6 +52,7 @@ class BlockAdapter(NamedTuple):
     linear_macs: Callable[[Any, int, int], int] | None = None
     attn_input: Callable[[Any, Tensor], Tensor] = lambda block, x: block.norm1(x)
     mlp_branch: Callable[[Any, Tensor], Tensor] | None = None
+    mlp_masked: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     attn: Callable[[Any], Any] = lambda block: block.attn
     mlp: Callable[[Any], nn.Module] = lambda block: block.mlp
     mlp_drop: Callable[[Any], nn.Module | None] = lambda block: block.drop_path2

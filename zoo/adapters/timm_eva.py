@@ -69,10 +69,18 @@ def mlp_branch(b: Any, x: Tensor) -> Tensor:
     return out if b.gamma_2 is None else b.gamma_2 * out  # type: ignore[no-any-return]
 
 
+def _masked(b: Any, x: Tensor, mask: Tensor) -> Tensor:
+    out = b.mlp(b.norm2(x) * mask)
+    return out if b.gamma_2 is None else b.gamma_2 * out  # type: ignore[no-any-return]
+
+
 register_tower(Eva, TimmEva())
 register_attention(AttentionRope, _attention_rope, separable=True)
 register_attention(EvaAttention, _eva_attention, separable=True)
-register_block(EvaBlock, BlockAdapter(attn_half, mlp_half, rope=True, mlp_branch=mlp_branch))
+register_block(
+    EvaBlock,
+    BlockAdapter(attn_half, mlp_half, rope=True, mlp_branch=mlp_branch, mlp_masked=_masked),
+)
 register_block(
     EvaBlockPostNorm,
     BlockAdapter(post_attn, post_mlp, rope=True, attn_input=itself, mlp_branch=post_branch),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
@@ -68,6 +69,29 @@ class TimmTower(Tower):
     def check_images(self, m: Any, images: Tensor) -> None:
         """See `Tower`."""
         check_images(m, images)
+
+    def patches(self, m: Any, images: Tensor) -> Tensor:
+        """See `Tower`."""
+        embed = m.patch_embed
+        if getattr(embed, "backbone", None) is not None:
+            raise ZooError(
+                "a convolutional stem makes no tokens of parts of an image; choose another method"
+            )
+        x: Tensor = embed.proj(images)
+        return embed.norm(x.flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
+
+    def positions(self, m: Any, grid: tuple[int, int]) -> Tensor:
+        """See `Tower`; tables are resampled as timm does for other image sizes."""
+        rows, columns = self.grid(m)
+        table = getattr(m, "pos_embed", None)
+        if table is None:
+            return m.patch_embed.proj.weight.new_zeros(  # type: ignore[no-any-return]
+                1, grid[0] * grid[1], self.width(m)
+            )
+        table = table[:, table.shape[1] - rows * columns :]
+        if grid == (rows, columns):
+            return table  # type: ignore[no-any-return]
+        return resample_abs_pos_embed(table, list(grid), [rows, columns], num_prefix_tokens=0)
 
     def pre_norm(self, m: Any, x: Tensor) -> Tensor:
         """See `Tower`."""

@@ -47,6 +47,10 @@ def mlp_branch(b: Any, x: Tensor) -> Tensor:
     return through(b.ls2, b.mlp(b.norm2(x)))
 
 
+def _masked(b: Any, x: Tensor, mask: Tensor) -> Tensor:
+    return through(b.ls2, b.mlp(b.norm2(x) * mask))
+
+
 def post_attn(b: Any, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
     """Attention half of a block that normalises behind its layers."""
     out, signals = attend(b.attn, x)
@@ -70,7 +74,9 @@ def itself(b: Any, x: Tensor) -> Tensor:
 
 register_tower(VisionTransformer, TimmViT())
 register_attention(Attention, attention, separable=True)
-register_block(Block, BlockAdapter(attn_half, mlp_half, rope=False, mlp_branch=mlp_branch))
+register_block(
+    Block, BlockAdapter(attn_half, mlp_half, rope=False, mlp_branch=mlp_branch, mlp_masked=_masked)
+)
 register_block(
     ResPostBlock,
     BlockAdapter(post_attn, post_mlp, rope=False, attn_input=itself, mlp_branch=post_branch),

@@ -154,6 +154,25 @@ class Tower:
         """
         return None
 
+    def patches(self, m: Any, images: Tensor) -> Tensor:
+        """Patches without a position, `(B, N, C)`, of images of any size that patches divide.
+
+        Raises:
+            ZooError: If the embedding does not come apart.
+        """
+        raise ZooError(
+            f"the embedding of a {type(m).__name__} is not known to come apart into patches and "
+            "positions, which this method needs; choose another method"
+        )
+
+    def positions(self, m: Any, grid: tuple[int, int]) -> Tensor:
+        """What is added to patches that lie in such a grid, `(1, N, C)`.
+
+        Raises:
+            ZooError: As `patches`.
+        """
+        return self.patches(m, torch.empty(0))
+
     def pre_norm(self, m: Any, x: Tensor) -> Tensor:
         """The norm before the first block, where there is one."""
         return x

@@ -30,6 +30,7 @@ _SIGNALS = {
     "attn": "whole map",
     "x_norm": "normed input",
     "out": "attention output",
+    "x_in": "block input",
     "x_mid": "stream before the MLP",
     "mlp": "MLP output",
 }

@@ -21,13 +21,14 @@ zoo: token reduction for vision transformers
                                    tower's tokens, with --models the backbones
   zoo show NAME                    paper, code, arguments of one of them
   zoo report RESULTS [--out DIR]   tables and plots of rows
+  zoo calibrate MODEL IMAGES ...   thresholds of merging, from unlabelled images
   zoo doctor                       does this installation compute right?
 
 zoo COMMAND --help says more. Try:
   zoo eval weights=vit_digits reducer=tome schedule.r=4
 """
 _HYDRA = ("train", "eval")
-_PLAIN = ("list", "show", "report", "doctor")
+_PLAIN = ("list", "show", "report", "calibrate", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,6 +150,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("results", nargs="+", help=".jsonl files, or folders that hold some")
         parser.add_argument("--out", help="where to write (default: beside the rows)")
         parser.add_argument("--title", help="headline of the report")
+    elif command == "calibrate":
+        from zoo.cli.calibrate import add_arguments
+
+        parser = _Parser(
+            "zoo calibrate", description="Finds thresholds of merging on unlabelled images."
+        )
+        add_arguments(parser)
     else:
         parser = _Parser("zoo doctor", description="Checks this installation.")
     return parser
@@ -234,4 +242,16 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return examine()
 
 
-_COMMANDS = {"list": _list, "show": _show, "report": _report, "doctor": _doctor}
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from zoo.cli.calibrate import run
+
+    return run(arguments)
+
+
+_COMMANDS = {
+    "list": _list,
+    "show": _show,
+    "report": _report,
+    "calibrate": _calibrate,
+    "doctor": _doctor,
+}

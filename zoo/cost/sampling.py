@@ -77,6 +77,10 @@ class CostSampler:
 
     def _add_image(self, counts: Sequence[int]) -> None:
         prefix, n, total = self.model.prefix, self._plans[0].entering, self._outside
+        if self._plans[0].entry is not None:
+            # Nothing but plugins changes the number of tokens later.
+            plugins = self.model.plugins
+            n = counts[0] + prefix - sum(p.added(0, self.model.depth) for p in plugins)
         for i, after in enumerate(counts):
             block = self._block(i, n, after + prefix)
             n = after + prefix

@@ -128,6 +128,8 @@ class Classifier(pl.LightningModule):
             taught = self._teach(images, labels)
             extra = self.net.auxiliary_losses(info, logits, labels, taught)
             loss = self.loss(logits, labels)
+            if isinstance(reducer := self.net.reducer, Trains):
+                loss = reducer.class_weight * loss
         else:
             loss = self._mean_loss(images, labels)
         for name, value in extra.items():

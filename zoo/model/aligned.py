@@ -87,7 +87,8 @@ class Aligned:
         if others:
             raise ZooError(
                 f"{reducer.name or type(reducer).__name__} leaves as many tokens as its pattern "
-                f"has and not what it is asked for, so align={align} cannot be met; use align=1"
+                f"or threshold gives and not what it is asked for, so align={align} cannot be "
+                "met; use align=1"
             )
         return None
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from reduction.base import Reducer
 from reduction.counts import Dims, Spec, Step
+from reduction.mixins.gating import Gates
+from reduction.tokens import OF_THE_MLP
 from zoo.adapters.attention import parts_of
 from zoo.adapters.blocks import block_adapter
 from zoo.adapters.standalone import Standalone, as_standalone, check_alone
@@ -93,7 +95,22 @@ class Anatomy(NamedTuple):
             classes=tower.classes(m),
             steps=tuple(steps),
             reads=tower.reads(m),
+            patch_macs=_patch_macs(m),
+            **_pixels(m),
         )
+
+
+def _patch_macs(m: Any) -> int:
+    """What it takes to embed one patch; 0 where the embedding is no single projection."""
+    proj = getattr(getattr(m, "patch_embed", None), "proj", None)
+    return int(proj.weight.numel()) if isinstance(proj, nn.Conv2d) else 0
+
+
+def _pixels(m: Any) -> dict[str, tuple[float, ...]]:
+    """How pixels were normalised, where the backbone publishes it."""
+    published = getattr(m, "pretrained_cfg", None) or {}
+    found = {name: published.get(name) for name in ("mean", "std")}
+    return {k: tuple(map(float, v)) for k, v in found.items() if v is not None}
 
 
 def check_parts(
@@ -131,10 +148,15 @@ def check_blocks(blocks: Sequence[nn.Module], reducer: Reducer) -> None:
                 "the MLP reads the same tokens beside it; choose a method that acts before or "
                 "behind the block, such as 'tome' or 'evit'"
             )
-        if reducer.needs & {"x_mid", "mlp"} and adapter.mlp_branch is None:
+        if reducer.needs & OF_THE_MLP and adapter.mlp_branch is None:
             raise UnsupportedModel(
                 f"block class {kind} has no one MLP whose answer reducer {reducer.name!r} could "
                 "look at; choose a method that does not read it"
+            )
+        if isinstance(reducer, Gates) and adapter.mlp_masked is None:
+            raise UnsupportedModel(
+                f"reducer {reducer.name!r} switches parts of the MLP, and block class {kind} has "
+                "no one MLP; choose another method"
             )
 
 

@@ -13,6 +13,7 @@ from reduction.eager import autocasting
 from reduction.functional.attention import attention_bias
 from reduction.functional.carriers import append, trim
 from reduction.mixins.attention import AttentionInput, AttentionOutput, ExtraKeys, OwnAttention
+from reduction.mixins.gating import Gates, MlpGates
 from reduction.schedules.base import Schedule
 from reduction.tokens import Signals, Tokens
 from zoo.adapters.attention import (
@@ -59,6 +60,10 @@ class Whole(NamedTuple):
     def mlp(self, x: Tensor) -> Tensor:
         """Nothing is left to do."""
         return x
+
+    def mlp_gated(self, x: Tensor, gates: MlpGates) -> Tensor:
+        """Never asked for, see `mlp_seen`."""
+        raise NotImplementedError
 
     def mlp_seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Never asked for: whoever wants it listens, and then the block runs in halves."""
@@ -122,6 +127,8 @@ class Halves(NamedTuple):
         t = t if result.tokens is None else result.tokens
         if plan.rows is not None:
             t = _first(t, plan.rows)
+        if isinstance(reducer, Gates) and step is not None:
+            branch = branch * reducer.attention_gate(t).to(branch.dtype)
         return t._replace(x=t.x + branch), result.signals
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -140,6 +147,16 @@ class Halves(NamedTuple):
         branch = self.adapter.mlp_branch(self.block, x)
         drop = self.adapter.mlp_drop(self.block)
         return x + (branch if drop is None else through(drop, branch)), branch
+
+    def mlp_gated(self, x: Tensor, gates: MlpGates) -> Tensor:
+        """See `Lane`."""
+        if self.adapter.mlp_masked is None:
+            raise UnsupportedModel(
+                f"block class {type(self.block).__name__} has no one MLP whose input could be "
+                "masked; choose a method that does not switch parts of blocks"
+            )
+        branch = self.adapter.mlp_masked(self.block, x, gates.features.to(x.dtype))
+        return x + through(self.block.drop_path2, branch * gates.branch.to(branch.dtype))
 
     def _rereading(self, stage: Stage, shift: Shift | None) -> dict[str, Any]:
         """Arguments of `attend` for a reducer that changes tokens between keys and values."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from reduction.base import Reducer
 from reduction.mixins.attention import InAttention
+from reduction.mixins.gating import Gates, MlpGates
 from reduction.schedules.base import Schedule
 from reduction.tokens import Signals, Tokens
 from zoo.adapters.tower import Embedded
@@ -48,6 +49,13 @@ class Lane(Protocol):
 
         Raises:
             UnsupportedModel: If the block adds no one thing.
+        """
+
+    def mlp_gated(self, x: Tensor, gates: MlpGates) -> Tensor:
+        """`mlp` with parts of it switched off.
+
+        Raises:
+            UnsupportedModel: If the block has no one MLP.
         """
 
 
@@ -97,6 +105,8 @@ class Stage(NamedTuple):
         inside: The reducer, if it may take part in the attention, or None.
         keeps: Whether the signals of the attention are wanted behind the MLP.
         shows_mlp: Whether the signals of the MLP are wanted.
+        gates: The reducer, if it switches parts of this block, or None.
+        shows_input: Whether what enters the attention is wanted.
     """
 
     block: int
@@ -112,3 +122,5 @@ class Stage(NamedTuple):
     inside: InAttention | None
     keeps: bool
     shows_mlp: bool
+    shows_input: bool
+    gates: Gates | None = None

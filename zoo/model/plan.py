@@ -138,10 +138,12 @@ def _walk(
     n0 = n
     entry = None
     if reducer is not None and schedule is not None and reducer.site == "input":
-        if strict and aligned is None:
-            _check(reducer, schedule, 0, depth, n, n0)
         if aligned is None:
-            entry = _step(reducer, schedule, 0, depth, n, n0, grid)
+            first = _first(schedule, depth, n)
+            if strict:
+                _check(reducer, schedule, first, depth, n, n0)
+            found = _step(reducer, schedule, first, depth, n, n0, grid)
+            entry = None if found is None else found._replace(block=0)
         else:
             entry = aligned.entry(reducer, n, prefix)
         n = n if entry is None else reducer.count(n, entry)
@@ -153,6 +155,7 @@ def _walk(
     steps: list[Step | None] = []
     restored = [False] * depth
     parks = reducer.parks if isinstance(reducer, Parks) else "no"
+    since = 0
     parked, last = 0, None  # tokens that would come back, and the step that took them out
     for block in range(depth):
         step = None
@@ -166,7 +169,11 @@ def _walk(
                     _check(reducer, schedule, block, depth, free, n0)
                 step = _step(reducer, schedule, block, depth, free, n0, grid)
         if parks == "block" and step is None and last is not None:
-            step = last._replace(block=block)
+            assert isinstance(reducer, Parks)
+            if reducer.lasts(block, since):
+                step = last._replace(block=block, again=True)
+        elif step is not None:
+            since = block
         if parked and step is not None:
             restored[block - 1] = True
             n = n + parked
@@ -193,6 +200,12 @@ def _walk(
         more = steps[block], need, spared[block], restored[block]
         plans.append(Plan(entering, attention, mlp, leaving, *more))
     return [plans[0]._replace(entry=entry), *plans[1:]]
+
+
+def _first(schedule: Schedule, depth: int, n: int) -> int:
+    """The first block that a schedule has a budget for, which is that of what enters block 0."""
+    budgets = (schedule.budget(block, depth, n, n) for block in range(depth))
+    return next((i for i, budget in enumerate(budgets) if budget is not None), 0)
 
 
 def _spared(reducer: Reducer | None, plugins: Sequence[Plugin], block: int, depth: int) -> int:

@@ -15,9 +15,10 @@ from reduction.eager import undisturbed
 from reduction.functional.carriers import join_tail, split_tail, trim
 from reduction.mixins.attention import InAttention
 from reduction.mixins.following import Follows
+from reduction.mixins.gating import Gates
 from reduction.mixins.masking import Masked
 from reduction.mixins.parking import Parks
-from reduction.tokens import Signals, Tokens
+from reduction.tokens import OF_THE_MLP, Signals, Tokens
 from zoo.adapters.blocks import block_adapter
 from zoo.adapters.fast_linear import Mode, using
 from zoo.adapters.hooks import called, hooked
@@ -49,12 +50,20 @@ def run(stage: Stage, t: Tokens, signals: Signals) -> tuple[Tokens, Signals]:
         t = stage.before(t, signals, step)
     if stage.asks and (t.policy is not None or (stage.inside and stage.inside.inside(t))):
         lane = stage.halves
-    t, seen = lane.attention(t, stage)
+    if stage.shows_input:
+        entered = t.x
+        t, seen = lane.attention(t, stage)
+        seen = seen._replace(x_in=entered)
+    else:
+        t, seen = lane.attention(t, stage)
     if stage.between is not None:
         t = stage.between(t, seen, step)
         if not stage.keeps:
             seen = _NONE  # the MLP is where memory peaks: hold nothing that it does not need
-    if stage.shows_mlp:
+    if stage.gates is not None:
+        t = t._replace(x=lane.mlp_gated(t.x, stage.gates.mlp_gates(t)))
+        t = stage.gates.ungate(t)
+    elif stage.shows_mlp:
         before = t.x
         x, branch = lane.mlp_seen(before)
         t, seen = t._replace(x=x), seen._replace(x_mid=before, mlp=branch)
@@ -173,7 +182,9 @@ def stages(
                 asks and lane is not halves,
                 inside,
                 follows is not None or i in hear,
-                bool(_OF_THE_MLP & plan.need),
+                bool(OF_THE_MLP & plan.need),
+                "x_in" in plan.need,
+                reducer if isinstance(reducer, Gates) and step is not None else None,
             )
         )
         added = sum(p.added(i, depth) for p in frame.plugins)
@@ -181,8 +192,7 @@ def stages(
     return out
 
 
-#: Signals of the MLP, and those for which an attention goes through modules.
-_OF_THE_MLP = frozenset({"x_mid", "mlp"})
+#: Signals for which an attention goes through modules.
 _MAPS = frozenset({"attn", "out"})
 
 

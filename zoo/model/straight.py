@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from reduction.eager import autocasting, undisturbed
 from reduction.functional.attention import attention_bias, signals
 from reduction.functional.kernels import choose, fused
+from reduction.mixins.gating import MlpGates
 from reduction.tokens import Signals, Tokens
 from zoo.adapters.attention import idle
 from zoo.adapters.fast_linear import FastLinear, linear
@@ -149,6 +150,10 @@ class Line(NamedTuple):
     def mlp(self, x: Tensor) -> Tensor:
         """See `Lane`."""
         return self.block.mlp(x)
+
+    def mlp_gated(self, x: Tensor, gates: MlpGates) -> Tensor:
+        """Never asked for: who switches parts of a block takes part in its attention."""
+        raise NotImplementedError
 
     def mlp_seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Lane`."""

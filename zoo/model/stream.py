@@ -14,7 +14,7 @@ from reduction.assignment import apply
 from reduction.counts import Step
 from reduction.eager import traced
 from reduction.mixins.answer import OwnAnswer
-from reduction.mixins.entry import AtInput
+from reduction.mixins.entry import AtEmbedding, AtInput, Embedding
 from reduction.mixins.following import Extends, Remembers
 from reduction.mixins.images import SeesImages
 from reduction.schedules.base import Schedule
@@ -181,7 +181,14 @@ def _enter(
             raise ZooError(
                 "a method that looks at images needs one token per patch; switch patch dropout off"
             )
-        before, t = t, apply(t, reducer.look(images, grid, entry))
+        before = t
+        if isinstance(reducer, AtEmbedding):
+            pieces = Embedding(
+                partial(tower.patches, model.backbone), partial(tower.positions, model.backbone)
+            )
+            t = reducer.enter(t, images, grid, entry, pieces)
+        else:
+            t = apply(t, reducer.look(images, grid, entry))
         if note is not None:
             note(-1, before, t)
     memories = []

@@ -1,0 +1,106 @@
+"""Thresholds from unlabelled images, for methods that merge what is alike enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from reduction.mixins.calibrating import Calibrates, noted_thresholds
+from zoo.errors import ZooError
+from zoo.model.reduced import ReducedViT
+
+
+def calibrate(
+    model: ReducedViT,
+    batches: Iterable[Tensor | Sequence[Tensor]],
+    r: Sequence[int] | None = None,
+) -> list[float]:
+    """Set the thresholds of a model from unlabelled images.
+
+    Batch after batch runs through the model; in every block the most similar pairs of the whole
+    batch merge, as many as there are images times `r`. A threshold is the mean over the batches of
+    the similarity at which that ended. The thresholds are saved with the model, and decide alone
+    from then on: the schedule limits nothing any more.
+
+    Args:
+        model: Whose reducer has thresholds, e.g. `dtome`; it is changed.
+        batches: Images `(B, 3, H, W)` as the model expects them, or tuples that begin with them.
+            Larger batches give better thresholds.
+        r: Pairs per image that merge in each block on average; None: what the schedule removes.
+
+    Returns:
+        The thresholds, one per block; 1 where nothing merges.
+
+    Raises:
+        ZooError: If the reducer has no thresholds, `r` has another length than the model, or there
+            are no images.
+    """
+    reducer = model.reducer
+    if not isinstance(reducer, Calibrates):
+        raise ZooError(
+            f"reducer {getattr(reducer, 'name', None)!r} has no thresholds to calibrate; choose "
+            "one that has, e.g. reducer='dtome'"
+        )
+    counts = removed(model) if r is None else [int(v) for v in r]
+    if len(counts) != model.depth or min(counts) < 0:
+        raise ZooError(
+            f"r must hold one count for each of the {model.depth} blocks, got {list(counts)}"
+        )
+    total, seen, was = torch.zeros(model.depth, dtype=torch.float64), 0, model.training
+    model.eval()
+    try:
+        with torch.no_grad(), reducer.looking(counts):
+            for batch in batches:
+                images = batch if isinstance(batch, Tensor) else batch[0]
+                device = next(model.parameters()).device
+                _, info = model(images.to(device), return_info=True)
+                total += noted_thresholds(info.final, model.depth).double().cpu()
+                seen += 1
+    finally:
+        model.train(was)
+    if not seen:
+        raise ZooError("expected at least one batch of images to calibrate on, got none")
+    found = [float(v) if c else 1.0 for v, c in zip(total / seen, counts, strict=True)]
+    reducer.set_thresholds(found, counts)
+    return found
+
+
+def removed(model: ReducedViT) -> list[int]:
+    """Tokens that the schedule of a model removes in each block."""
+    steps = [plan.step for plan in model.plan()]
+    n, found = model.token_counts()[0][0] - model.prefix, []
+    for step in steps:
+        keep = n if step is None else min(n, step.keep)
+        found.append(n - keep)
+        n = keep
+    return found
+
+
+def pairs_per_block(total: int, depth: int, kind: str = "constant") -> list[int]:
+    """How DyMU spreads the pairs of an image over the blocks.
+
+    Args:
+        total: Pairs that merge in all blocks together.
+        depth: Blocks.
+        kind: "constant" (the remainder goes to the first blocks), "linear" (many in the first
+            blocks) or "reverse_linear".
+
+    Raises:
+        ZooError: If the kind is unknown.
+    """
+    if kind == "constant":
+        each, rest = divmod(total, depth)
+        return [each + (i < rest) for i in range(depth)]
+    if kind not in ("linear", "reverse_linear"):
+        raise ZooError(
+            f"kind must be one of ('constant', 'linear', 'reverse_linear'), got {kind!r}"
+        )
+    start = (2 * total) // depth
+    found: list[int] = []
+    for i in range(depth):
+        r = int(start - i * start / depth)
+        left = total - sum(found)
+        found.append(min(r, left))
+    return found if kind == "linear" else found[::-1]
