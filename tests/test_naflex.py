@@ -58,7 +58,12 @@ def test_every_image_gets_what_it_gets_alone(row: Row) -> None:
     model = reduced(row, family("naflex"))
     if row.name == "random":
         pytest.skip("draws by the place in the batch")
-    images, given = batch()
+    if row.frames > 1:
+        with pytest.raises(ZooError, match=f"expected {row.frames} frames on top of each other"):
+            model(batch()[1])
+    # Of frames on top of each other, grids with as many rows for each.
+    images, given = batch([size for size in SIZES if size[0] // 4 % row.frames == 0])
+    assert len({x.shape for x in images}) > 1
     with torch.no_grad():
         alone = torch.cat([model(x) for x in images])
         assert torch.allclose(model(given), alone, atol=1e-4)

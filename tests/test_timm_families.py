@@ -10,6 +10,8 @@ from timm.models import vision_transformer
 
 import reduction
 import zoo
+from reduction.mixins.gating import Gates
+from reduction.tokens import OF_THE_MLP
 from tests.cases import Row
 from tests.families import FAMILIES, family, first_rows, pictures, reduced
 from zoo.adapters.bias import bias_of
@@ -19,6 +21,7 @@ from zoo.errors import UnsupportedModel
 ALL = list(FAMILIES)
 BIASED = [name for name in ALL if name.startswith(("beit", "relpos"))]
 BESIDE = [n for n in ALL if n.startswith("scaling") or n in ("diff_scaling", "diff_dual")]
+SIDE_BY_SIDE = [n for n in ALL if n.endswith("things")]
 OLD = not hasattr(vision_transformer, "DiffParallelScalingBlock")
 NOTHING = {"name": "constant_r", "r": 0}
 
@@ -68,14 +71,26 @@ def needs_class_token(row: Row, backbone: Any) -> bool:
     return needs and not row.without_class_token and not tower.class_tokens(backbone)
 
 
+def refusal(row: Row, name: str) -> str:
+    """What a method acts on that the blocks of a family do not have; empty if nothing."""
+    method = reduction.create(**row.reducer())
+    if method.site == "attn" and name in BESIDE:
+        return "inside the attention, but in a .* beside it"
+    if method.needs & OF_THE_MLP and name in BESIDE:
+        return "no one MLP whose answer"
+    if isinstance(method, Gates) and name in SIDE_BY_SIDE:
+        return "switches parts of the MLP, and .* has no one MLP"
+    return ""
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("row", first_rows(), ids=lambda row: row.id)
 def test_every_method(row: Row, name: str) -> None:
     backbone = family(name)
     if needs_class_token(row, backbone):
         pytest.skip("needs a class token")
-    if row.name in ("ats", "mctf") and name in BESIDE:
-        with pytest.raises(UnsupportedModel, match="inside the attention, but in a .* beside it"):
+    if why := refusal(row, name):
+        with pytest.raises(UnsupportedModel, match=why):
             reduced(row, backbone)
         return
     model = reduced(row, backbone)

@@ -13,7 +13,6 @@ from reduction.checks import count, number, positive, share
 from reduction.counts import Dims, Spec, Step
 from reduction.functional import thresholds
 from reduction.functional.attention import attention_bias
-from reduction.functional.neighbours import rows_of_heads
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.mixins.gating import Gates, MlpGates
@@ -224,9 +223,7 @@ class AdaViT(Adaptive, Learned, Trains, Gates, OwnAttention, Reducer):
         """All tokens, of which only those that take part are seen."""
         seen = chosen.tokens.detach() > 0.5
         mask = torch.cat([seen.new_ones(seen.shape[0], t.prefix), seen], dim=1)
-        bias = attention_bias(None, mask, a.q.dtype)
-        assert bias is not None
-        return a._replace(bias=bias.to(a.q.dtype), need=frozenset()).usual()[0]
+        return a.plus(attention_bias(None, mask, a.q.dtype))._replace(need=frozenset()).usual()[0]
 
     def _selected(self, a: AttentionInput, t: Tokens, chosen: Decisions) -> tuple[Tensor, Tokens]:
         """Rows of those that take part alone; the others are put aside."""
@@ -241,10 +238,8 @@ class AdaViT(Adaptive, Learned, Trains, Gates, OwnAttention, Reducer):
         tokens = tokens._replace(memory={**tokens.memory, f"{_OWN}places": places})
         head = torch.arange(t.prefix, device=kept.device).expand(kept.shape[0], -1)
         rows = torch.cat([head, keep.index + t.prefix], dim=1)
-        q, k, v = (rows_of_heads(x, rows) for x in (a.q, a.k, a.v))
-        bias = attention_bias(None, tokens.mask, a.q.dtype)
-        bias = None if bias is None else bias.to(a.q.dtype)
-        return a._replace(q=q, k=k, v=v, bias=bias, need=frozenset()).usual()[0], tokens
+        taking = a.among(rows).plus(attention_bias(None, tokens.mask, a.q.dtype))
+        return taking._replace(need=frozenset()).usual()[0], tokens
 
     def attention_gate(self, t: Tokens) -> Tensor:
         return self._branch(t, 0)

@@ -79,8 +79,8 @@ class G2TM(Adaptive, OwnAttention, Reducer):
         return self.attention == "iprop" and not self.prop_attn and not t.unit
 
     def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
-        bias = attention_bias(t.size.clamp_min(1e-6).reciprocal(), t.mask, t.x.dtype)
-        out, signals = a._replace(bias=bias).usual()
+        bias = attention_bias(t.size.clamp_min(1e-6).reciprocal(), None, t.x.dtype)
+        out, signals = a.plus(bias).usual()
         return AttentionOutput(out, signals)
 
     @torch.no_grad()

@@ -10,7 +10,6 @@ from reduction.assignment import Keep, apply
 from reduction.base import Card, Reducer
 from reduction.checks import boolean, number
 from reduction.counts import Dims, Step
-from reduction.functional.neighbours import rows_of_heads
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.mixins.parking import Parks, in_place, park, parked, unpark
 from reduction.mixins.training import Outcome, Trains
@@ -113,11 +112,7 @@ class IdleViT(OwnAttention, Parks, Trains, Reducer):
             memory[_CUT] = found if earlier is None else torch.cat([earlier, found])
         head = torch.arange(t.prefix, device=chosen.device).expand(chosen.shape[0], -1)
         rows = torch.cat([head, chosen + t.prefix], dim=1)
-        q, k, v = (rows_of_heads(x, rows) for x in (a.q, a.k, a.v))
-        bias = None
-        if a.bias is not None:
-            bias = a.bias.expand(rows.shape[0], 1, 1, -1).gather(3, rows[:, None, None])
-        out, _ = a._replace(q=q, k=k, v=v, bias=bias, need=frozenset()).usual()
+        out, _ = a.among(rows)._replace(need=frozenset()).usual()
         return AttentionOutput(out, Signals(), kept._replace(memory=memory))
 
     def attention_macs(self, n: int, kept: int, width: int) -> int:

@@ -8,6 +8,7 @@ from reduction.assignment import Merge
 from reduction.base import Card, Reducer
 from reduction.checks import boolean
 from reduction.counts import Dims, Step
+from reduction.functional.attention import attention_bias
 from reduction.functional.matching import bipartite_matching, split_sizes
 from reduction.functional.scores import saliency
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
@@ -70,7 +71,9 @@ class VidTLDR(OwnAttention, Reducer):
             return None
         out, _ = a._replace(need=frozenset()).usual()
         with torch.no_grad():
-            map_ = a._replace(bias=None).logits().softmax(-1)
+            sizes = attention_bias(t.size, None, t.x.dtype)
+            assert sizes is not None
+            map_ = a.plus(-sizes).logits().softmax(-1)
         return AttentionOutput(out, Signals(attn=map_))
 
     @torch.no_grad()

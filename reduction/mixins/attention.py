@@ -10,7 +10,8 @@ from torch import Tensor
 
 from reduction.counts import Step
 from reduction.functional.attention import attention
-from reduction.tokens import Signals, Tokens, take_rows
+from reduction.functional.neighbours import rows_of_heads
+from reduction.tokens import Signals, Tokens
 
 
 class AttentionInput(NamedTuple):
@@ -56,15 +57,34 @@ class AttentionInput(NamedTuple):
         Args:
             rows: Which, `(B, R)`, counted with the prefix.
         """
-        batch, heads, _, width = self.q.shape
-        q = take_rows(self.q.transpose(1, 2).flatten(2), rows)
-        q = q.view(batch, rows.shape[1], heads, width).transpose(1, 2)
-        bias = self.bias
+        q, bias = rows_of_heads(self.q, rows), self.bias
         if bias is not None and bias.shape[2] > 1:  # a bias on the keys alone is one row for all
-            bias = bias.expand(batch, -1, -1, -1)
+            bias = bias.expand(len(rows), -1, -1, -1)
             index = rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3])
             bias = bias.gather(2, index)
         return self._replace(q=q, bias=bias)
+
+    def among(self, rows: Tensor) -> AttentionInput:
+        """The same for some tokens, as queries and as keys; what is added to logits goes along.
+
+        Args:
+            rows: Which, `(B, R)`, counted with the prefix.
+        """
+        found = self.of_queries(rows)
+        bias = found.bias
+        if bias is not None:
+            _, heads, queries, _ = bias.shape
+            index = rows[:, None, None].expand(-1, heads, queries, -1)
+            bias = bias.expand(len(rows), -1, -1, -1).gather(3, index)
+        k, v = rows_of_heads(self.k, rows), rows_of_heads(self.v, rows)
+        return found._replace(k=k, v=v, bias=bias)
+
+    def plus(self, bias: Tensor | None) -> AttentionInput:
+        """The same with more added to its logits, broadcastable to `(B, H, P+N, P+N)`."""
+        if bias is None:
+            return self
+        bias = bias.to(self.q.dtype)
+        return self._replace(bias=bias if self.bias is None else self.bias.to(bias.dtype) + bias)
 
     def usual(self, policy: Tensor | None = None) -> tuple[Tensor, Signals]:
         """What a block without a method of its own computes: output `(B, H, P+N, d)` and signals.

@@ -24,7 +24,8 @@ class AtInput:
         """Choose patches.
 
         Args:
-            images: What the model was given, `(B, 3, H, W)`.
+            images: The pixels of all patches, `(B, 3, H, W)`: what the model was given, without a
+                margin that is in no patch.
             grid: Patch grid `(rows, columns)`; patches are numbered row by row.
             step: Budget.
 
@@ -57,7 +58,7 @@ class AtEmbedding(AtInput):
 
         Args:
             t: All patches as the backbone embeds them, positions included.
-            images: What the model was given, `(B, 3, H, W)`.
+            images: As in `look`.
             grid: Patch grid `(rows, columns)`.
             step: Budget.
             embedding: How further tokens are made.

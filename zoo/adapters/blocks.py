@@ -15,6 +15,11 @@ from zoo.errors import UnsupportedModel
 Attend = Callable[[nn.Module, Tensor], tuple[Tensor, Any]]
 
 
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """What enters an MLP, some of it blank."""
+    return x if mask is None else x * mask
+
+
 def _as_timm(block: Callable[..., Tensor], x: Tensor, extra: dict[str, Any]) -> Tensor:
     return block(x, **extra)
 
@@ -32,8 +37,8 @@ class BlockAdapter(NamedTuple):
         attn_input: `(block, x) -> x`: what the attention gets of the residual stream.
         mlp_branch: `(block, x) -> f`: what `mlp_half` adds to the residual stream through
             `block.drop_path2`, layer scale included; None where it adds no one thing.
-        mlp_masked: `(block, x, mask) -> f`: as `mlp_branch`, the MLP's input times a mask; None
-            where it has no one input.
+        mlp_masked: `(block, x, mask) -> f`: as `mlp_branch`, what enters the MLP itself `masked`;
+            None where it has no one input.
         attn: `block -> module`: the attention.
         mlp: `block -> module`: where the linear layers of the MLP are.
         mlp_drop: `block -> module`: what the branch goes through on its way into the stream, or

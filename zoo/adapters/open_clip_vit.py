@@ -31,8 +31,9 @@ from zoo.adapters.attention import (
     split_heads,
     through,
 )
-from zoo.adapters.blocks import Attend, BlockAdapter, register_block
+from zoo.adapters.blocks import Attend, BlockAdapter, masked, register_block
 from zoo.adapters.heads import mean_weight
+from zoo.adapters.timm_tower import of_projection, of_table
 from zoo.adapters.torch_attention import why_not_plain
 from zoo.adapters.tower import Embedded, Tower, register_tower
 from zoo.errors import UnsupportedModel, ZooError
@@ -133,6 +134,18 @@ class OpenClipViT(Tower):
         first = m.class_embedding.view(1, 1, -1).expand(x.shape[0], -1, -1).to(x.dtype)
         x = torch.cat([first, x], dim=1) + m.positional_embedding.to(x.dtype)
         return Embedded(through(m.patch_dropout, x), None, False)
+
+    def why_one_piece(self, m: Any) -> str:
+        """See `Tower`."""
+        return ""
+
+    def patches(self, m: Any, images: Tensor) -> Tensor:
+        """See `Tower`."""
+        return of_projection(m.conv1, images)
+
+    def positions(self, m: Any, grid: tuple[int, int]) -> Tensor:
+        """See `Tower`."""
+        return of_table(m.positional_embedding.unsqueeze(0), self.grid(m), grid)
 
     def pre_norm(self, m: Any, x: Tensor) -> Tensor:
         """See `Tower`."""
@@ -363,8 +376,8 @@ def _mlp(b: Any, x: Tensor) -> Tensor:
     return x + _branch(b, x)
 
 
-def _branch(b: Any, x: Tensor) -> Tensor:
-    return through(b.ls_2, b.mlp(b.ln_2(x)))
+def _branch(b: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    return through(b.ls_2, b.mlp(masked(b.ln_2(x), mask)))
 
 
 def _normed(b: Any, x: Tensor) -> Tensor:
@@ -377,6 +390,7 @@ _BLOCK = BlockAdapter(
     rope=False,
     attn_input=_normed,
     mlp_branch=_branch,
+    mlp_masked=_branch,
     mlp_drop=lambda block: None,
     masks=False,
 )

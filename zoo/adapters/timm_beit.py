@@ -67,5 +67,13 @@ register_tower(Beit, TimmBeit())
 register_head(Beit)
 register_attention(Attention, _attention)
 register_block(
-    Block, BlockAdapter(attn_half, mlp_half, rope=False, mlp_branch=mlp_branch, masks=False)
+    Block,
+    BlockAdapter(
+        attn_half,
+        mlp_half,
+        rope=False,
+        mlp_branch=mlp_branch,
+        mlp_masked=mlp_branch,
+        masks=False,
+    ),
 )

@@ -11,7 +11,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor
 
 from zoo.adapters.attention import Shift, register_attention, separate, shifted, through, unpack
-from zoo.adapters.blocks import Attend, BlockAdapter, register_block
+from zoo.adapters.blocks import Attend, BlockAdapter, masked, register_block
 from zoo.adapters.timm_tower import TimmTower
 from zoo.adapters.timm_vit import attention, itself, post_attn, post_branch, post_mlp
 from zoo.adapters.tower import Embedded, register_tower
@@ -63,14 +63,9 @@ def mlp_half(b: Any, x: Tensor) -> Tensor:
     return x + through(b.drop_path2, mlp_branch(b, x))
 
 
-def mlp_branch(b: Any, x: Tensor) -> Tensor:
+def mlp_branch(b: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """What the other half adds."""
-    out = b.mlp(b.norm2(x))
-    return out if b.gamma_2 is None else b.gamma_2 * out  # type: ignore[no-any-return]
-
-
-def _masked(b: Any, x: Tensor, mask: Tensor) -> Tensor:
-    out = b.mlp(b.norm2(x) * mask)
+    out = b.mlp(masked(b.norm2(x), mask))
     return out if b.gamma_2 is None else b.gamma_2 * out  # type: ignore[no-any-return]
 
 
@@ -79,9 +74,16 @@ register_attention(AttentionRope, _attention_rope, separable=True)
 register_attention(EvaAttention, _eva_attention, separable=True)
 register_block(
     EvaBlock,
-    BlockAdapter(attn_half, mlp_half, rope=True, mlp_branch=mlp_branch, mlp_masked=_masked),
+    BlockAdapter(attn_half, mlp_half, rope=True, mlp_branch=mlp_branch, mlp_masked=mlp_branch),
 )
 register_block(
     EvaBlockPostNorm,
-    BlockAdapter(post_attn, post_mlp, rope=True, attn_input=itself, mlp_branch=post_branch),
+    BlockAdapter(
+        post_attn,
+        post_mlp,
+        rope=True,
+        attn_input=itself,
+        mlp_branch=post_branch,
+        mlp_masked=post_branch,
+    ),
 )

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from timm.layers import apply_keep_indices_nlc
-from timm.models.naflexvit import NaFlexVit
+from timm.models.naflexvit import NaFlexVit, batch_patchify
 from torch import Tensor, nn
 
 from reduction.eager import traced
 from zoo.adapters.heads import register_head
-from zoo.adapters.timm_tower import TimmTower, divisible
+from zoo.adapters.timm_tower import TimmTower, divisible, of_projection
 from zoo.adapters.tower import Embedded, Sized, register_tower
 from zoo.errors import ZooError
 
@@ -101,6 +101,25 @@ class TimmNaFlex(TimmTower):
             if rope is not None:
                 rope = apply_keep_indices_nlc(x, rope, keep).unsqueeze(1)
         return Embedded(x, rope, mixed)
+
+    def patches(self, m: Any, images: Tensor) -> Tensor:
+        """See `Tower`."""
+        e = m.embeds
+        if not e.is_linear:
+            return e.norm(of_projection(e.proj, images))  # type: ignore[no-any-return]
+        order = {"channels_last": e.channels_last} if hasattr(e, "channels_last") else {}
+        x = batch_patchify(images, e.patch_size, **order)[0].flatten(2)
+        return e.norm(e.proj(x if e.norm_input is None else e.norm_input(x)))  # type: ignore[no-any-return]
+
+    def positions(self, m: Any, grid: tuple[int, int]) -> Tensor:
+        """See `Tower`."""
+        e = m.embeds
+        x: Tensor = e.proj.weight.new_zeros(1, grid[0] * grid[1], self.width(m))
+        if e.pos_embed_type == "learned":
+            e._apply_learned_pos_embed(x, list(grid))
+        elif e.pos_embed_type == "factorized":
+            e._apply_factorized_pos_embed(x, list(grid))
+        return x
 
     def stem(self, m: Any) -> nn.Module:
         """See `Tower`."""

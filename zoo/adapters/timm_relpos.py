@@ -82,11 +82,24 @@ register_head(VisionTransformerRelPos)
 register_attention(RelPosAttention, attention, separable=True, weights=_weights)
 register_block(
     RelPosBlock,
-    BlockAdapter(attn_half, mlp_half, rope=False, mlp_branch=mlp_branch, masks=False),
+    BlockAdapter(
+        attn_half,
+        mlp_half,
+        rope=False,
+        mlp_branch=mlp_branch,
+        mlp_masked=mlp_branch,
+        masks=False,
+    ),
 )
 register_block(
     ResPostRelPosBlock,
     BlockAdapter(
-        post_attn, post_mlp, rope=False, attn_input=itself, mlp_branch=post_branch, masks=False
+        post_attn,
+        post_mlp,
+        rope=False,
+        attn_input=itself,
+        mlp_branch=post_branch,
+        mlp_masked=post_branch,
+        masks=False,
     ),
 )

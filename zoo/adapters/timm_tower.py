@@ -15,6 +15,9 @@ from zoo.adapters.heads import head, head_macs, usual_head, weighs
 from zoo.adapters.tower import STANDALONE, Tower, register_tower
 from zoo.errors import ZooError
 
+#: Why a stem of several layers has no `patches`.
+WHY_STEM = "a convolutional stem looks beyond the part of an image that a token is made of"
+
 
 class TimmTower(Tower):
     """A timm model with `patch_embed`, `blocks`, `norm` and `forward_head`. Subclasses embed."""
@@ -70,15 +73,13 @@ class TimmTower(Tower):
         """See `Tower`."""
         check_images(m, images)
 
+    def why_one_piece(self, m: Any) -> str:
+        """See `Tower`."""
+        return WHY_STEM if self.stem_of_layers(m) else ""
+
     def patches(self, m: Any, images: Tensor) -> Tensor:
         """See `Tower`."""
-        embed = m.patch_embed
-        if getattr(embed, "backbone", None) is not None:
-            raise ZooError(
-                "a convolutional stem makes no tokens of parts of an image; choose another method"
-            )
-        x: Tensor = embed.proj(images)
-        return embed.norm(x.flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
+        return m.patch_embed.norm(of_projection(m.patch_embed.proj, images))  # type: ignore[no-any-return]
 
     def positions(self, m: Any, grid: tuple[int, int]) -> Tensor:
         """See `Tower`; tables are resampled as timm does for other image sizes."""
@@ -88,10 +89,7 @@ class TimmTower(Tower):
             return m.patch_embed.proj.weight.new_zeros(  # type: ignore[no-any-return]
                 1, grid[0] * grid[1], self.width(m)
             )
-        table = table[:, table.shape[1] - rows * columns :]
-        if grid == (rows, columns):
-            return table  # type: ignore[no-any-return]
-        return resample_abs_pos_embed(table, list(grid), [rows, columns], num_prefix_tokens=0)
+        return of_table(table, (rows, columns), grid)
 
     def pre_norm(self, m: Any, x: Tensor) -> Tensor:
         """See `Tower`."""
@@ -169,6 +167,26 @@ class TimmTower(Tower):
     def classify(self, m: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
         """See `Tower`."""
         return type(m).forward_head(m, x, pre_logits=pre_logits)  # type: ignore[no-any-return]
+
+
+def of_projection(proj: Any, images: Tensor) -> Tensor:
+    """Patches `(B, N, C)` by the convolution that makes them."""
+    x: Tensor = proj(images)
+    return x.flatten(2).transpose(1, 2)
+
+
+def of_table(table: Tensor, own: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Positions of a grid, `(1, N, C)`, resampled as timm does for other image sizes.
+
+    Args:
+        table: Positions of tokens, `(1, N0, C)`; those of the patches are the last ones.
+        own: Grid of these patches.
+        grid: The grid that is wanted.
+    """
+    table = table[:, table.shape[1] - own[0] * own[1] :]
+    if grid == own:
+        return table
+    return resample_abs_pos_embed(table, list(grid), list(own), num_prefix_tokens=0)
 
 
 def channels(m: Any) -> int:

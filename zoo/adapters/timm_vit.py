@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor
 
 from zoo.adapters.attention import Shift, register_attention, shifted, through, unpack
-from zoo.adapters.blocks import Attend, BlockAdapter, register_block
+from zoo.adapters.blocks import Attend, BlockAdapter, masked, register_block
 from zoo.adapters.timm_tower import TimmTower
 from zoo.adapters.tower import Embedded, register_tower
 
@@ -42,13 +42,9 @@ def mlp_half(b: Any, x: Tensor) -> Tensor:
     return x + through(b.drop_path2, mlp_branch(b, x))
 
 
-def mlp_branch(b: Any, x: Tensor) -> Tensor:
+def mlp_branch(b: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """What the other half adds."""
-    return through(b.ls2, b.mlp(b.norm2(x)))
-
-
-def _masked(b: Any, x: Tensor, mask: Tensor) -> Tensor:
-    return through(b.ls2, b.mlp(b.norm2(x) * mask))
+    return through(b.ls2, b.mlp(masked(b.norm2(x), mask)))
 
 
 def post_attn(b: Any, x: Tensor, attend: Attend) -> tuple[Tensor, Any]:
@@ -62,9 +58,9 @@ def post_mlp(b: Any, x: Tensor) -> Tensor:
     return x + through(b.drop_path2, post_branch(b, x))
 
 
-def post_branch(b: Any, x: Tensor) -> Tensor:
+def post_branch(b: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """What the other half adds."""
-    return b.norm2(b.mlp(x))  # type: ignore[no-any-return]
+    return b.norm2(b.mlp(masked(x, mask)))  # type: ignore[no-any-return]
 
 
 def itself(b: Any, x: Tensor) -> Tensor:
@@ -75,9 +71,17 @@ def itself(b: Any, x: Tensor) -> Tensor:
 register_tower(VisionTransformer, TimmViT())
 register_attention(Attention, attention, separable=True)
 register_block(
-    Block, BlockAdapter(attn_half, mlp_half, rope=False, mlp_branch=mlp_branch, mlp_masked=_masked)
+    Block,
+    BlockAdapter(attn_half, mlp_half, rope=False, mlp_branch=mlp_branch, mlp_masked=mlp_branch),
 )
 register_block(
     ResPostBlock,
-    BlockAdapter(post_attn, post_mlp, rope=False, attn_input=itself, mlp_branch=post_branch),
+    BlockAdapter(
+        post_attn,
+        post_mlp,
+        rope=False,
+        attn_input=itself,
+        mlp_branch=post_branch,
+        mlp_masked=post_branch,
+    ),
 )

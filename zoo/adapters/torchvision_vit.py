@@ -11,7 +11,8 @@ from torchvision.models.vision_transformer import Encoder, EncoderBlock, VisionT
 
 from reduction.tokens import Tokens
 from zoo.adapters.attention import linear_weights, through
-from zoo.adapters.blocks import Attend, BlockAdapter, register_block
+from zoo.adapters.blocks import Attend, BlockAdapter, masked, register_block
+from zoo.adapters.timm_tower import WHY_STEM, of_projection, of_table
 from zoo.adapters.torch_attention import why_not_plain
 from zoo.adapters.tower import Embedded, Tower, register_tower
 from zoo.errors import UnsupportedModel, ZooError
@@ -97,6 +98,18 @@ class TorchvisionViT(Tower):
         x = m._process_input(images)
         x = torch.cat([m.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         return Embedded(m.encoder.dropout(x + m.encoder.pos_embedding), None, False)
+
+    def why_one_piece(self, m: Any) -> str:
+        """See `Tower`."""
+        return WHY_STEM if self.stem_of_layers(m) else ""
+
+    def patches(self, m: Any, images: Tensor) -> Tensor:
+        """See `Tower`."""
+        return of_projection(m.conv_proj, images)
+
+    def positions(self, m: Any, grid: tuple[int, int]) -> Tensor:
+        """See `Tower`."""
+        return of_table(m.encoder.pos_embedding, self.grid(m), grid)
 
     def norm(self, m: Any, x: Tensor) -> Tensor:
         """See `Tower`."""
@@ -206,8 +219,8 @@ def _mlp(b: Any, x: Tensor) -> Tensor:
     return x + _branch(b, x)
 
 
-def _branch(b: Any, x: Tensor) -> Tensor:
-    return b.mlp(b.ln_2(x))  # type: ignore[no-any-return]
+def _branch(b: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    return b.mlp(masked(b.ln_2(x), mask))  # type: ignore[no-any-return]
 
 
 register_tower(VisionTransformer, TorchvisionViT())
@@ -219,6 +232,7 @@ register_block(
         rope=False,
         attn_input=lambda block, x: block.ln_1(x),
         mlp_branch=_branch,
+        mlp_masked=_branch,
         attn=lambda block: block.self_attention,
         mlp_drop=lambda block: None,
         masks=False,

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.tokens import Tokens
@@ -154,24 +155,31 @@ class Tower:
         """
         return None
 
-    def patches(self, m: Any, images: Tensor) -> Tensor:
-        """Patches without a position, `(B, N, C)`, of images of any size that patches divide.
+    def raster(self, m: Any, images: Tensor, grid: tuple[int, int], **options: Any) -> Tensor:
+        """The pixels of the patches and no others, `(B, C, rows * height, columns * width)`.
 
-        Raises:
-            ZooError: If the embedding does not come apart.
+        Args:
+            m: The backbone.
+            images: What it was given: with a margin that is in no patch, or to be padded.
+            grid: Patch grid `(rows, columns)`.
+            options: Of the call.
         """
-        raise ZooError(
-            f"the embedding of a {type(m).__name__} is not known to come apart into patches and "
-            "positions, which this method needs; choose another method"
-        )
+        height, width = (n * p for n, p in zip(grid, self.patch_size(m), strict=True))
+        x = images[..., :height, :width]
+        missing = height - x.shape[2], width - x.shape[3]
+        return F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x
+
+    def why_one_piece(self, m: Any) -> str:
+        """Why there are no `patches` and `positions`; empty where there are."""
+        return f"the embedding of a {type(m).__name__} is not known to come apart into these"
+
+    def patches(self, m: Any, images: Tensor) -> Tensor:
+        """Patches without a position, `(B, N, C)`, of images of any size that patches divide."""
+        raise NotImplementedError
 
     def positions(self, m: Any, grid: tuple[int, int]) -> Tensor:
-        """What is added to patches that lie in such a grid, `(1, N, C)`.
-
-        Raises:
-            ZooError: As `patches`.
-        """
-        return self.patches(m, torch.empty(0))
+        """What is added to patches that lie in such a grid, `(1, N, C)`."""
+        raise NotImplementedError
 
     def pre_norm(self, m: Any, x: Tensor) -> Tensor:
         """The norm before the first block, where there is one."""

@@ -11,7 +11,7 @@ from transformers.models.beit import modeling_beit as beit
 from reduction.tokens import Tokens
 from zoo.adapters.attention import through
 from zoo.adapters.bias import bias_of
-from zoo.adapters.blocks import Attend, BlockAdapter, register_block
+from zoo.adapters.blocks import Attend, BlockAdapter, masked, register_block
 from zoo.adapters.tower import Embedded, register_tower
 from zoo.adapters.transformers_tower import (
     HfTower,
@@ -97,8 +97,8 @@ def _mlp(b: Any, x: Tensor) -> Tensor:
     return through(b.drop_path, _branch(b, x)) + x
 
 
-def _branch(b: Any, x: Tensor) -> Tensor:
-    return b.lambda_2 * through(b.dropout, b.mlp(b.layernorm_after(x)))  # type: ignore[no-any-return]
+def _branch(b: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    return b.lambda_2 * through(b.dropout, b.mlp(masked(b.layernorm_after(x), mask)))  # type: ignore[no-any-return]
 
 
 def _call(block: Any, x: Tensor, extra: dict[str, Any]) -> Tensor:
@@ -126,6 +126,7 @@ register_block(
         rope=False,
         attn_input=lambda block, x: block.layernorm_before(x),
         mlp_branch=_branch,
+        mlp_masked=_branch,
         attn=_attention_of,
         mlp_drop=lambda block: block.drop_path,
         masks=False,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.models.clip import modeling_clip as clip
 
 from reduction.tokens import Tokens
-from zoo.adapters.blocks import Attend, BlockAdapter, register_block
+from zoo.adapters.blocks import Attend, BlockAdapter, masked, register_block
 from zoo.adapters.tower import register_tower
 from zoo.adapters.transformers_tower import HfTower, call_layer, mean, register_hf_attention
 
@@ -85,8 +85,8 @@ def _mlp(b: Any, x: Tensor) -> Tensor:
     return x + _branch(b, x)
 
 
-def _branch(b: Any, x: Tensor) -> Tensor:
-    return b.mlp(b.layer_norm2(x))  # type: ignore[no-any-return]
+def _branch(b: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    return b.mlp(masked(b.layer_norm2(x), mask))  # type: ignore[no-any-return]
 
 
 #: The layer of CLIP and SigLIP.
@@ -96,6 +96,7 @@ PLAIN = BlockAdapter(
     rope=False,
     attn_input=lambda block, x: block.layer_norm1(x),
     mlp_branch=_branch,
+    mlp_masked=_branch,
     attn=lambda block: block.self_attn,
     mlp_drop=lambda block: None,
     call=call_layer,

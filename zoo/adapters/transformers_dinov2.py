@@ -11,7 +11,7 @@ from transformers.models.dinov2_with_registers import modeling_dinov2_with_regis
 
 from reduction.tokens import Tokens
 from zoo.adapters.attention import through
-from zoo.adapters.blocks import Attend, BlockAdapter, register_block
+from zoo.adapters.blocks import Attend, BlockAdapter, masked, register_block
 from zoo.adapters.tower import register_tower
 from zoo.adapters.transformers_tower import HfTower, call_layer, mean, register_hf_attention
 
@@ -66,9 +66,9 @@ def mlp_half(b: Any, x: Tensor) -> Tensor:
     return _dropped(b, mlp_branch(b, x)) + x
 
 
-def mlp_branch(b: Any, x: Tensor) -> Tensor:
+def mlp_branch(b: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """What the other half adds."""
-    return b.layer_scale2(b.mlp(b.norm2(x)))  # type: ignore[no-any-return]
+    return b.layer_scale2(b.mlp(masked(b.norm2(x), mask)))  # type: ignore[no-any-return]
 
 
 def _dropped(b: Any, x: Tensor) -> Tensor:
@@ -90,6 +90,7 @@ _LAYER = BlockAdapter(
     mlp_half,
     rope=False,
     mlp_branch=mlp_branch,
+    mlp_masked=mlp_branch,
     attn=attention_of,
     mlp_drop=drop_of,
     call=call_layer,

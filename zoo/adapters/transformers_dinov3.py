@@ -65,6 +65,7 @@ register_block(
         mlp_half,
         rope=True,
         mlp_branch=mlp_branch,
+        mlp_masked=mlp_branch,
         attn=attention_of,
         mlp_drop=drop_of,
         call=_call,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.siglip2 import modeling_siglip2 as siglip2
 
@@ -74,6 +75,26 @@ class HfSiglip2(HfSiglip):
         if images.dim() == 4:
             images, shapes = self._cut(m, images)
         return Embedded(self.inner(m).embeddings(images, shapes), None, False)
+
+    def raster(self, m: Any, images: Tensor, grid: tuple[int, int], **options: Any) -> Tensor:
+        """See `Tower`; of patches the images that they were cut from."""
+        if images.dim() == 4:
+            return super().raster(m, images, grid, **options)
+        cut = images.unflatten(2, (*self.patch_size(m), -1)).unflatten(1, grid)
+        return cut.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+    def patches(self, m: Any, images: Tensor) -> Tensor:
+        """See `Tower`."""
+        return self.stem(m)(self.cast(m, self._cut(m, images)[0]))  # type: ignore[no-any-return]
+
+    def positions(self, m: Any, grid: tuple[int, int]) -> Tensor:
+        """See `Tower`. The same weights as in the model's own product."""
+        e = self.inner(m).embeddings
+        table = e.position_embedding.weight.unflatten(0, self.grid(m)).movedim(2, 0).unsqueeze(0)
+        resized = F.interpolate(
+            table.float(), grid, mode="bilinear", align_corners=False, antialias=True
+        )
+        return resized.flatten(2).transpose(1, 2).to(table.dtype)
 
     def position_macs(self, m: Any) -> int:
         """See `Tower`: the table of positions is resized by a product."""

@@ -25,6 +25,7 @@ from zoo.adapters.attention import (
     register_attention,
 )
 from zoo.adapters.heads import mean_weight
+from zoo.adapters.timm_tower import of_projection
 from zoo.adapters.tower import Embedded, Tower
 from zoo.errors import UnsupportedModel, ZooError
 
@@ -177,6 +178,30 @@ class HfTower(Tower):
         """See `Tower`; options are those of the model's own call."""
         given = {k: v for k, v in options.items() if k in self.embedding and v is not None}
         return Embedded(self.inner(m).embeddings(self.cast(m, images), **given), None, False)
+
+    def why_one_piece(self, m: Any) -> str:
+        """See `Tower`."""
+        return ""
+
+    def patches(self, m: Any, images: Tensor) -> Tensor:
+        """See `Tower`."""
+        # Some of the modules around it take images of the model's own size alone.
+        proj = next(c for c in self.stem(m).modules() if isinstance(c, nn.Conv2d))
+        return of_projection(proj, self.cast(m, images))
+
+    def positions(self, m: Any, grid: tuple[int, int]) -> Tensor:
+        """See `Tower`; tables are resampled as the model does for other image sizes."""
+        embeddings, width, own = self.inner(m).embeddings, self.width(m), self.grid(m)
+        table = _positions(embeddings)
+        count = grid[0] * grid[1]
+        if table is None:
+            return next(self.stem(m).parameters()).new_zeros(1, count, width)
+        first = table.shape[1] - own[0] * own[1]
+        if grid != own:
+            size = (n * p for n, p in zip(grid, self.patch_size(m), strict=True))
+            like = table.new_zeros(1, first + count, width)
+            table = embeddings.interpolate_pos_encoding(like, *size)
+        return table[:, first:]
 
     def whole(self, m: Any, images: Tensor) -> Tensor:
         """See `Tower`."""
@@ -365,6 +390,14 @@ def mean(t: Tokens, first: int = 0) -> Tensor:
         size = size * t.policy[:, first:]
     mask = None if t.mask is None else t.mask[:, first:]
     return (x * mean_weight(size, mask, x.dtype).unsqueeze(-1)).sum(1)
+
+
+def _positions(embeddings: Any) -> Any:
+    """Positions of all tokens, `(1, N, C)`; None where nothing is added."""
+    table = getattr(embeddings, "position_embedding", None)
+    if table is not None:
+        return table.weight.unsqueeze(0)
+    return getattr(embeddings, "position_embeddings", None)
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from transformers.models.vit_mae import modeling_vit_mae as mae
 
 from reduction.tokens import Tokens
 from zoo.adapters.attention import through
-from zoo.adapters.blocks import Attend, BlockAdapter, register_block
+from zoo.adapters.blocks import Attend, BlockAdapter, masked, register_block
 from zoo.adapters.tower import Embedded, register_tower
 from zoo.adapters.transformers_tower import HfTower, call_layer, mean, register_hf_attention
 from zoo.errors import UnsupportedModel, ZooError
@@ -167,8 +167,8 @@ def _mlp(b: Any, x: Tensor) -> Tensor:
     return (through(b._modules["dropout"], out) if "dropout" in b._modules else out) + x
 
 
-def _branch(b: Any, x: Tensor) -> Tensor:
-    return b.mlp(b.layernorm_after(x))  # type: ignore[no-any-return]
+def _branch(b: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    return b.mlp(masked(b.layernorm_after(x), mask))  # type: ignore[no-any-return]
 
 
 _PLAIN = BlockAdapter(
@@ -177,6 +177,7 @@ _PLAIN = BlockAdapter(
     rope=False,
     attn_input=lambda block, x: block.layernorm_before(x),
     mlp_branch=_branch,
+    mlp_masked=_branch,
     attn=lambda block: block.attention,
     mlp_drop=lambda block: block._modules.get("dropout"),
     call=call_layer,

@@ -10,6 +10,7 @@ from torch import nn
 
 from reduction.base import Reducer
 from reduction.counts import Dims, Spec, Step
+from reduction.mixins.entry import AtEmbedding
 from reduction.mixins.gating import Gates
 from reduction.tokens import OF_THE_MLP
 from zoo.adapters.attention import parts_of
@@ -95,15 +96,15 @@ class Anatomy(NamedTuple):
             classes=tower.classes(m),
             steps=tuple(steps),
             reads=tower.reads(m),
-            patch_macs=_patch_macs(m),
+            patch_macs=_patch_macs(tower.stem(m)),
             **_pixels(m),
         )
 
 
-def _patch_macs(m: Any) -> int:
+def _patch_macs(stem: nn.Module) -> int:
     """What it takes to embed one patch; 0 where the embedding is no single projection."""
-    proj = getattr(getattr(m, "patch_embed", None), "proj", None)
-    return int(proj.weight.numel()) if isinstance(proj, nn.Conv2d) else 0
+    found = [m for m in stem.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    return int(found[0].weight.numel()) if len(found) == 1 else 0
 
 
 def _pixels(m: Any) -> dict[str, tuple[float, ...]]:
@@ -144,7 +145,7 @@ def check_blocks(blocks: Sequence[nn.Module], reducer: Reducer) -> None:
         adapter, kind = block_adapter(block), type(block).__name__
         if reducer.site == "attn" and not adapter.inside:
             raise UnsupportedModel(
-                f"reducer {reducer.name!r} removes tokens inside the attention, but in a {kind} "
+                f"reducer {reducer.name!r} takes tokens out inside the attention, but in a {kind} "
                 "the MLP reads the same tokens beside it; choose a method that acts before or "
                 "behind the block, such as 'tome' or 'evit'"
             )
@@ -189,6 +190,12 @@ def check_together(anatomy: Anatomy) -> None:
                 "attention; use protected=false"
             )
     check_blocks(anatomy.tower.blocks(anatomy.backbone), reducer)
+    one_piece = anatomy.tower.why_one_piece(anatomy.backbone)
+    if isinstance(reducer, AtEmbedding) and one_piece:
+        raise UnsupportedModel(
+            f"reducer {reducer.name!r} makes tokens of larger parts of an image, by patches and "
+            f"positions, and {one_piece}; choose another method"
+        )
     if reducer.needs_class_token and not anatomy.tower.class_tokens(anatomy.backbone):
         instead = _without_class_token(reducer)
         other = "".join(

@@ -156,7 +156,9 @@ class Halves(NamedTuple):
                 "masked; choose a method that does not switch parts of blocks"
             )
         branch = self.adapter.mlp_masked(self.block, x, gates.features.to(x.dtype))
-        return x + through(self.block.drop_path2, branch * gates.branch.to(branch.dtype))
+        branch = branch * gates.branch.to(branch.dtype)
+        drop = self.adapter.mlp_drop(self.block)
+        return x + (branch if drop is None else through(drop, branch))
 
     def _rereading(self, stage: Stage, shift: Shift | None) -> dict[str, Any]:
         """Arguments of `attend` for a reducer that changes tokens between keys and values."""

@@ -117,7 +117,10 @@ def flow(
     embedded = tower.embed(m, images, **options)
     patches = embedded.x.shape[1] - model.prefix
     plans = model.planner.plan(model.anatomy, schedule, grid, patches, last_block)
-    t, memories = _enter(model, images, embedded, grid, plans[0].entry, track, note)
+    t = _start(model, embedded, grid, track)
+    if (step := plans[0].entry) is not None:
+        t = _reduced(model, t, images, grid, step, note, options)
+    t, memories = _enter(model, images, t)
     # Without its features, so that no later block holds on to them.
     frame = _frame(model, embedded._replace(x=None), watch, note)
     del embedded
@@ -153,16 +156,8 @@ def flow(
     return Outflow(t, info, memories, heard, entered)
 
 
-def _enter(
-    model: ReducedViT,
-    images: Tensor,
-    embedded: Embedded,
-    grid: tuple[int, int],
-    entry: Step | None,
-    track: bool,
-    note: Note | None = None,
-) -> tuple[Tokens, list[Any]]:
-    """Tokens before the first block, and what plugins remember."""
+def _start(model: ReducedViT, embedded: Embedded, grid: tuple[int, int], track: bool) -> Tokens:
+    """Tokens as they are embedded, with as much of where they are as anyone will ask for."""
     tower, reducer = model.tower, model.reducer
     patches = embedded.x.shape[1] - model.prefix
     full = patches == grid[0] * grid[1]
@@ -175,22 +170,38 @@ def _enter(
     follow = changes and (embedded.rope is not None or tower.biased(model.backbone))
     follow = follow or (reducer is not None and "origin" in reducer.needs)
     t = Tokens.start(embedded.x, model.prefix, track=track or follow)
-    t = t._replace(source=t.source if track else None, grid=grid if full else None)
-    if entry is not None:
-        if not isinstance(reducer, AtInput) or not full:
-            raise ZooError(
-                "a method that looks at images needs one token per patch; switch patch dropout off"
-            )
-        before = t
-        if isinstance(reducer, AtEmbedding):
-            pieces = Embedding(
-                partial(tower.patches, model.backbone), partial(tower.positions, model.backbone)
-            )
-            t = reducer.enter(t, images, grid, entry, pieces)
-        else:
-            t = apply(t, reducer.look(images, grid, entry))
-        if note is not None:
-            note(-1, before, t)
+    return t._replace(source=t.source if track else None, grid=grid if full else None)
+
+
+def _reduced(
+    model: ReducedViT,
+    t: Tokens,
+    images: Tensor,
+    grid: tuple[int, int],
+    step: Step,
+    note: Note | None,
+    options: Mapping[str, Any],
+) -> Tokens:
+    """What a method that looks at images leaves of the patches."""
+    tower, reducer, m = model.tower, model.reducer, model.backbone
+    if not isinstance(reducer, AtInput) or t.grid is None:
+        raise ZooError(
+            "a method that looks at images needs one token per patch; switch patch dropout off"
+        )
+    pixels = tower.raster(m, images, grid, **options)
+    if isinstance(reducer, AtEmbedding):
+        pieces = Embedding(partial(tower.patches, m), partial(tower.positions, m))
+        found = reducer.enter(t, pixels, grid, step, pieces)
+    else:
+        found = apply(t, reducer.look(pixels, grid, step))
+    if note is not None:
+        note(-1, t, found)
+    return found
+
+
+def _enter(model: ReducedViT, images: Tensor, t: Tokens) -> tuple[Tokens, list[Any]]:
+    """Tokens before the first block, and what plugins remember."""
+    tower, reducer = model.tower, model.reducer
     memories = []
     for plugin in model.plugins:
         t, memory = plugin.start(t)
