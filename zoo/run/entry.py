@@ -22,7 +22,7 @@ from zoo.measure.progress import say, show, wanted
 from zoo.run import help
 from zoo.run.console import written_out
 from zoo.run.messages import explain, unknown_flag
-from zoo.run.outcome import FAILED, INTERRUPTED, State, complain
+from zoo.run.outcome import FAILED, INTERRUPTED, State, complain, is_first_process
 from zoo.run.overrides import prepare
 from zoo.run.remarks import (
     Skipped,
@@ -146,7 +146,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
         row = _failed_row(cfg, str(reason), status="skipped")
     except Exception as error:
         message = explain(error)
-        if _is_first_process():
+        if is_first_process(kind == "train" or cfg.get("trainer") is not None):
             with contextlib.suppress(Exception):  # the error itself is what has to be seen
                 _record(_failed_row(cfg, message or f"{type(error).__name__}: {error}"), cfg)
         if State.full_error and not sweep:
@@ -165,7 +165,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
     row["command"] = " ".join([command_line(), *map(shlex.quote, more)])
     for note in notes if kind == "eval" else []:
         add_note(row, note)
-    if not _is_first_process():
+    if not is_first_process(kind == "train" or cfg.get("trainer") is not None):
         return row
     from zoo.report.words import summary_line
 
@@ -229,11 +229,6 @@ def _check_writable(path: str) -> None:
         from zoo.errors import ZooError
 
         raise ZooError(f"results={path} cannot be written: {error.strerror}") from error
-
-
-def _is_first_process() -> bool:
-    """The first process of a distributed run speaks for all."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
 
 
 def _record(row: Row, cfg: DictConfig) -> str:
