@@ -16,6 +16,7 @@ from zoo.errors import ZooError
 from zoo.measure.device import pick_device
 from zoo.measure.processes import ALONE, Processes, is_agreed, portable
 from zoo.measure.progress import show, wanted
+from zoo.run.outcome import started
 from zoo.run.schema.sense import WHERE
 
 if TYPE_CHECKING:
@@ -52,11 +53,6 @@ def by_processes(cfg: DictConfig, work: Work) -> Row:
             return {"status": "failed"}  # which the first process says
         raise problem
     return row  # type: ignore[no-any-return]
-
-
-def started() -> int:
-    """How many processes torchrun has started, this one among them; 1 if it was not torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def where(trainer: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,6 +112,8 @@ def _fabric(cfg: DictConfig) -> Fabric:
         return Fabric(**where(trainer))
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
+        if "No supported gpu" in reason:
+            reason = "there is no GPU; type trainer.accelerator=cpu trainer.devices=2"
         raise ZooError(f"the processes cannot be started: {reason}") from error
 
 

@@ -11,10 +11,8 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 
 class State:
-    """What has to be handed from the command line around Hydra to the job inside it."""
+    """What jobs leave for the end of the command."""
 
-    argv: list[str] | None = None  # as the shell gave it, with the sub-command of `zoo`
-    full_error: bool = False  # the user asked for tracebacks
     failed_jobs: int = 0
     report_failed: bool = False
     rows_path: str | None = None
@@ -30,6 +28,13 @@ def complain(message: str) -> int:
     """Says what to type differently; returns the exit code for it."""
     print(f"error: {message}", file=sys.stderr)
     return USAGE
+
+
+def started() -> int:
+    """How many processes were started for this run from outside, by torchrun or the like."""
+    if "RANK" in os.environ and "LOCAL_RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", 1))
+    return 1
 
 
 def is_first_process(distributed: bool = True) -> bool:
