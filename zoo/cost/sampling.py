@@ -58,22 +58,37 @@ class CostSampler:
         Raises:
             ZooError: If images of different sizes are mixed.
         """
+        self.add_counts(info.grid, patch_counts(info).tolist())
+
+    def add_counts(self, grid: tuple[int, int], images: Sequence[Sequence[int]]) -> None:
+        """Count images by their numbers of tokens alone, e.g. those that another process has seen.
+
+        Args:
+            grid: Of their patches.
+            images: Tokens of every image behind each block, see `patch_counts`.
+
+        Raises:
+            ZooError: If images of different sizes are mixed.
+        """
         if self.limit is None:
-            self._grid, self._plans = info.grid, self.model.plan(info.grid)
-            self.limit = counted(
-                self.model.anatomy,
-                self.model.schedule,
-                info.grid,
-                last_block=self.model.runtime.last_block,
-                params=sum(p.numel() for p in self.model.parameters()),
-            )
-            self._sums = [[0] * len(BlockCost._fields) for _ in self._plans]
-            inside = (b.linear + b.attention + b.mlp + b.reducer for b in self.limit.blocks)
-            self._outside = self.limit.macs - sum(inside) - sum(self._head(self._last))
-        if info.grid != self._grid:
-            raise ZooError(f"expected images of one size, got grids {self._grid} and {info.grid}")
-        for counts in patch_counts(info).tolist():
+            self._begin(grid)
+        if grid != self._grid:
+            raise ZooError(f"expected images of one size, got grids {self._grid} and {grid}")
+        for counts in images:
             self._add_image(counts)
+
+    def _begin(self, grid: tuple[int, int]) -> None:
+        self._grid, self._plans = grid, self.model.plan(grid)
+        self.limit = counted(
+            self.model.anatomy,
+            self.model.schedule,
+            grid,
+            last_block=self.model.runtime.last_block,
+            params=sum(p.numel() for p in self.model.parameters()),
+        )
+        self._sums = [[0] * len(BlockCost._fields) for _ in self._plans]
+        inside = (b.linear + b.attention + b.mlp + b.reducer for b in self.limit.blocks)
+        self._outside = self.limit.macs - sum(inside) - sum(self._head(self._last))
 
     def _add_image(self, counts: Sequence[int]) -> None:
         prefix, n, total = self.model.prefix, self._plans[0].entering, self._outside

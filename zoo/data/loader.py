@@ -57,8 +57,13 @@ class Damaged:
     def __str__(self) -> str:
         return f"{len(self)} image{'' if len(self) == 1 else 's'} could not be read"
 
-    def add(self, name: str, reason: str) -> None:
+    def add(self, name: str, reason: str, aloud: bool = True) -> None:
         """Name an image.
+
+        Args:
+            name: Its file, or its place in the data.
+            reason: What is wrong with it.
+            aloud: Whether to say so; not where another process does.
 
         Raises:
             ZooError: Where damage is fatal.
@@ -66,7 +71,8 @@ class Damaged:
         if self.fatal:
             raise ZooError(f"{name}: {reason}; type data.damaged=skip to leave such images out")
         self.found[name] = reason
-        say(f"warning: left out {name}: {reason}")
+        if aloud:
+            say(f"warning: left out {name}: {reason}")
 
 
 @functools.cache

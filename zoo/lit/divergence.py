@@ -75,10 +75,16 @@ def check_answers(module: pl.LightningModule, part: str, logits: Tensor, batch: 
 def _not_finite(module: pl.LightningModule) -> str:
     """Name of the first parameter that is not finite; empty if all are."""
     named = [(n, p) for n, p in module.named_parameters() if p.is_floating_point()]
-    whole = torch.stack([p.detach().isfinite().all() for _, p in named]) if named else None
+    whole = torch.stack([_own(p).isfinite().all() for _, p in named]) if named else None
     if whole is None or bool(whole.all()):
         return ""
     return named[int((~whole).int().argmax())][0].removeprefix("net.")
+
+
+def _own(parameter: Tensor) -> Tensor:
+    """A parameter, or the share of it that this process has."""
+    share: Any = parameter.detach()
+    return share.to_local() if hasattr(share, "to_local") else share  # type: ignore[no-any-return]
 
 
 def _number(loss: Any) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @torch.inference_mode()
 def top_k(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Sequence[Tensor]],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     limit: int | None = None,
@@ -32,7 +32,8 @@ def top_k(
 
     Args:
         model: Gives logits `(B, classes)`.
-        batches: Images `(B, C, H, W)` and labels `(B,)`.
+        batches: Images `(B, C, H, W)`, labels `(B,)`, and places `(B,)` in the data; without
+            places images are counted as they come.
         device: Where to run.
         dtype: Precision of autocast; images are of the type of the model's weights.
         limit: Stop after so many images.
@@ -48,17 +49,18 @@ def top_k(
     """
     top1 = top5 = total = 0
     model = as_tensors(model.eval())
-    for images, labels in bar(batches, "accuracy", batches_of(batches, limit)):
+    for images, labels, *rest in bar(batches, "accuracy", batches_of(batches, limit)):
         if limit is not None:
             images, labels = images[: limit - total], labels[: limit - total]
+        places = rest[0] if rest else torch.arange(total, total + len(labels))
         images, labels = like_weights(images, model, device), labels.to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             if watch is None:
                 logits, info = model(images), None
             else:
                 logits, info = model(images, return_info="trace")
-        check_finite(logits, total, name=name)
-        _check_labels(labels, logits.shape[1], total)
+        check_finite(logits, places, name=name)
+        _check_labels(labels, logits.shape[1], places)
         if watch is not None and info is not None:
             watch(info)
         best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
@@ -71,14 +73,14 @@ def top_k(
     return top1, top5, total
 
 
-def _check_labels(labels: Tensor, classes: int, first: int) -> None:
+def _check_labels(labels: Tensor, classes: int, places: Tensor) -> None:
     """Refuse labels for which there is no right answer: they would all count as wrong."""
     wrong = ((labels < 0) | (labels >= classes)).nonzero()
     if len(wrong):
-        place = int(wrong[0])
-        label = int(labels[place])
+        place = int(places[wrong[0]])
+        label = int(labels[wrong[0]])
         what = "no label" if label < 0 else f"label {label}, the model {classes} outputs"
         raise ZooError(
-            f"image {first + place}, counted from 0, has {what}; accuracy needs a label from 0 to "
+            f"image {place}, counted from 0, has {what}; accuracy needs a label from 0 to "
             f"{classes - 1} for every image, task=fidelity needs none"
         )

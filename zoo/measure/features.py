@@ -93,10 +93,7 @@ def collect(
                 "these tasks compare one vector per image, and this model gives "
                 f"{tuple(found.shape[1:])}; pool its tokens, e.g. +backbone.args.global_pool=avg"
             )
-        bad = (~found.isfinite().all(1)).nonzero()
-        if len(bad):
-            first = int(bad[0])
-            check_finite(found[first : first + 1], int(places[first]), who, name)
+        check_finite(found, places, who, name)
         vectors.append(found.float().cpu())
         about.append((torch.as_tensor(labels).long(), places[: len(labels)]))
         total += len(labels)

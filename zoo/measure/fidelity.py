@@ -8,8 +8,8 @@ are compared.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,53 @@ from zoo.model.answers import check_finite
 from zoo.model.attached import as_tensors
 
 
-@torch.inference_mode()
+class Closeness(NamedTuple):
+    """Sums over images; those of several parts of the data add up.
+
+    Attributes:
+        headless: Whether the model has no classifier.
+        images: How many there were.
+        same: Those whose first class is that of the dense model.
+        divergence: KL(dense || model) in nats.
+        cosine: Of the features that enter the classifier.
+        angles: Images whose features could be compared.
+    """
+
+    headless: bool
+    images: int = 0
+    same: int = 0
+    divergence: float = 0.0
+    cosine: float = 0.0
+    angles: int = 0
+
+    def plus(self, other: Closeness) -> Closeness:
+        """Both together."""
+        sums = (a + b for a, b in zip(self[1:], other[1:], strict=True))
+        return Closeness(self.headless, *sums)  # type: ignore[arg-type]  # of the same types
+
+    def means(self) -> dict[str, float | int | None]:
+        """As rows hold them, see `compare_answers`.
+
+        Raises:
+            ZooError: There are no images.
+        """
+        total = self.images
+        if not total:
+            raise ZooError("fidelity needs at least one image, got none")
+        # Rounding may leave a divergence of zero a little below zero. It is a number: answers
+        # were looked at.
+        return {
+            "agreement": None if self.headless else 100 * self.same / total,
+            "kl": None if self.headless else max(0.0, self.divergence / total),
+            "cosine": self.cosine / total if self.angles == total else None,
+            "n_images": total,
+        }
+
+
 def compare_answers(
     model: nn.Module,
     dense: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Sequence[Tensor]],
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     limit: int | None = None,
@@ -36,7 +78,8 @@ def compare_answers(
     Args:
         model: Gives logits `(B, classes)`, or features `(B, C)` where it has no classifier.
         dense: What it should answer like.
-        batches: Pairs of the same images, `(B, C, H, W)` each, for the one and the other.
+        batches: The same images for the one and the other, `(B, C, H, W)` each, and their places
+            `(B,)` in the data; without places they are counted as they come.
         device: Where to run.
         dtype: Precision of autocast.
         limit: Stop after so many images.
@@ -52,18 +95,33 @@ def compare_answers(
         NotFinite: One of the two answers an image with NaN or infinity.
         ZooError: There are no images, or a model answers with more than one vector per image.
     """
+    return closeness(model, dense, batches, device, dtype, limit, name).means()
+
+
+@torch.inference_mode()
+def closeness(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Sequence[Tensor]],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    limit: int | None = None,
+    name: Callable[[int], str | None] | None = None,
+) -> Closeness:
+    """The sums behind `compare_answers`, which takes the same arguments."""
     device = torch.device(device)
     model, dense = (as_tensors(m.to(device).eval()) for m in (model, dense))
     headless = getattr(model, "num_classes", None) == 0
     same = total = angles = 0
     divergence = cosine = 0.0
-    for ours, theirs in batches:
+    for ours, theirs, *rest in batches:
         if limit is not None:
             ours, theirs = ours[: limit - total], theirs[: limit - total]
+        places = rest[0] if rest else torch.arange(total, total + len(ours))
         answers, features = _answer(model, like_weights(ours, model, device), dtype)
         expected, wanted = _answer(dense, like_weights(theirs, dense, device), dtype)
-        check_finite(answers, total, "the model", name)
-        check_finite(expected, total, "the dense model", name)
+        check_finite(answers, places, "the model", name)
+        check_finite(expected, places, "the dense model", name)
         if headless:
             features, wanted = answers, expected
         else:
@@ -76,15 +134,7 @@ def compare_answers(
         total += len(answers)
         if limit is not None and total >= limit:
             break
-    if not total:
-        raise ZooError("fidelity needs at least one image, got none")
-    # Rounding may leave a divergence of zero a little below zero. It is a number: see above.
-    return {
-        "agreement": None if headless else 100 * same / total,
-        "kl": None if headless else max(0.0, divergence / total),
-        "cosine": cosine / total if angles == total else None,
-        "n_images": total,
-    }
+    return Closeness(headless, total, same, divergence, cosine, angles)
 
 
 def _answer(model: nn.Module, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -20,10 +20,14 @@ class NotFinite(ZooError):
         super().__init__(message)
         self.image = image
 
+    def __reduce__(self) -> tuple[type[NotFinite], tuple[str, int]]:
+        """For other processes, which are told."""
+        return type(self), (str(self), self.image)
+
 
 def check_finite(
     answers: Tensor,
-    first: int = 0,
+    first: int | Tensor = 0,
     who: str = "the model",
     name: Callable[[int], str | None] | None = None,
 ) -> None:
@@ -31,7 +35,7 @@ def check_finite(
 
     Args:
         answers: Logits or features, `(B, ...)`.
-        first: Place of the first of these images among all.
+        first: Place of the first of these images among all, or the places `(B,)` of each.
         who: Whose answers they are.
         name: What an image is called, by its place: its file, or None where it has none.
 
@@ -42,7 +46,8 @@ def check_finite(
     if bool(fine.all()):
         return
     bad = int((~fine.flatten(1).all(1)).nonzero()[0])
-    values, place = answers[bad].flatten(), first + bad
+    values = answers[bad].flatten()
+    place = int(first[bad]) if isinstance(first, Tensor) else first + bad
     kind = "NaN" if bool(values.isnan().any()) else "infinity"
     count = int((~values.isfinite()).sum())
     called = None if name is None else name(place)

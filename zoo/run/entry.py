@@ -22,7 +22,7 @@ from zoo.measure.progress import say, show, wanted
 from zoo.run import help
 from zoo.run.console import written_out
 from zoo.run.messages import explain, unknown_flag
-from zoo.run.outcome import FAILED, INTERRUPTED, State, complain
+from zoo.run.outcome import FAILED, INTERRUPTED, USAGE, State, complain, is_first_process
 from zoo.run.overrides import prepare
 from zoo.run.remarks import (
     Skipped,
@@ -61,13 +61,18 @@ def guarded(
 def _guarded(
     main: Callable[[], Any], kind: str, argv: list[str] | None, shown: list[str] | None
 ) -> int:
+    from zoo.run.launchers import refuse
+    from zoo.run.typed import typed
+
     original, before = list(sys.argv), os.environ.get(_FULL_ERROR)
-    State.argv, State.full_error = shown or argv or original, before == "1"
+    typed().argv, typed().full_error = shown or argv or original, before == "1"
     State.failed_jobs, State.report_failed, State.rows_path = 0, False, None
     sys.argv = list(argv or original)
-    if message := unknown_flag(sys.argv[1:]) or prepare(sys.argv[1:]):
+    given = sys.argv[1:]
+    if message := unknown_flag(given) or refuse(given) or prepare(given):
         sys.argv = original
-        return complain(message)
+        # Of several processes one says it.
+        return complain(message) if is_first_process() else USAGE
     # With this set Hydra raises its errors instead of printing them with a trace and a hint.
     os.environ[_FULL_ERROR] = "1"
     try:
@@ -85,7 +90,7 @@ def _guarded(
         return int(end.code or 0)
     except Exception as error:
         message = explain(error)
-        if message is None or State.full_error:
+        if message is None or typed().full_error:
             raise
         return complain(message)
     finally:
@@ -114,22 +119,26 @@ def job(kind: str, cfg: DictConfig) -> Row:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from zoo.run.launchers import elsewhere, join_tasks, speaks
     from zoo.run.schema import check_config
     from zoo.run.sweep import refuse_subprocess_ddp
+    from zoo.run.typed import command_words, typed
 
     # Lightning starts the other processes of a DDP run from sys.argv, and those need the
     # environment as the user left it.
-    sys.argv = list(State.argv or sys.argv)
-    _restore_full_error("1" if State.full_error else None)
+    sys.argv, full_error = command_words(), typed().full_error
+    _restore_full_error("1" if full_error else None)
     # Said by libraries to their own authors, on every run.
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweep:
-        refuse_subprocess_ddp(cfg)
-    typed, more, notes = _typed(sweep), list[str](), list[str]()
+    aloud = speaks(HydraConfig.get())
+    overrides, more, notes = _overrides(sweep), list[str](), list[str]()
     try:
-        check_config(cfg, kind, typed)
-        show(wanted(cfg))
+        join_tasks()
+        if sweep:
+            refuse_subprocess_ddp(cfg)
+        check_config(cfg, kind, overrides)
+        show(wanted(cfg) if aloud else False)
         _check_writable(_results(cfg))
         if kind == "train":
             os.makedirs(str(cfg.output_dir), exist_ok=True)
@@ -138,24 +147,23 @@ def job(kind: str, cfg: DictConfig) -> Row:
         else:
             from zoo.run.evaluate import evaluate as work
         with noted(quiet=sweep) as notes:
-            if sweep and sweeps_reducers(typed):
-                row, more = without_class_token(work, cfg, typed)
+            if sweep and sweeps_reducers(overrides):
+                row, more = without_class_token(work, cfg, overrides)
             else:
                 row = work(cfg)
     except Skipped as reason:
         row = _failed_row(cfg, str(reason), status="skipped")
     except Exception as error:
         message = explain(error)
-        if _is_first_process():
+        if is_first_process(kind == "train" or cfg.get("trainer") is not None):
             with contextlib.suppress(Exception):  # the error itself is what has to be seen
                 _record(_failed_row(cfg, message or f"{type(error).__name__}: {error}"), cfg)
-        if State.full_error and not sweep:
+        if full_error and not sweep:
             raise
         if message is None:
             traceback.print_exc()
-        elif sweep:
-            overrides = " ".join(HydraConfig.get().overrides.task)
-            say(f"error: {message} [{overrides}]", sys.stderr)
+        elif sweep and aloud:
+            say(f"error: {message} [{' '.join(HydraConfig.get().overrides.task)}]", sys.stderr)
         if not sweep:
             raise SystemExit(FAILED if message is None else complain(message)) from error
         State.failed_jobs += 1
@@ -165,7 +173,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
     row["command"] = " ".join([command_line(), *map(shlex.quote, more)])
     for note in notes if kind == "eval" else []:
         add_note(row, note)
-    if not _is_first_process():
+    if not is_first_process(kind == "train" or cfg.get("trainer") is not None):
         return row
     from zoo.report.words import summary_line
 
@@ -175,9 +183,12 @@ def job(kind: str, cfg: DictConfig) -> Row:
     except Exception as error:
         # The disk filled up, or the folder went away: what was measured is still on the screen.
         print(f"{summary_line(row)}\n{json.dumps(row)}", flush=True)
+        if elsewhere(HydraConfig.get()):  # the end of this process would tell the sweep nothing
+            raise
         raise SystemExit(complain(explain(error) or str(error))) from error
     remarks = [text.lstrip("+") for text in more] + (notes if sweep else [])
-    say(" | ".join([summary_line(row), *remarks]))
+    if aloud:
+        say(" | ".join([summary_line(row), *remarks]))
     if not sweep:
         print(f"row: {path}", flush=True)
     if row.get("status") == "failed":  # it ran, and what it measured is no number
@@ -191,7 +202,9 @@ def command_line() -> str:
     """Returns the command that repeats this one run, also from within a sweep."""
     from hydra.core.hydra_config import HydraConfig
 
-    argv = State.argv or sys.argv
+    from zoo.run.typed import command_words
+
+    argv = command_words()
     program = os.path.basename(argv[0])
     if program.endswith(".py"):
         start = ["python", program] if program != "__main__.py" else ["python", "-m", "zoo"]
@@ -202,13 +215,15 @@ def command_line() -> str:
     return shlex.join([*start, *HydraConfig.get().overrides.task])
 
 
-def _typed(sweep: bool) -> list[str]:
+def _overrides(sweep: bool) -> list[str]:
     """The overrides of this run; those of the whole sweep where it is a job of one."""
     from hydra.core.hydra_config import HydraConfig
 
+    from zoo.run.typed import command_words, options
+
     if not sweep:
         return list(HydraConfig.get().overrides.task)
-    return [text for text in (State.argv or sys.argv)[1:] if "=" in text or text[:1] == "~"]
+    return options(command_words()[1:])
 
 
 def _results(cfg: DictConfig) -> str:
@@ -229,11 +244,6 @@ def _check_writable(path: str) -> None:
         from zoo.errors import ZooError
 
         raise ZooError(f"results={path} cannot be written: {error.strerror}") from error
-
-
-def _is_first_process() -> bool:
-    """The first process of a distributed run speaks for all."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
 
 
 def _record(row: Row, cfg: DictConfig) -> str:

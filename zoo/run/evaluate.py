@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
 
 from reduction.functional import kernels
 from zoo.adapters.standalone import as_standalone
-from zoo.cost.sampling import CostSampler, is_adaptive
+from zoo.cost.sampling import CostSampler, is_adaptive, patch_counts
 from zoo.errors import ZooError
 from zoo.measure.accuracy import top_k
 from zoo.measure.costs import count_costs, sampled_costs
 from zoo.measure.describe import dense_of, describe, method_name
-from zoo.measure.device import pick_device, pick_dtype
+from zoo.measure.device import pick_dtype
+from zoo.measure.processes import ALONE, Processes
 from zoo.model.answers import NotFinite
 from zoo.model.runtime import Runtime
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model
 from zoo.run.costs import has_weights, sample_costs
 from zoo.run.features import FEATURE_TASKS, measure_features
-from zoo.run.images import image_names
+from zoo.run.machines import by_processes
+from zoo.run.shares import Share, measured
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from zoo.data.module import ImageData
     from zoo.model.reduced import ReducedViT
+    from zoo.model.stream import Info
 
 TASKS = ("accuracy", "flops", "throughput", "fidelity", *FEATURE_TASKS, "export", "select")
+# What several processes share out; the rest is about one.
+_SHARED = ("accuracy", "flops", "fidelity", *FEATURE_TASKS)
 _BY_BATCH = ("batch", "imgs_per_s", "imgs_per_s_dense", "ms", "peak_mem_mb", "peak_mem_mb_dense")
 
 
@@ -51,24 +57,35 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ZooError: An option has a value that cannot be; the message says what to type.
     """
-    tasks = check_tasks(cfg.task)
-    device, dtype = pick_device(str(cfg.device)), pick_dtype(str(cfg.dtype))
+    # Before processes are started.
+    check_tasks(cfg.task)
+    pick_dtype(str(cfg.dtype))
+    return by_processes(cfg, _evaluate)
+
+
+def _evaluate(cfg: DictConfig, processes: Processes, device: torch.device) -> dict[str, Any]:
+    """Does it in one process, or in one of several."""
+    tasks, dtype = check_tasks(cfg.task), pick_dtype(str(cfg.dtype))
+    if processes.count > 1:
+        _check_shared(tasks, cfg.get("schedule"), processes.count)
     repeatable = bool(cfg.get("deterministic"))
     seed = int(cfg.seed)
     with kernels_chosen(repeatable, cfg.get("schedule")):
         torch.manual_seed(seed)
         model = build_model(cfg).eval()
+        _check_same(model, processes)
         row = describe(model)
         row.update(task=tasks, seed=seed, weights=_text(cfg.weights), **_provenance(cfg, model))
         options = model.runtime._asdict()
         changed = {k: v for k, v in options.items() if v != Runtime._field_defaults[k]}
         row.update(runtime=changed or None, deterministic=repeatable)
         if set(tasks) - {"flops"}:
-            row.update(device=_device_name(device), dtype=str(cfg.dtype), compile=bool(cfg.compile))
+            name = _device_name(device, processes.count)
+            row.update(device=name, dtype=str(cfg.dtype), compile=bool(cfg.compile))
             row.update(weights_dtype=_text(cfg.get("weights_dtype")))
         notes = [row.get("notes")]
         try:
-            for found in _measured(cfg, model, tasks, device, dtype):
+            for found in _measured(cfg, model, tasks, device, dtype, processes):
                 notes.append(found.pop("notes", None))
                 row.update(found)
         except NotFinite as error:
@@ -78,7 +95,12 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _measured(
-    cfg: DictConfig, model: ReducedViT, tasks: list[str], device: torch.device, dtype: torch.dtype
+    cfg: DictConfig,
+    model: ReducedViT,
+    tasks: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    processes: Processes,
 ) -> Iterator[dict[str, Any]]:
     """Fields of the row, task by task.
 
@@ -86,10 +108,10 @@ def _measured(
         NotFinite: The model answers an image with NaN or infinity.
     """
     # Costs first: they are exact and take no time, and the rest may be interrupted.
-    yield count_costs(model, trace="flops" in tasks)
+    yield processes.first(lambda: count_costs(model, trace="flops" in tasks))
     limit = _limit(cfg.limit)
     if "flops" in tasks and "accuracy" not in tasks:
-        yield sample_costs(cfg, model, limit)
+        yield processes.first(lambda: sample_costs(cfg, model, limit))
     data: Any = None
     if set(tasks) & {"accuracy", "fidelity", *FEATURE_TASKS, "export", "select"}:
         from zoo.data import build_data
@@ -100,15 +122,15 @@ def _measured(
         yield {"dataset": data.label, "split": data.splits["test"]}
         data.setup("test")
     if "accuracy" in tasks:
-        yield measure_accuracy(cfg, model, data, device, dtype)
+        yield measure_accuracy(cfg, model, data, device, dtype, processes)
     if "throughput" in tasks:
         yield measure_throughput(cfg, model, device, dtype)
     if "fidelity" in tasks:
         from zoo.run.fidelity import measure_fidelity
 
-        yield measure_fidelity(cfg, model, data, device, dtype, limit)
+        yield measure_fidelity(cfg, model, data, device, dtype, limit, processes)
     if set(tasks) & set(FEATURE_TASKS):
-        yield measure_features(cfg, model, data, tasks, device, dtype, limit)
+        yield measure_features(cfg, model, data, tasks, device, dtype, limit, processes)
     if "export" in tasks:
         from zoo.run.export import measure_export
 
@@ -119,6 +141,11 @@ def _measured(
         yield measure_selection(cfg, model, data, device, dtype, limit)
     if data is not None and data.damaged:
         yield {"notes": str(data.damaged)}
+
+
+def in_time(schedule: Any) -> bool:
+    """Whether a schedule of a configuration is a budget in time, which asks a clock."""
+    return str((schedule or {}).get("_target_")).startswith("zoo.budget.time.")
 
 
 @contextlib.contextmanager
@@ -132,7 +159,7 @@ def kernels_chosen(repeatable: bool, schedule: Any = None) -> Iterator[None]:
     Raises:
         ZooError: Both are asked for.
     """
-    if repeatable and str((schedule or {}).get("_target_")).startswith("zoo.budget.time."):
+    if repeatable and in_time(schedule):
         raise ZooError(
             "deterministic=true goes without a clock, and a budget in time is measured with one; "
             "type schedule=target_gmacs, or deterministic=false"
@@ -172,12 +199,52 @@ def check_tasks(task: Any) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _check_shared(tasks: Sequence[str], schedule: Any, count: int) -> None:
+    """Refuses what several processes cannot do together.
+
+    Raises:
+        ZooError: With what to do instead.
+    """
+    if alone := [task for task in tasks if task not in _SHARED]:
+        raise ZooError(
+            f"task={alone[0]} is done by one process, and these are {count}; run it by itself, "
+            f"without trainer and torchrun (together: {', '.join(_SHARED)})"
+        )
+    if in_time(schedule):
+        raise ZooError(
+            f"a budget in time is measured by one process, and these are {count}; type "
+            "schedule=target_gmacs, or the schedule that one process finds"
+        )
+
+
+def _check_same(model: ReducedViT, processes: Processes) -> None:
+    """Refuses to count answers of different models as those of one.
+
+    Raises:
+        ZooError: What was chosen by a clock differs from process to process.
+    """
+    recipes = processes.collect(lambda: json.dumps(model.recipe, sort_keys=True, default=str))
+    if len(set(recipes)) > 1:
+        raise ZooError(
+            "the processes have built different models, because something of them is chosen by a "
+            "clock; type deterministic=true"
+        )
+
+
+class _Counted(NamedTuple):
+    """What one process has seen of the images."""
+
+    hits: tuple[int, int, int]
+    tokens: list[tuple[tuple[int, int], list[list[int]]]]
+
+
 def measure_accuracy(
     cfg: DictConfig,
     model: ReducedViT,
     data: ImageData,
     device: torch.device,
     dtype: torch.dtype,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Returns top-1, top-5 and the 95 % interval on the test split of the data.
 
@@ -185,7 +252,7 @@ def measure_accuracy(
         NotFinite: The model answers an image with NaN or infinity.
         ZooError: There are no images, or an image has no label.
     """
-    if not has_weights(cfg):
+    if not has_weights(cfg) and processes.rank == 0:
         print(
             "warning: accuracy of untrained weights; give weights=... or backbone.pretrained=true",
             file=sys.stderr,
@@ -193,16 +260,27 @@ def measure_accuracy(
     model.to(device)
     runner: Any = torch.compile(model) if cfg.compile else model
     # A compiled graph keeps the upper limit, and does not say what it does.
-    sampler = CostSampler(model) if is_adaptive(model) and not cfg.compile else None
-    top1, top5, images = top_k(
-        runner,
-        data.test_dataloader(),
-        device,
-        dtype,
-        limit=_limit(cfg.limit),
-        watch=None if sampler is None else sampler.add,
-        name=image_names(data),
-    )
+    adaptive = is_adaptive(model) and not cfg.compile
+
+    def count(share: Share) -> _Counted:
+        tokens: list[tuple[tuple[int, int], list[list[int]]]] = []
+
+        def watch(info: Info) -> None:
+            tokens.append((info.grid, patch_counts(info).tolist()))
+
+        hits = top_k(
+            runner,
+            share.batches(data),
+            device,
+            dtype,
+            limit=share.limit,
+            watch=watch if adaptive else None,
+            name=share.name,
+        )
+        return _Counted(hits, tokens)
+
+    parts = measured(processes, data, _limit(cfg.limit), count, lambda part: part.hits[2])
+    top1, top5, images = (sum(part.hits[i] for part in parts) for i in range(3))
     if not images:
         unread = f"; {data.damaged}" if data.damaged else ""
         raise ZooError(f"{data.label}: no images in the split {data.splits['test']!r}{unread}")
@@ -213,8 +291,17 @@ def measure_accuracy(
         # Among five classes or fewer everything is in the first five.
         "top5": 100 * top5 / images if model.num_classes > 5 else None,
         "ci95": list(wilson_interval(top1, images)),
-        **({} if sampler is None else sampled_costs(sampler.profile())),
+        **(_costs_of(model, parts) if adaptive else {}),
     }
+
+
+def _costs_of(model: ReducedViT, parts: Sequence[_Counted]) -> dict[str, Any]:
+    """What the images have cost."""
+    sampler = CostSampler(model)
+    for part in parts:
+        for grid, tokens in part.tokens:
+            sampler.add_counts(grid, tokens)
+    return sampled_costs(sampler.profile())
 
 
 def measure_throughput(
@@ -264,8 +351,6 @@ def _provenance(cfg: DictConfig, model: ReducedViT) -> dict[str, Any]:
     """Which file the weights came from, and whether and how they were trained with this reducer."""
     if cfg.weights is None:
         return {"weights_sha": None, "trained": False}
-    import json
-
     from zoo.checkpoint import find, weights_sha256
 
     weights, method = str(cfg.weights), method_name(model)
@@ -311,8 +396,9 @@ def _limit(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _device_name(device: torch.device, count: int = 1) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name if count == 1 else f"{count}x {name}"
 
 
 def _text(value: Any) -> str | None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from zoo.data.draw import drawn
 from zoo.data.fingerprint import fingerprint
 from zoo.data.images import Images
-from zoo.data.views import OtherCrop
+from zoo.data.views import Change, OtherCrop
 from zoo.errors import ZooError
 from zoo.measure.feature_cache import FeatureCache, Stored, cache_key, state_digest
 from zoo.measure.features import Embedder, Features, collect
+from zoo.measure.processes import ALONE, Processes
+from zoo.run.shares import streamed, tell_damage
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -57,10 +60,18 @@ class Extractor:
         cfg: configs/eval.yaml, composed.
         device: Where to run.
         dtype: Precision of autocast.
+        processes: Among which the images are shared out; all of them get all features.
     """
 
-    def __init__(self, cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        cfg: DictConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        processes: Processes = ALONE,
+    ) -> None:
         self.cfg, self.device, self.dtype = cfg, device, dtype
+        self.processes = processes
         options = cfg.features
         self.cache: FeatureCache | None = None
         if options.cache:
@@ -86,18 +97,25 @@ class Extractor:
         key = self._key(model, which, answer)
         if key is not None and key in self._known:
             return self._known[key]
-        stored = None if key is None or self.cache is None else self.cache.get(key)
+        stored = self._stored(key)
         if stored is not None:
             for name, reason in stored.damaged.items():
-                which.data.damaged.add(name, reason)
+                which.data.damaged.add(name, reason, aloud=self.processes.rank == 0)
             features = stored.features
         else:
             features = self._compute(model, which, answer, who)
-            if key is not None and self.cache is not None:
+            if key is not None and self.cache is not None and self.processes.rank == 0:
                 self.cache.put(key, Stored(features, _damaged(which)))
         if key is not None:
             self._known[key] = features
         return features
+
+    def _stored(self, key: str | None) -> Stored | None:
+        """What an earlier run has left; all processes go by what the first one finds."""
+        cache = self.cache
+        if key is None or cache is None:
+            return None
+        return self.processes.first(lambda: cache.get(key))
 
     def _compute(self, model: ReducedViT, which: Selection, answer: bool, who: str) -> Features:
         data, change = which.data, None
@@ -110,20 +128,41 @@ class Extractor:
             change = OtherCrop(which.crop, which.seed)
         embed: Any = Embedder(model, answer)
         embed = torch.compile(embed) if self.cfg.compile else embed
-        found = collect(
-            embed,
-            data.chosen_dataloader(which.part, which.places, change),
-            self.device,
-            self.dtype,
-            which.limit,
-            who,
-            images.file if isinstance(images, Images) else None,
+        found = self._joined(
+            lambda: collect(
+                embed,
+                self._batches(which, change),
+                self.device,
+                self.dtype,
+                which.limit if self.processes.count == 1 else None,
+                who,
+                images.file if isinstance(images, Images) else None,
+            )
         )
+        tell_damage(self.processes, data)
         if not len(found.x):
             unread = f"; {data.damaged}" if data.damaged else ""
             split = data.splits[which.part]
             raise ZooError(f"{data.label}: no images in the split {split!r}{unread}")
         return found
+
+    def _batches(self, which: Selection, change: Change | None) -> Iterable[Sequence[Tensor]]:
+        """Those of this process."""
+        data, part, places = which.data, which.part, which.places
+        if places is None and self.processes.count > 1:
+            return streamed(data, self.processes, which.limit, part)
+        mine = None if places is None else self.processes.share(places)
+        return data.chosen_dataloader(part, mine, change)
+
+    def _joined(self, work: Callable[[], Features]) -> Features:
+        """Features of all processes, in the order of the images."""
+        parts = self.processes.collect(work)
+        if len(parts) == 1:
+            return parts[0]
+        parts = [part for part in parts if len(part.x)] or parts[:1]
+        found = Features(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        order = found.places.argsort()
+        return Features(*(tensor[order] for tensor in found))
 
     def _key(self, model: ReducedViT, which: Selection, answer: bool) -> str | None:
         """What the features are called on disk; None for a stream, which nobody can look through.

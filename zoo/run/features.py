@@ -18,6 +18,7 @@ from zoo.errors import ZooError
 from zoo.measure.features import Features
 from zoo.measure.knn import knn_classes
 from zoo.measure.linear_probe import fit_probe
+from zoo.measure.processes import ALONE, Processes
 from zoo.measure.retrieval import RECALLS, Found, retrieve
 from zoo.measure.similar import centred_cosine
 from zoo.results.rows import wilson_interval
@@ -45,6 +46,7 @@ def measure_features(
     device: torch.device,
     dtype: torch.dtype,
     limit: int | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Returns the fields of a row that tasks on features fill.
 
@@ -56,12 +58,14 @@ def measure_features(
         device: Where to run.
         dtype: Precision of autocast.
         limit: How many images of the tested split, every class by its share.
+        processes: Among which the images are shared out; what is done with their features is done
+            in each.
 
     Raises:
         NotFinite: A feature is NaN or infinity.
         ZooError: There are no images, an image has no label, or the options do not fit.
     """
-    extract = Extractor(cfg, device, dtype)
+    extract = Extractor(cfg, device, dtype, processes)
     queries = select(data, "test", limit, int(cfg.features.seed))
     found: dict[str, Any] = {}
     if set(tasks) & set(GALLERY_TASKS):

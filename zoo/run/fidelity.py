@@ -6,7 +6,8 @@ tells how far the answers have moved.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from zoo.adapters.standalone import as_standalone
 from zoo.measure.describe import dense_of
-from zoo.measure.fidelity import compare_answers
+from zoo.errors import ZooError
+from zoo.measure.fidelity import Closeness, closeness
+from zoo.measure.processes import ALONE, Processes
 from zoo.measure.progress import bar, batches_of
 from zoo.published import config_folder
-from zoo.run.images import image_names
+from zoo.run.shares import Share, measured
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -33,6 +36,7 @@ def measure_fidelity(
     device: torch.device,
     dtype: torch.dtype,
     limit: int | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Returns the field `fidelity` of a row: against the same weights with nothing reduced.
 
@@ -48,6 +52,7 @@ def measure_fidelity(
         device: Where to run.
         dtype: Precision of autocast.
         limit: Stop after so many images.
+        processes: Among which the images are shared out.
 
     Raises:
         NotFinite: One of the two answers an image with NaN or infinity.
@@ -56,8 +61,7 @@ def measure_fidelity(
     if as_standalone(model.backbone) is not None:
         return {"fidelity": None}
     dense: Any = dense_of(model)
-    loader = data.test_dataloader()
-    batches: Iterable[tuple[Tensor, Tensor]] = ((x, x) for x, _ in loader)
+    other = data
     if model.reducer is None and not len(model.plugins):
         full = full_size_config(cfg)
         if full is None:
@@ -69,11 +73,26 @@ def measure_fidelity(
         other = build_data(full)
         other.attach(dense, check=False)
         other.setup("test")
-        pairs = zip(loader, other.test_dataloader(), strict=True)
-        batches = ((x, y) for (x, _), (y, _) in pairs)
-    batches = bar(batches, "fidelity", batches_of(loader, limit))
-    found = compare_answers(model, dense, batches, device, dtype, limit, image_names(data))
-    return {"fidelity": found}
+
+    def compare(share: Share) -> Closeness:
+        batches = _pairs(share, data, other)
+        return closeness(model, dense, batches, device, dtype, share.limit, share.name)
+
+    parts = measured(processes, data, limit, compare, lambda part: part.images)
+    if not parts:
+        raise ZooError("fidelity needs at least one image, got none")
+    return {"fidelity": reduce(Closeness.plus, parts).means()}
+
+
+def _pairs(share: Share, data: ImageData, other: ImageData) -> Iterator[Sequence[Tensor]]:
+    """The same images for two models, and their places where they are a part of all."""
+    loader = share.batches(data)
+    batches = bar(loader, "fidelity", batches_of(loader, share.limit))
+    if other is data:
+        yield from ((x, x, *places) for x, _, *places in batches)
+        return
+    for (x, _, *places), (y, *_) in zip(batches, share.batches(other), strict=True):
+        yield x, y, *places
 
 
 def full_size_config(cfg: DictConfig) -> DictConfig | None:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
+from zoo.run.launchers import Follower, elsewhere
+from zoo.run.outcome import started
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -19,29 +22,33 @@ def sweep_rows_path(hydra: Any) -> Path:
 
 
 def refuse_subprocess_ddp(cfg: DictConfig) -> None:
-    """Ends a sweep whose jobs would start it again, once per device.
+    """Refuses a job of a sweep that would start the sweep again, once per device.
 
     Raises:
-        SystemExit: The trainer's strategy launches its processes by repeating the command, and the
+        ZooError: The trainer's strategy launches its processes by repeating the command, and the
             command holds the sweep.
     """
-    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    strategy = OmegaConf.select(cfg, "trainer.strategy", default="")
-    launcher = str(HydraConfig.get().launcher.get("_target_"))
-    # torchrun starts the processes itself, and other launchers give every job its own command.
-    if "TORCHELASTIC_RUN_ID" in os.environ or not launcher.endswith("BasicLauncher"):
+    strategy = OmegaConf.select(cfg, "trainer.strategy")
+    # Where the processes are there already, nothing is repeated.
+    if strategy is None or started() > 1 or int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         return
-    if not isinstance(strategy, str) or not strategy.startswith(
-        ("auto", "ddp", "fsdp", "deepspeed")
+    if isinstance(strategy, str) and (
+        not strategy.startswith(("auto", "ddp", "fsdp", "deepspeed"))
+        or strategy.endswith(("_spawn", "_fork", "_notebook"))
     ):
         return
-    if strategy.endswith(("_spawn", "_fork", "_notebook")) or _devices(cfg) == 1:
+    if _devices(cfg) == 1:
         return
-    raise SystemExit(
-        f"-m with trainer.strategy={strategy} on several devices would start the whole sweep once "
-        "per device; use trainer.strategy=ddp_spawn, or run the jobs one by one with torchrun"
+    name = strategy if isinstance(strategy, str) else strategy.get("_target_")
+    from zoo.errors import ZooError
+
+    raise ZooError(
+        f"-m with trainer.strategy={name} on several devices would start the whole sweep once per "
+        "device; type trainer.strategy=ddp_spawn, give each job several processes by "
+        "hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node=2 (or submitit_local), or run "
+        "the jobs one by one with torchrun"
     )
 
 
@@ -61,10 +68,17 @@ def _devices(cfg: DictConfig) -> int:
 
 
 class ProgressCallback(Callback):
-    """Counts the jobs of a sweep in a bar on stderr, where bars show."""
+    """Counts the jobs of a sweep in a bar on stderr, where bars show; says what those found that
+    run in other processes.
+    """
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._follower: Follower | None = None
+
+    def __reduce__(self) -> tuple[type[ProgressCallback], tuple[()]]:
+        """Launchers send it along with their jobs, which have nothing to count."""
+        return type(self), ()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Starts the bar."""
@@ -72,6 +86,9 @@ class ProgressCallback(Callback):
 
         show(wanted(config))
         self._bar = counter("jobs", count_jobs(list(config.hydra.overrides.task)))
+        if elsewhere(config.hydra):
+            self._follower = Follower(sweep_rows_path(config.hydra), self._bar.update)
+            self._follower.start()
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         """Moves it on."""
@@ -80,6 +97,8 @@ class ProgressCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Takes it away."""
+        if self._follower is not None:
+            self._follower.stop()
         if self._bar is not None:
             self._bar.close()
 

@@ -24,12 +24,15 @@ from zoo.data import build_data
 from zoo.data.module import spread_images
 from zoo.errors import BadCheckpoint, ZooError
 from zoo.lit.classifier import Classifier
+from zoo.lit.sharded import check_sharding, kept_whole, make_whole
 from zoo.measure.costs import count_costs, sampled_costs
 from zoo.measure.describe import describe
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model, instantiate
 from zoo.run.evaluate import kernels_chosen
+from zoo.run.machines import where
 from zoo.run.notes import training_notes, unread_images
+from zoo.run.outcome import started
 from zoo.run.resume import options_to_store, resumed
 from zoo.run.training import training_of
 
@@ -93,11 +96,14 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.ckpt is not None:
         done = _check_resume(Path(cfg.ckpt), model, module.volatile)
     trainer: pl.Trainer = instantiate_trainer(cfg)
+    check_sharding(trainer, module)
+    whole = kept_whole(trainer, module)
     start = None
     if cfg.test_start and cfg.ckpt is None:
         [first] = trainer.test(module, datamodule=data, verbose=False)
         start = float(first["test/top1"])
     seconds = _fit(trainer, module, data, cfg.ckpt)
+    make_whole(trainer, module, whole)
     _pick_weights(trainer, module, str(cfg.test))
     [scores] = trainer.test(module, datamodule=data, verbose=False)
     notes = training_notes(cfg, trainer, seconds, done)
@@ -232,10 +238,20 @@ def instantiate_trainer(cfg: DictConfig) -> pl.Trainer:
     from hydra.errors import InstantiationException
 
     try:
-        return hydra.utils.instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
+        return hydra.utils.instantiate(
+            cfg.trainer, callbacks=callbacks, logger=loggers or False, **_where(cfg)
+        )
     except InstantiationException as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ZooError(f"the trainer cannot be built: {reason}") from error
+
+
+def _where(cfg: DictConfig) -> dict[str, Any]:
+    """Devices and machines as torchrun has started them; nothing where it was not torchrun."""
+    if started() == 1:
+        return {}
+    found = where(_plain(cfg.trainer))
+    return {name: found[name] for name in ("devices", "num_nodes")}
 
 
 def _check_resume(path: Path, model: ReducedViT, volatile: frozenset[str]) -> int:

@@ -212,7 +212,7 @@ _TRAINER: Options = {
         list_of(whole(0), "a list of device numbers"),
         text("numbers and commas", r"\d+(,\d+)*,?"),
     ),
-    "strategy": _WORDS,
+    "strategy": either(_WORDS, mapping("a mapping with the _target_ of a strategy")),
     "precision": either(
         choice(
             *("64", "64-true", "32", "32-true", "16", "16-mixed", "16-true", "bf16"),
@@ -306,6 +306,7 @@ EVAL: Options = {
         "embeddings": maybe(path("a file")),
         "templates": either(_WORDS, list_of(_WORDS, "a list of sentences with {}")),
     },
+    "trainer": _TRAINER,
     "export": {
         "format": choice("onnx", "openvino", "torch", "aoti"),
         "precision": choice("float32", "bfloat16", "int8"),
@@ -404,7 +405,7 @@ REQUIRED = (
 #: Groups that may be null.
 OPTIONAL = (
     *("backbone", "reducer", "schedule", "plugin", "selector", "runtime"),
-    *("augment", "callbacks", "logger", "data.options"),
+    *("augment", "callbacks", "logger", "data.options", "trainer"),
 )
 #: Groups that take more names than the table has.
 OPEN = ("data", "loss", "module", "optim", "trainer", "callbacks", "logger")

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 
+#: What an evaluation takes of a trainer; the rest is about fitting.
+WHERE = ("accelerator", "strategy", "devices", "num_nodes")
 _LOOKUPS = ("knn", "linear_probe", "retrieval")
 # Options, and the tasks that look at them.
 _NEEDS = {
@@ -52,6 +54,9 @@ def check_sense(cfg: Mapping[str, Any], kind: str, typed: Sequence[str]) -> None
     if kind == "train" and cfg["test"] == "best":
         _kept(cfg.get("callbacks") or {}, "test" in keys)
     trainer = cfg.get("trainer") or {}
+    if kind == "eval":
+        _only_where(keys)
+        return
     least, most = trainer.get("min_epochs"), trainer.get("max_epochs")
     if least is not None and most not in (None, -1) and least > most:
         raise _error(f"trainer.min_epochs={least} is more than trainer.max_epochs={most}")
@@ -95,6 +100,18 @@ def _unread(cfg: Mapping[str, Any], keys: Sequence[str]) -> None:
             raise _error(f"{key} has no effect without the {_or(needed)} task; add task=[{more}]")
         if key == "limit" and tasks == ["throughput"]:
             raise _error("limit has no effect: task=throughput looks at no data; leave it out")
+
+
+def _only_where(keys: Sequence[str]) -> None:
+    """An evaluation takes of a trainer where it runs."""
+    for key in keys:
+        group, _, name = key.partition(".")
+        if group == "trainer" and name and name.partition(".")[0] not in WHERE:
+            instead = "; type dtype=bfloat16 or dtype=float16" if name == "precision" else ""
+            raise _error(
+                f"{key} has no effect on an evaluation, which takes {', '.join(WHERE)} of a "
+                f"trainer{instead or '; leave it out'}"
+            )
 
 
 def _or(names: Sequence[str]) -> str:
