@@ -12,7 +12,7 @@ import torch
 import zoo
 from zoo.checkpoint import save_pretrained
 from zoo.cost.counters import torch_gmacs
-from zoo.errors import UnsupportedModel
+from zoo.errors import UnsupportedModel, ZooError
 
 _TINY = {"img_size": 64, "embed_dim": 16}
 
@@ -54,5 +54,5 @@ def test_a_gcvit_is_saved_and_copied(tmp_path: Path) -> None:
         want = model(images)
         assert torch.equal(zoo.load(tmp_path / "m")(images), want)
         assert torch.equal(copy.deepcopy(model)(images), want)
-    with pytest.raises(zoo.ZooError, match="img_size"):
+    with pytest.raises(ZooError, match="img_size"):
         model(torch.randn(1, 3, 32, 32))

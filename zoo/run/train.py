@@ -24,6 +24,7 @@ from zoo.data import build_data
 from zoo.data.module import spread_images
 from zoo.errors import BadCheckpoint, ZooError
 from zoo.lit.classifier import Classifier
+from zoo.lit.relations import TokenRelations
 from zoo.measure.costs import count_costs, sampled_costs
 from zoo.measure.describe import describe
 from zoo.results.rows import new_row, wilson_interval
@@ -31,6 +32,7 @@ from zoo.run.build import build_model, instantiate
 from zoo.run.evaluate import kernels_chosen
 from zoo.run.notes import training_notes, unread_images
 from zoo.run.resume import options_to_store, resumed
+from zoo.run.teacher import teacher_of
 from zoo.run.training import training_of
 
 if TYPE_CHECKING:
@@ -76,13 +78,18 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
     model = _build(cfg, data)
     data.attach(model, training=True)
     model.train()  # loaded models come in evaluation mode
+    loss = instantiate(cfg.loss)
+    teacher = {}
+    if isinstance(loss, TokenRelations):
+        teacher["teacher"] = teacher_of(cfg, loss.teacher, data)
     module: Classifier = instantiate(cfg.module)(
         model,
         optimizer=instantiate(cfg.optim),
         lr_schedule=instantiate(cfg.lr_schedule),
-        loss=instantiate(cfg.loss),
+        loss=loss,
         mixup=_plain(OmegaConf.select(cfg, "augment.mixup")),
         aux_weight=float(cfg.aux_weight),
+        **teacher,
         hyper_parameters={
             "data": _preprocessing(data),
             "config": _plain(_without_hydra(cfg)),

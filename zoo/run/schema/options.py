@@ -173,6 +173,17 @@ _LOSS: Options = {
     "smoothing": real(0, below=1),
     "target_threshold": maybe(_SHARE),
     "reduction": choice("mean", "sum"),
+    "teacher": maybe(_WORDS),
+    "tokens": whole(2, 2**20),
+    "neighbours": whole(1, 2**20),
+    "sigma": _POSITIVE,
+    "order": choice("student", "teacher"),
+    "temperature": list_of(_POSITIVE, "[at the start, at the end]", 2, 2),
+    "inner_weight": real(0),
+    "local_weight": real(0),
+    "global_weight": real(0),
+    "logit_weight": real(0),
+    "logit_temperature": _POSITIVE,
 }
 
 _MODULE: Options = {
