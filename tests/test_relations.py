@@ -31,7 +31,7 @@ def _outcome(x: Tensor, source: Tensor | None = None, **fields: Any) -> Outcome:
 def test_tokens_are_paired_through_the_source_map() -> None:
     whole = torch.arange(10.0).reshape(1, 5, 2)  # one prefix token, four patches
     left = torch.randn(1, 4, 2)
-    # Patches 0 and 2 have become token 1, patch 1 is token 0, patch 3 was dropped; token 2 is empty.
+    # Patches 0 and 2 are token 1, patch 1 is token 0, patch 3 was dropped; token 2 is empty.
     pairs = paired(_outcome(left, torch.tensor([[1, 0, 1, -1]])), _outcome(whole))
     assert pairs.real.tolist() == [[True, True, False]]
     assert torch.equal(pairs.teacher[0, 0], whole[0, 2])
