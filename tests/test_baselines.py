@@ -29,6 +29,14 @@ def test_a_gcvit_is_itself_and_is_counted_in_full() -> None:
     assert [n for n, _ in found.tokens] == [256] * 2 + [64] * 2 + [16] * 6 + [4] * 2
 
 
+def test_a_gcvit_is_traced_as_one_graph() -> None:
+    model = zoo.create_model("gcvit_xxtiny", num_classes=10, **_TINY).eval()
+    graph = torch.compile(model, backend="eager", fullgraph=True)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(graph(images), model(images))
+
+
 def test_published_sizes_of_gcvit() -> None:
     with torch.device("meta"):
         model = zoo.create_model("gcvit_tiny")

@@ -52,6 +52,9 @@ class Standalone(Protocol):
         """Logits of every head; in training each gets the same loss."""
 
 
+#: Modules of other libraries with classes that have a view; their names are compared in every
+#: forward pass, also of models that are being traced.
+_VIEWED = frozenset({"timm.models.gcvit"})
 _VIEWS: dict[type, Callable[[Any], Standalone]] = {}
 
 
@@ -66,6 +69,8 @@ def as_standalone(backbone: nn.Module) -> Standalone | None:
     cls = type(backbone)
     if getattr(cls, "standalone", ""):
         return cast(Standalone, backbone)
+    if cls.__module__ not in _VIEWED:
+        return None
     if cls not in _VIEWS:
         load_families(cls)
     return _VIEWS[cls](backbone) if cls in _VIEWS else None
