@@ -83,6 +83,41 @@ def test_thresholds_are_saved_with_the_model(tmp_path: Path) -> None:
     assert torch.equal(again(x), model(x))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("metric", ["key", "feature"])
+def test_tome_with_thresholds_merges_what_tome_merges(metric: str) -> None:
+    model, x = zoo.wrap(backbone("plain"), {"name": "tome", "metric": metric}, R8).eval(), images(1)
+    want = model(x)
+    calibrate(model, [x])
+    # Of one image the thresholds bring back the counts.
+    assert model.reducer.name == "dtome" and model.reducer.metric == metric
+    assert left(model, x)[:, 0].tolist() == [56, 48, 40, 32]
+    assert torch.allclose(model(x), want, atol=2e-5)
+
+
+@torch.no_grad()
+def test_pitome_with_thresholds_merges_what_pitome_merges(tmp_path: Path) -> None:
+    args = {"name": "pitome", "mode": "bsm", "margin": 0.6, "energy": "paper", "prop_attn": True}
+    model, x = zoo.wrap(backbone("plain"), args, R8).eval(), images(3)
+    want = model(x[:1])
+    calibrate(model, [x[:1]])
+    assert model.reducer.order == "energy"
+    assert torch.allclose(model(x[:1]), want, atol=2e-5)
+    calibrate(model, [x])
+    together, alone = model(x), torch.cat([model(i[None]) for i in x])
+    assert torch.allclose(together, alone, atol=2e-5)
+    assert len(set(left(model, x)[-1].tolist())) > 1
+
+
+def test_a_calibration_that_fails_leaves_the_model_as_it_was() -> None:
+    model = zoo.wrap(backbone("plain"), "tome", R8)
+    with pytest.raises(ZooError, match="at least one batch"):
+        calibrate(model, [])
+    assert model.reducer.name == "tome"
+    with pytest.raises(ZooError, match="one number; type margin=0.75"):
+        calibrate(zoo.wrap(backbone("plain"), {"name": "pitome", "margin": [0.1] * 4}, R8), [])
+
+
 def test_what_cannot_be_calibrated_says_so() -> None:
     x = images(2)
     with pytest.raises(ZooError, match="no thresholds to calibrate"):
@@ -183,11 +218,20 @@ def test_the_command_saves_a_calibrated_model(tmp_path: Path, capfd: pytest.Capt
     assert "saved:" in capfd.readouterr().out
     model = zoo.load(str(tmp_path / "m"))
     assert model.reducer.thresholds.max() < 1 and not model.reducer.limit
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "bad.png").write_text("no picture")
     for wrong, says in [
         (["calibrate", "vit_digits", "digits", "--out", "x"], "no thresholds"),
         ([*words, "--out", "x", "--r-total", "9"], "either --r or --r-total"),
         ([*words[:1], "vit_digits", "nowhere", "--reducer", "dtome", "--out", "x"], "a folder of"),
         ([*words[:5], "--r", "many", "--out", "x"], "whole number"),
+        ([*words[:5], "--r", "-3", "--out", "x"], "0 or more"),
+        ([*words[:5], "--r", "3,4", "--out", "x"], "one count for each of the 6 blocks"),
+        ([*words[:4], "evit", "--out", "x"], "that can have them: 'tome' or 'pitome'"),
+        (
+            ["calibrate", "vit_digits", str(tmp_path / "p"), *words[3:], "--out", "x"],
+            "bad.png cann",
+        ),
     ]:
         assert main(wrong) == 2
         assert says in capfd.readouterr().err

@@ -45,15 +45,21 @@ class Partners(NamedTuple):
 
 
 @torch.no_grad()
-def partners(t: Tokens, metric: Tensor) -> Partners:
+def partners(t: Tokens, metric: Tensor, score: Tensor | None = None) -> Partners:
     """Find them. The split alternates over the whole sequence, prefix included, padding not.
 
     Args:
         t: Tokens.
         metric: Compared by cosine, `(B, N, d)`.
+        score: The split alternates over tokens in falling order of this, `(B, N)`, and knows no
+            prefix.
     """
     rows, live = live_first(t)
     first = t.prefix & 1
+    if score is not None:
+        fallen = take_rows(score, rows).masked_fill(~live, -torch.inf)
+        order = stable_order(fallen, descending=True)
+        rows, live, first = rows.gather(1, order), live.gather(1, order), 0
     best, host = best_receiver(unit(take_rows(metric, rows)), live, first)
     return Partners(rows, live, best, host, first, t.prefix)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from reduction.assignment import Merge, apply
 from reduction.base import Card, Reducer
-from reduction.checks import boolean, number, positive
+from reduction.checks import boolean, number, one_of, positive
 from reduction.counts import Dims, Step
-from reduction.functional.joining import above, best_of_batch, joined, partners
-from reduction.functional.matching import head_sum, split_sizes
+from reduction.functional.energies import ENERGIES, energy
+from reduction.functional.joining import Partners, above, best_of_batch, joined, partners
+from reduction.functional.matching import head_sum, split_sizes, unit
 from reduction.mixins.calibrating import Calibrates, note_threshold
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
+
+METRICS = ("key", "feature")
 
 
 @register("dtome")
@@ -27,12 +28,20 @@ class DToMe(Calibrates, Reducer):
     merge, and a threshold is the similarity of the first pair that does not, averaged over batches.
     Before that they are 1 and the method merges what the schedule says, as ToMe.
 
+    Other ways of pairing take thresholds as well (ours): tokens may be compared by their features,
+    and the two sets may alternate by PiToMe's energy instead of by place.
+
     Args:
         limit: Merge further pairs until no more tokens are left than the schedule says (ours).
             Calibration switches it off.
         max_r_per_instance_ratio: At most this many times the calibrated count merge in an image.
         compat_eps: Added to sizes that means divide by in calibration; officially 1e-4.
         prop_attn: Proportional attention.
+        metric: What is compared: "key", or "feature" (the residual stream).
+        order: Over what the two sets alternate: "sequence", or "energy": patches by falling energy
+            as in `pitome`.
+        margin: Of that energy, as there.
+        energy: Likewise.
 
     Raises:
         ZooError: If an argument is out of range.
@@ -55,7 +64,6 @@ class DToMe(Calibrates, Reducer):
         note="Counts depend on the image once thresholds are calibrated; every image as if alone.",
     )
     site = "mid"
-    needs = frozenset({"k"})
     family = "constant_r"
     every_block = True
 
@@ -65,6 +73,10 @@ class DToMe(Calibrates, Reducer):
         max_r_per_instance_ratio: float | None = None,
         compat_eps: float = 0.0,
         prop_attn: bool = True,
+        metric: str = "key",
+        order: str = "sequence",
+        margin: float = 0.75,
+        energy: str = "elu",
     ) -> None:
         super().__init__()
         self.limit = boolean("limit", limit)
@@ -73,6 +85,11 @@ class DToMe(Calibrates, Reducer):
         )
         self.compat_eps = number("compat_eps", compat_eps, 0)
         self.prop_attn = boolean("prop_attn", prop_attn)
+        self.metric = one_of("metric", metric, METRICS)
+        self.needs = frozenset({"k"}) if metric == "key" else frozenset()
+        self.order = one_of("order", order, ("sequence", "energy"))
+        self.margin = number("margin", margin)
+        self.energy = one_of("energy", energy, ENERGIES)
         self.no_thresholds_yet()
 
     def max_drop(self, n: int) -> int:
@@ -87,7 +104,7 @@ class DToMe(Calibrates, Reducer):
         r = min(self.calibrating[step.block], (t.n + t.prefix - 1) // 2)
         if not r:
             return t
-        p = partners(t, self._metric(t, s))
+        p = self._partners(t, s, step)
         ratio = self.max_r_per_instance_ratio
         most = None if ratio is None else int(ratio * self.calibrating[step.block])
         merged, threshold = best_of_batch(p, r, most)
@@ -96,15 +113,27 @@ class DToMe(Calibrates, Reducer):
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
         assert self.thresholds is not None
-        p = partners(t, self._metric(t, s))
+        p = self._partners(t, s, step)
         keep = step.keep if self.limit else None
         most = self.most(step.block, self.max_r_per_instance_ratio)
         merged = above(p, self.thresholds[step.block], keep, most)
         return joined(t, p, merged, keep, by_similarity=not t.prefix)
 
-    def _metric(self, t: Tokens, s: Signals) -> Tensor:
-        return head_sum(s.need("k")[:, :, t.prefix :].detach())
+    def _partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
+        metric = t.patches.detach()
+        if self.metric == "key":
+            metric = head_sum(s.need("k")[:, :, t.prefix :].detach())
+        if self.order == "sequence":
+            return partners(t, metric)
+        u = unit(metric)
+        similarity = u @ u.transpose(1, 2)
+        live = None if t.mask is None else t.mask[:, t.prefix :]
+        margin = self.margin - self.margin * step.block / step.depth
+        return partners(t, metric, energy(similarity, margin, self.energy, live))
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
+        width = dims.head_dim if self.metric == "key" else dims.width
+        if self.order == "energy":
+            return (n * n + (n + 1) // 2 * (n // 2)) * width
         senders, receivers = split_sizes(n, prefix)
-        return senders * receivers * dims.head_dim
+        return senders * receivers * width

@@ -6,42 +6,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from reduction.assignment import Merge
 from reduction.base import Card, Reducer
 from reduction.checks import boolean, finite, is_list, one_of
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
+from reduction.functional.energies import ENERGIES, energy
 from reduction.functional.matching import head_sum, unit
 from reduction.functional.portable import stable_order
+from reduction.methods.dtome import DToMe
+from reduction.mixins.calibrating import TakesThresholds
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
 
 MODES = ("bsm", "pitome")
 ORDERS = ("bsm_first", "pitome_first", *MODES)
-ENERGIES = ("elu", "paper")
-
-
-@torch.no_grad()
-def energy(similarity: Tensor, margin: float, kind: str = "elu") -> Tensor:
-    """How much of the image looks like a token, `(B, N)` in float32 or better.
-
-    Args:
-        similarity: Cosines `(B, N, N)`.
-        margin: Similarity from which another token counts as alike.
-        kind: "elu" averages `elu(cos - margin)`; "paper" keeps the cosine itself above the margin.
-    """
-    gap = similarity.to(torch.promote_types(similarity.dtype, torch.float32)) - margin
-    low = gap.clamp_max(0)
-    above = gap.sub_(low) if kind == "elu" else torch.where(gap > 0, gap + margin, 0)
-    # On a CPU exp is ten times faster than the expm1 inside elu, and memory that is already there
-    # faster than new.
-    return above.add_(low.exp_()).mean(-1).sub_(1)
 
 
 @register("pitome")
-class PiToMe(Reducer):
+class PiToMe(TakesThresholds, Reducer):
     """Protect Informative Tokens before Merging.
 
     Between attention and MLP, every patch gets an energy: how much of the image resembles it. With
@@ -113,6 +97,16 @@ class PiToMe(Reducer):
         self.margin: float | list[float] = margins if is_list(margin) else margins[0]
         self.energy = one_of("energy", energy, ENERGIES)
         self.prop_attn = boolean("prop_attn", prop_attn)
+
+    def thresholded(self) -> DToMe:
+        """All ranks are paired in every block: a threshold protects the isolated by itself."""
+        if not isinstance(self.margin, int | float):
+            raise ZooError(
+                f"margin={self.margin}: with thresholds pitome takes one number; type margin=0.75"
+            )
+        return DToMe(
+            prop_attn=self.prop_attn, order="energy", margin=self.margin, energy=self.energy
+        )
 
     def max_drop(self, n: int) -> int:
         return n // 2

@@ -32,7 +32,7 @@ class TCA(Learned, ExtraKeys, ScoreReducer):
     top, as in EViT.
 
     This is the reduction of the paper's test-time adaptation. Its other half, a memory of class
-    tokens that corrects the logits, is not implemented, but its anchors can be given.
+    tokens that corrects the logits and makes the anchors, stands around an evaluation.
 
     Args:
         centers: Groups; fewer where fewer are asked for.

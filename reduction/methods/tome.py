@@ -7,6 +7,8 @@ from reduction.base import Card, Reducer
 from reduction.checks import boolean, one_of
 from reduction.counts import Dims, Step
 from reduction.functional.matching import bipartite_matching, head_sum, split_sizes
+from reduction.methods.dtome import DToMe
+from reduction.mixins.calibrating import TakesThresholds
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -14,7 +16,7 @@ METRICS = ("key", "feature")
 
 
 @register("tome")
-class ToMe(Reducer):
+class ToMe(TakesThresholds, Reducer):
     """Token Merging.
 
     Between attention and MLP, tokens alternate between two sets; each of the first set is matched
@@ -55,6 +57,9 @@ class ToMe(Reducer):
         self.metric = one_of("metric", metric, METRICS)
         self.prop_attn = boolean("prop_attn", prop_attn)
         self.needs = frozenset({"k"}) if metric == "key" else frozenset()
+
+    def thresholded(self) -> DToMe:
+        return DToMe(prop_attn=self.prop_attn, metric=self.metric)
 
     def max_drop(self, n: int) -> int:
         return n // 2

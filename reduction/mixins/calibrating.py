@@ -91,6 +91,18 @@ class Calibrates(Adaptive, Learned):
             self.calibrating = None
 
 
+class TakesThresholds:
+    """A method that merges by counts, and of which there is a form that merges by thresholds."""
+
+    def thresholded(self) -> Calibrates:
+        """A new reducer that pairs tokens likewise, with thresholds in place of counts.
+
+        Raises:
+            ZooError: If some argument has no meaning there.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override thresholded")
+
+
 def note_threshold(t: Tokens, block: int, depth: int, threshold: Tensor) -> Tokens:
     """Remember what the threshold of a block would have been for this batch."""
     found = t.memory.get(_FOUND)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
 from reduction.counts import BlockCost
+from zoo.adapters.families import load_families
 from zoo.errors import UnsupportedModel
 
 
@@ -27,7 +29,8 @@ class Standalone(Protocol):
 
     Attributes:
         standalone: Why no reducer applies: a sentence for the person who asked for one.
-        method: Short name of what it does to tokens, the `method` of result rows.
+        method: Short name of what it does to tokens, the `method` of result rows; "none" where it
+            is there to be compared with.
     """
 
     standalone: str
@@ -49,9 +52,28 @@ class Standalone(Protocol):
         """Logits of every head; in training each gets the same loss."""
 
 
+#: Modules of other libraries with classes that have a view; their names are compared in every
+#: forward pass, also of models that are being traced.
+_VIEWED = frozenset({"timm.models.gcvit"})
+_VIEWS: dict[type, Callable[[Any], Standalone]] = {}
+
+
+def register_standalone(cls: type[nn.Module], view: Callable[[Any], Standalone]) -> None:
+    """Let a class of another library run itself; the view of a model offers the rest."""
+    _VIEWS[cls] = view
+
+
 def as_standalone(backbone: nn.Module) -> Standalone | None:
     """The backbone, if it runs itself; None for all that the wrapper runs block by block."""
-    return cast(Standalone, backbone) if getattr(backbone, "standalone", "") else None
+    # Asked of the class: a module takes long to say that it lacks something.
+    cls = type(backbone)
+    if getattr(cls, "standalone", ""):
+        return cast(Standalone, backbone)
+    if cls.__module__ not in _VIEWED:
+        return None
+    if cls not in _VIEWS:
+        load_families(cls)
+    return _VIEWS[cls](backbone) if cls in _VIEWS else None
 
 
 def check_alone(backbone: nn.Module, parts: dict[str, bool]) -> None:

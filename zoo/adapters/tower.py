@@ -315,10 +315,10 @@ def register_tower(cls: type[nn.Module] | str, tower: Tower) -> None:
 def find_tower(m: nn.Module) -> Tower | None:
     """The tower of a backbone, None if its class is not supported."""
     cls = type(m)
-    key = _key(cls) if as_standalone(m) is None else STANDALONE
+    alone, key = as_standalone(m) is not None, _key(cls)
     if key not in _TOWERS:
         load_families(cls)
-    return _TOWERS.get(key)
+    return _TOWERS.get(STANDALONE if alone and key not in _TOWERS else key)
 
 
 def tower_of(m: nn.Module) -> Tower:

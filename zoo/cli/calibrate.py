@@ -54,11 +54,23 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.r_total is not None:
         r = pairs_per_block(arguments.r_total, model.depth)
     batches = _batches(model, arguments.images, arguments.batch_size, arguments.limit)
+    was = getattr(model.reducer, "name", None)
     found = calibrate(model, batches, r)
+    now = getattr(model.reducer, "name", None)
+    if now != was:
+        print(f"{was} with thresholds is {now}: {_typed(model)}")
     where = save_pretrained(model, arguments.out)
     print("thresholds:", " ".join(f"{value:.4f}" for value in found))
     print(f"saved: {where}")
     return 0
+
+
+def _typed(model: ReducedViT) -> str:
+    """The reducer as it is typed: `reducer=NAME reducer.ARGUMENT=VALUE`."""
+    config = {} if model.reducer is None else dict(model.reducer.config())
+    words = [f"reducer={config.pop('name', None)}"]
+    own = {key: value for key, value in config.items() if key in ("metric", "order", "prop_attn")}
+    return " ".join([*words, *(f"reducer.{k}={str(v).lower()}" for k, v in own.items())])
 
 
 def _counts(text: str | None, depth: int) -> list[int] | None:
@@ -90,8 +102,12 @@ def _batches(model: ReducedViT, name: str, size: int, most: int) -> Iterator[Ten
 def _picture(given: Path | Image) -> Image:
     if not isinstance(given, Path):
         return given
-    with given.open("rb") as file:
-        return opened(file)
+    try:
+        with given.open("rb") as file:
+            return opened(file)
+    except (OSError, ValueError, SyntaxError) as error:  # as Pillow's decoders complain
+        reason = " ".join(str(error).split()).partition(" <_io")[0]
+        raise ZooError(f"{given} cannot be read as an image: {reason}; take it away") from error
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -216,6 +216,8 @@ def counted(
         dense = sum(count(anatomy, whole, patches, embedding, False)[:2])
     else:
         linear, attention, own, blocks = count_alone(anatomy.alone, grid)
+        if anatomy.alone.method == "none":  # compared with as it is
+            dense = linear + attention
     if convention == "diffrate":
         extra = patch_embed_macs(anatomy.backbone, grid) * anatomy.prefix // patches
         linear, dense, own = linear + extra, None if dense is None else dense + extra, 0

@@ -16,12 +16,13 @@ from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from reduction.mixins.learned import Learned
-from reduction.mixins.training import Trains
+from reduction.mixins.training import Outcome, Trains
 from zoo.data.loader import NO_IMAGE
 from zoo.errors import ZooError
 from zoo.lit import optim, schedules
 from zoo.lit.callbacks import check_monitors
 from zoo.lit.divergence import check_answers, check_step
+from zoo.lit.relations import TokenRelations
 
 if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
@@ -39,6 +40,8 @@ class Classifier(pl.LightningModule):
         lr_schedule: Builds a scheduler from `(optimizer, total_steps=, steps_per_epoch=)`; None is
             a cosine.
         loss: Takes logits (B, K) and labels (B,) or soft labels (B, K); None is cross-entropy.
+        teacher: Dense model of a loss that compares with one; None is the model itself with
+            nothing reduced, as it is now.
         mixup: `{mixup_alpha, cutmix_alpha, prob, switch_prob}` of timm's Mixup, or None.
         aux_weight: Factor of the reducer's own losses.
         train_only: Patterns of the parameter names that are trained, e.g. `["reducer.*"]`; None is
@@ -62,6 +65,7 @@ class Classifier(pl.LightningModule):
         optimizer: Callable[..., Optimizer] | None = None,
         lr_schedule: Callable[..., Any] | None = None,
         loss: nn.Module | None = None,
+        teacher: ReducedViT | None = None,
         mixup: Mapping[str, Any] | None = None,
         aux_weight: float = 1.0,
         train_only: Sequence[str] | None = None,
@@ -92,6 +96,7 @@ class Classifier(pl.LightningModule):
         # A list hides the teacher from the module: it is the starting point, not to be saved or
         # averaged or trained.
         self._teacher = [_dense_copy(net)] if getattr(reducer, "needs_teacher", False) else []
+        self._related = self._relatives(teacher)
         for part in ("val", "test"):
             metrics: dict[str, nn.Module] = {
                 "top1": MulticlassAccuracy(classes, top_k=1, average="micro"),
@@ -123,18 +128,22 @@ class Classifier(pl.LightningModule):
         """Return the loss of one batch; None trains nothing."""
         images, labels = self.mixed(batch)
         extra: Mapping[str, Tensor] = {}
-        if self.has_aux:
-            logits, info = self.net(images, return_info="trace")
-            taught = self._teach(images, labels)
-            extra = self.net.auxiliary_losses(info, logits, labels, taught)
+        related: Mapping[str, Tensor] = {}
+        if self.has_aux or self._related:
+            logits, info = self.net(images, return_info="trace" if self.has_aux else True)
             loss = self.loss(logits, labels)
             if isinstance(reducer := self.net.reducer, Trains):
+                taught = self._teach(images, labels)
+                extra = self.net.auxiliary_losses(info, logits, labels, taught)
                 loss = reducer.class_weight * loss
+            if self._related:
+                related = self._relations(images, self.net.outcome(info, logits, labels))
         else:
             loss = self._mean_loss(images, labels)
-        for name, value in extra.items():
-            self.log(f"train/loss_{name}", value.detach(), on_step=False, on_epoch=True)
-            loss = loss + self.aux_weight * value
+        for factor, losses in ((self.aux_weight, extra), (1.0, related)):
+            for name, value in losses.items():
+                self.log(f"train/loss_{name}", value.detach(), on_step=False, on_epoch=True)
+                loss = loss + factor * value
         size = len(images)
         self.log("train/loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=size)
         return loss
@@ -176,6 +185,8 @@ class Classifier(pl.LightningModule):
         if str(self.trainer.precision).endswith("-mixed") and _takes(self.make_optimizer, "fused"):
             kwargs["fused"] = False  # a fused step unscales gradients itself; clipping cannot then
         optimizer = self.make_optimizer(self.trainable(), **kwargs)
+        if learned := list(self.loss.parameters()):
+            optimizer.add_param_group({"params": learned})
         epochs = self.trainer.max_epochs or 1
         total = int(total)
         schedule = self.make_schedule(
@@ -196,9 +207,9 @@ class Classifier(pl.LightningModule):
             check_monitors(self.trainer, train | {f"val/{name}" for name in metrics})
 
     def on_fit_start(self) -> None:
-        """Bring the teacher, which is no part of the module, to the device."""
-        if self._teacher:
-            self._teacher[0].to(self.device)
+        """Bring the teachers, which are no part of the module, to the device."""
+        for teacher in (*self._teacher, *self._related):
+            teacher.to(self.device)
 
     def _teach(self, images: Tensor, labels: Tensor) -> Any:
         """What the frozen dense model, or a second pass, makes of the same images, or None."""
@@ -208,6 +219,29 @@ class Classifier(pl.LightningModule):
         with torch.no_grad():
             logits, info = teacher(images, return_info="trace")
             return teacher.outcome(info, logits, labels)
+
+    def _relatives(self, given: ReducedViT | None) -> list[ReducedViT]:
+        """The dense model that the loss compares tokens with, where it does."""
+        if not isinstance(self.loss, TokenRelations):
+            return []
+        if type(self).training_step is not Classifier.training_step:
+            raise ZooError(
+                f"loss=trg goes with module=classifier: a {type(self).__name__} has its own loss"
+            )
+        if self.net.anatomy.alone is None and given is None:
+            given = next(iter(self._teacher), None) or _dense_copy(self.net)
+        self.loss.fit(self.net, given or self.net)
+        assert given is not None
+        return [given.eval().requires_grad_(False)]
+
+    def _relations(self, images: Tensor, student: Outcome) -> Mapping[str, Tensor]:
+        teacher, loss = self._related[0], self.loss
+        assert isinstance(loss, TokenRelations)
+        with torch.no_grad():
+            logits, info = teacher(images, return_info=True)
+            dense = teacher.outcome(info, logits, student.targets)
+        total = self.trainer.estimated_stepping_batches
+        return loss.relations(student, dense, self.trainer.global_step / max(1, total - 1))
 
     def finish(self, folder: Path, write: bool) -> dict[str, Any]:
         """Called after the test, before the model is described and saved.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from reduction.mixins.calibrating import Calibrates, noted_thresholds
+from reduction.mixins.calibrating import Calibrates, TakesThresholds, noted_thresholds
 from zoo.errors import ZooError
 from zoo.model.reduced import ReducedViT
 
@@ -25,7 +25,8 @@ def calibrate(
     from then on: the schedule limits nothing any more.
 
     Args:
-        model: Whose reducer has thresholds, e.g. `dtome`; it is changed.
+        model: Whose reducer has thresholds, such as `dtome`, or has a form with thresholds, such as
+            `tome` and `pitome`, which then takes its place; it is changed.
         batches: Images `(B, 3, H, W)` as the model expects them, or tuples that begin with them.
             Larger batches give better thresholds.
         r: Pairs per image that merge in each block on average; None: what the schedule removes.
@@ -37,17 +38,15 @@ def calibrate(
         ZooError: If the reducer has no thresholds, `r` has another length than the model, or there
             are no images.
     """
-    reducer = model.reducer
-    if not isinstance(reducer, Calibrates):
-        raise ZooError(
-            f"reducer {getattr(reducer, 'name', None)!r} has no thresholds to calibrate; choose "
-            "one that has, e.g. reducer='dtome'"
-        )
+    reducer = thresholded(model)
     counts = removed(model) if r is None else [int(v) for v in r]
-    if len(counts) != model.depth or min(counts) < 0:
+    if min(counts, default=0) < 0:
+        raise ZooError(f"r counts pairs per image in each block: expected 0 or more, got {counts}")
+    if len(counts) != model.depth:
         raise ZooError(
             f"r must hold one count for each of the {model.depth} blocks, got {list(counts)}"
         )
+    before, model.reducer = model.reducer, reducer
     total, seen, was = torch.zeros(model.depth, dtype=torch.float64), 0, model.training
     model.eval()
     try:
@@ -58,13 +57,36 @@ def calibrate(
                 _, info = model(images.to(device), return_info=True)
                 total += noted_thresholds(info.final, model.depth).double().cpu()
                 seen += 1
+    except BaseException:
+        model.reducer = before
+        raise
     finally:
         model.train(was)
     if not seen:
+        model.reducer = before
         raise ZooError("expected at least one batch of images to calibrate on, got none")
     found = [float(v) if c else 1.0 for v, c in zip(total / seen, counts, strict=True)]
     reducer.set_thresholds(found, counts)
     return found
+
+
+def thresholded(model: ReducedViT) -> Calibrates:
+    """The reducer of a model, or the form of it that has thresholds.
+
+    Raises:
+        ZooError: If there is none.
+    """
+    reducer = model.reducer
+    if isinstance(reducer, Calibrates):
+        return reducer
+    if not isinstance(reducer, TakesThresholds):
+        raise ZooError(
+            f"reducer {getattr(reducer, 'name', None)!r} has no thresholds to calibrate; choose "
+            "one that has, e.g. reducer='dtome', or that can have them: 'tome' or 'pitome'"
+        )
+    found = reducer.thresholded()
+    found.setup(model.anatomy.spec([plan.step for plan in model.plan()]))
+    return found.to(next(model.parameters()).device)
 
 
 def removed(model: ReducedViT) -> list[int]:

@@ -24,11 +24,13 @@ class Texts(NamedTuple):
         x: `(classes, C)`, of length 1.
         names: Of the classes, where they are known.
         source: Where they are from, for messages and rows.
+        heat: What similarities are multiplied by in a softmax, as the tower has learned it.
     """
 
     x: Tensor
     names: list[str] | None
     source: str
+    heat: float = 100.0
 
 
 def read_texts(path: str | Path) -> Texts:
@@ -116,7 +118,9 @@ def encode_texts(
             tokens = tokenizer([template.replace("{}", name) for template in templates])
             vectors.append(model.encode_text(tokens.to(device)).float().cpu())
     count = "1 template" if len(templates) == 1 else f"{len(templates)} templates"
-    return Texts(_pooled(torch.stack(vectors)), list(names), f"text tower, {count}")
+    scale = getattr(model, "logit_scale", None)
+    heat = float(scale.detach().exp()) if isinstance(scale, Tensor) else 100.0
+    return Texts(_pooled(torch.stack(vectors)), list(names), f"text tower, {count}", heat)
 
 
 def in_order_of(texts: Texts, names: Sequence[str] | None, classes: int, label: str) -> Tensor:

@@ -259,6 +259,10 @@ def _on_features(row: Mapping[str, Any]) -> list[str]:
             found.append(f"{name} {top1:.2f} %" + (f" {bracketed(ends)}" if ends else ""))
         if (same := number(given.get("agreement"))) is not None:
             found.append(f"{name} {same:.1f} % as dense")
+        memory = given.get("reservoir")
+        memory = memory if isinstance(memory, Mapping) else {}
+        if (top1 := number(memory.get("top1"))) is not None:
+            found.append(f"{top1:.2f} % with a reservoir of {memory.get('size')}")
     kinds = row.get("retrieval")
     for kind, given in kinds.items() if isinstance(kinds, Mapping) else ():
         given = given if isinstance(given, Mapping) else {}

@@ -91,7 +91,8 @@ FIELDS: dict[str, str] = {
     "with its interval, n_queries, n_gallery",
     "export": "mapping, of an exported model: folder, format, precision, files, megabytes, "
     "max_error (of a logit, to torch in float32), agreement (percent), n_random, n_real",
-    "zeroshot": "mapping, of classification by text: text, classes, top1, top5, ci95",
+    "zeroshot": "mapping, of classification by text: text, classes, top1, top5, ci95; reservoir: "
+    "of a second pass as a stream, its options, top1, ci95, remembered, anchors",
     "select": "mapping, of a selector behind the tower: selector (name and arguments), block, "
     "n_tokens, dense (all tokens), and by_keep: for each keep the selector, random tokens (mean "
     "and spread over seeds) and resolution (a smaller image): knn_top1, recall1, map, agreement "

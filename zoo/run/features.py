@@ -287,7 +287,9 @@ def dense_tower(
     Raises:
         ZooError: The architecture reduces by itself and has no dense form.
     """
-    if as_standalone(model.backbone) is not None:
+    if (alone := as_standalone(model.backbone)) is not None:
+        if alone.method == "none":
+            return model, data
         raise ZooError(
             f"gallery=dense: a {type(model.backbone).__name__} reduces tokens by itself and has no "
             "dense form; type gallery=own"

@@ -24,6 +24,7 @@ from zoo.data import build_data
 from zoo.data.module import spread_images
 from zoo.errors import BadCheckpoint, ZooError
 from zoo.lit.classifier import Classifier
+from zoo.lit.relations import TokenRelations
 from zoo.lit.sharded import check_sharding, kept_whole, make_whole
 from zoo.measure.costs import count_costs, sampled_costs
 from zoo.measure.describe import describe
@@ -34,6 +35,7 @@ from zoo.run.machines import where
 from zoo.run.notes import training_notes, unread_images
 from zoo.run.outcome import started
 from zoo.run.resume import options_to_store, resumed
+from zoo.run.teacher import teacher_of
 from zoo.run.training import training_of
 
 if TYPE_CHECKING:
@@ -79,13 +81,18 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
     model = _build(cfg, data)
     data.attach(model, training=True)
     model.train()  # loaded models come in evaluation mode
+    loss = instantiate(cfg.loss)
+    teacher = {}
+    if isinstance(loss, TokenRelations):
+        teacher["teacher"] = teacher_of(cfg, loss.teacher, data)
     module: Classifier = instantiate(cfg.module)(
         model,
         optimizer=instantiate(cfg.optim),
         lr_schedule=instantiate(cfg.lr_schedule),
-        loss=instantiate(cfg.loss),
+        loss=loss,
         mixup=_plain(OmegaConf.select(cfg, "augment.mixup")),
         aux_weight=float(cfg.aux_weight),
+        **teacher,
         hyper_parameters={
             "data": _preprocessing(data),
             "config": _plain(_without_hydra(cfg)),

@@ -55,6 +55,10 @@ def measure_zeroshot(
         "top5": 100 * int(hits.sum()) / total if len(vectors) > 5 else None,
         "ci95": list(wilson_interval(first, total)),
     }
+    if cfg.zeroshot.reservoir.size:
+        from zoo.run.stream import measure_stream
+
+        found["reservoir"] = measure_stream(cfg, model, queries, vectors, extract, texts.heat)
     return {"n_images": total, "zeroshot": found}
 
 

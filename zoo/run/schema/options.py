@@ -173,6 +173,17 @@ _LOSS: Options = {
     "smoothing": real(0, below=1),
     "target_threshold": maybe(_SHARE),
     "reduction": choice("mean", "sum"),
+    "teacher": maybe(_WORDS),
+    "tokens": whole(2, 2**20),
+    "neighbours": whole(1, 2**20),
+    "sigma": _POSITIVE,
+    "order": choice("student", "teacher"),
+    "temperature": list_of(_POSITIVE, "[at the start, at the end]", 2, 2),
+    "inner_weight": real(0),
+    "local_weight": real(0),
+    "global_weight": real(0),
+    "logit_weight": real(0),
+    "logit_temperature": _POSITIVE,
 }
 
 _MODULE: Options = {
@@ -305,6 +316,12 @@ EVAL: Options = {
     "zeroshot": {
         "embeddings": maybe(path("a file")),
         "templates": either(_WORDS, list_of(_WORDS, "a list of sentences with {}")),
+        "reservoir": {
+            "size": whole(0, 10**4),
+            "weight": real(0),
+            "sharpness": real(0),
+            "scale": _POSITIVE,
+        },
     },
     "trainer": _TRAINER,
     "export": {
@@ -396,7 +413,8 @@ REQUIRED = (
     *(f"linear_probe{end}" for end in ("", ".c", ".held_out", ".iterations")),
     *(f"retrieval{end}" for end in ("", ".relevance", ".crop")),
     *(f"select{end}" for end in ("", ".keep", ".block", ".norm", ".seeds")),
-    *(f"zeroshot{end}" for end in ("", ".embeddings", ".templates")),
+    *(f"zeroshot{end}" for end in ("", ".embeddings", ".templates", ".reservoir")),
+    *(f"zeroshot.reservoir.{end}" for end in ("size", "weight", "sharpness", "scale")),
     *(f"export{end}" for end in ("", ".format", ".precision", ".images", ".calibration")),
     *(f"features{end}" for end in ("", ".cache", ".folder", ".max_gb", ".seed")),
     *("ckpt", "test", "test_start", "aux_weight", "threads", "output_dir"),
