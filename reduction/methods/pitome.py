@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from reduction.assignment import Merge
 from reduction.base import Card, Reducer
 from reduction.checks import boolean, finite, is_list, one_of
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
+from reduction.functional.energy import energy
 from reduction.functional.matching import head_sum, unit
 from reduction.functional.portable import stable_order
 from reduction.registry import register
@@ -21,23 +21,6 @@ from reduction.tokens import Signals, Tokens, take_rows
 MODES = ("bsm", "pitome")
 ORDERS = ("bsm_first", "pitome_first", *MODES)
 ENERGIES = ("elu", "paper")
-
-
-@torch.no_grad()
-def energy(similarity: Tensor, margin: float, kind: str = "elu") -> Tensor:
-    """How much of the image looks like a token, `(B, N)` in float32 or better.
-
-    Args:
-        similarity: Cosines `(B, N, N)`.
-        margin: Similarity from which another token counts as alike.
-        kind: "elu" averages `elu(cos - margin)`; "paper" keeps the cosine itself above the margin.
-    """
-    gap = similarity.to(torch.promote_types(similarity.dtype, torch.float32)) - margin
-    low = gap.clamp_max(0)
-    above = gap.sub_(low) if kind == "elu" else torch.where(gap > 0, gap + margin, 0)
-    # On a CPU exp is ten times faster than the expm1 inside elu, and memory that is already there
-    # faster than new.
-    return above.add_(low.exp_()).mean(-1).sub_(1)
 
 
 @register("pitome")
