@@ -25,7 +25,7 @@ def energy(similarity: Tensor, margin: float, kind: str = "elu") -> Tensor:
     """
     if eager_on_cpu(similarity) and similarity.numel() > _BLOCK:
         n = similarity.shape[-1]
-        rows = similarity.reshape(-1, n).split(max(1, _BLOCK // n))
+        rows = torch.split(similarity.reshape(-1, n), max(1, _BLOCK // n))
         return torch.cat([_energy(r, margin, kind) for r in rows]).view(similarity.shape[:-1])
     return _energy(similarity, margin, kind)
 
