@@ -219,25 +219,31 @@ def _fold(t: Tokens, a: Merge) -> Tokens:
     """
     assert a.pairs is not None
     source, target = a.pairs
-    rows = _with_prefix(a.leader, t.prefix)
-    goal, origin_rows = target + t.prefix, source + t.prefix
-    x, size = take_rows(t.x, rows), take_rows(t.size, rows)
-    moved = take_rows(t.size, origin_rows) if a.mass is None else a.mass.to(size.dtype)
-    size = size.scatter_add_(1, goal, moved)
+    batch, n, width = t.x.shape
+    m = t.prefix + a.leader.shape[1]
+    # Every list of rows once, as rows of all images together, for features and sizes alike.
+    stay = flat_rows(_with_prefix(a.leader, t.prefix), n)
+    gone, goal = flat_rows(source + t.prefix, n), flat_rows(target + t.prefix, m)
+    features, sizes = t.x.reshape(-1, width), t.size.reshape(-1)
+    x, size = features.index_select(0, stay), sizes.index_select(0, stay)
+    moved = sizes.index_select(0, gone) if a.mass is None else a.mass.to(size.dtype).reshape(-1)
+    size = size.index_add_(0, goal, moved)
     dtype = _accumulate_dtype(x)
-    share = moved.to(dtype) / size.gather(1, goal).to(dtype) if a.coef is None else a.coef.to(dtype)
-    delta = (take_rows(t.x, origin_rows) - take_rows(x, goal)).to(dtype) * share.unsqueeze(-1)
-    delta = delta.to(x.dtype)
-    batch, m, width = x.shape
+    if a.coef is None:
+        share = moved.to(dtype) / size.index_select(0, goal).to(dtype)
+    else:
+        share = a.coef.to(dtype).reshape(-1)
+    delta = features.index_select(0, gone) - x.index_select(0, goal)
+    delta = (delta.to(dtype) * share.unsqueeze(-1)).to(x.dtype)
     # The rows are fresh and were read above, so this may write into them.
-    merged = x.view(batch * m, width).index_add_(0, flat_rows(goal, m), delta.view(-1, width))
+    merged = x.index_add_(0, goal, delta)
     map_ = t.source
     if map_ is not None:
         slot = _slots_of(a.leader, batch, t.n).scatter(1, source, target)
         map_ = _follow(map_, slot)
     return t._replace(
         x=merged.view(batch, m, width),
-        size=size,
+        size=size.view(batch, m),
         unit=False,
         origin=_origin(t, a.leader),
         source=map_,

@@ -9,7 +9,8 @@ import torch
 
 import reduction
 import zoo
-from reduction.methods.pitome import energy
+from reduction.functional import energy as energies
+from reduction.functional.energy import energy
 from reduction.tokens import Tokens, take_rows
 from tests.cases import backbone, images
 from zoo.errors import ZooError
@@ -38,6 +39,20 @@ def test_energy_against_a_double_loop() -> None:
                 above = cos if kind == "paper" else cos - 0.3
                 expected[i] += (above if cos > 0.3 else math.exp(cos - 0.3) - 1) / 9
         assert torch.allclose(energy((u @ u.T).unsqueeze(0), 0.3, kind)[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_energies_of_a_few_rows_at_a_time_are_those_of_all(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    u = torch.nn.functional.normalize(torch.randn(3, 37, 8), dim=-1).to(dtype)
+    similarity = u @ u.transpose(1, 2)
+    for kind in ("elu", "paper"):
+        whole = energy(similarity, 0.3, kind)
+        for block in (1, 100, 37 * 37, 4000):
+            monkeypatch.setattr(energies, "_BLOCK", block)
+            assert torch.equal(energy(similarity, 0.3, kind), whole)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("rate", [0.85, 0.9, 0.9125, 0.925, 0.95, 0.7, 0.55])

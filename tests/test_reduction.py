@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 import reduction
 from reduction import Budget, Fuse, Keep, Merge, Mix, Step, Tokens, apply, unmerge
-from reduction.functional.attention import attention, column_mean
+from reduction.functional.attention import attention
 from reduction.functional.carriers import append, join_tail, split_tail, trim
 from reduction.functional.masking import policy_softmax
 from reduction.functional.matching import bipartite_matching
+from reduction.functional.received import column_mean
 from reduction.tokens import SIGNALS, Signals
 
 shapes = st.tuples(st.integers(1, 3), st.integers(0, 5), st.integers(2, 17), st.integers(0, 10**6))

@@ -10,7 +10,7 @@ import reduction
 import zoo
 from reduction.assignment import Merge, apply
 from reduction.functional import thresholds
-from reduction.functional.attention import column_mean
+from reduction.functional.received import column_mean
 from reduction.tokens import Tokens
 from tests.cases import backbone, images
 from zoo.errors import ZooError

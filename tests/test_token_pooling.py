@@ -27,7 +27,6 @@ from reduction import (
     create,
 )
 from reduction.functional import clustering
-from reduction.functional.attention import column_mean
 from reduction.functional.clustering import (
     Clusters,
     farthest_reach,
@@ -39,6 +38,7 @@ from reduction.functional.clustering import (
     squared_distances,
     weighted_means,
 )
+from reduction.functional.received import column_mean
 from tests.cases import backbone, images
 from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from reduction.eager import eager_on_cpu, exporting, traced
+from reduction.eager import eager_on_cpu, exporting
 from reduction.functional.kernels import dot_product_attention
 from reduction.functional.masking import policy_softmax
+from reduction.functional.received import attention_and_column, column_mean, shares_map
 from reduction.tokens import Signals
 
 
@@ -67,6 +67,10 @@ def attention(
             column=map_.mean((1, 2)) if "column" in need else None,
             attn=map_ if "attn" in need else None,
         )
+    if "column" in need and not dropout and shares_map(q, k, v, bias):
+        out, column = attention_and_column(q, k, v, scale, bias)
+        rest = signals(q, k, scale, bias, need - {"column"}, class_tokens)
+        return out, rest._replace(column=column)
     out = dot_product_attention(q, k, v, scale, bias, dropout)
     return out, signals(q, k, scale, bias, need, class_tokens)
 
@@ -113,73 +117,6 @@ def class_row(
     if bias is not None:
         logits = logits + bias[:, :, 0]
     return logits.softmax(-1)
-
-
-def column_mean(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    bias: Tensor | None = None,
-    live: Tensor | None = None,
-) -> Tensor:
-    """Attention that each token receives, mean over heads and queries, `(B, N)`.
-
-    With `live`, `(B, N)` bool, the mean is over the queries that are no padding.
-
-    The map of the whole batch never exists at once, neither in the forward pass nor for the
-    backward one: without gradient, eager code on a CPU goes image by image; otherwise a few queries
-    of all images at a time, whose rows are computed again where a gradient passes.
-    """
-    recording = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    if eager_on_cpu(q) and not recording:
-        images = [
-            _column_sum(
-                q[i : i + 1],
-                k[i : i + 1],
-                scale,
-                bias if bias is None or bias.shape[0] == 1 else bias[i : i + 1],
-                None if live is None else live[i : i + 1],
-            )
-            for i in range(q.shape[0])
-        ]
-        return torch.cat(images) / (q.shape[1] * _queries(q, live))
-    n = q.shape[2]
-    rows = min(64, -(-n // 4))
-    total = q.new_zeros(())
-    for start in range(0, n, rows):
-        part = q[:, :, start : start + rows]
-        own = bias if bias is None or bias.shape[2] == 1 else bias[:, :, start : start + rows]
-        real = None if live is None else live[:, start : start + rows]
-        if recording and not traced():
-            total = total + checkpoint(
-                _column_sum,
-                part,
-                k,
-                scale,
-                own,
-                real,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        else:
-            total = total + _column_sum(part, k, scale, own, real)
-    return total / (q.shape[1] * _queries(q, live))
-
-
-def _queries(q: Tensor, live: Tensor | None) -> int | Tensor:
-    return int(q.shape[2]) if live is None else live.sum(1, keepdim=True)
-
-
-def _column_sum(
-    q: Tensor, k: Tensor, scale: float, bias: Tensor | None, live: Tensor | None = None
-) -> Tensor:
-    logits = (q * scale) @ k.transpose(-2, -1)
-    if bias is not None:
-        logits = logits + bias
-    rows = logits.softmax(-1)
-    if live is not None:
-        rows = rows * live[:, None, :, None]
-    return rows.sum((1, 2))
 
 
 def attention_bias(

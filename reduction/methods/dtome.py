@@ -6,7 +6,7 @@ from reduction.assignment import Merge, apply
 from reduction.base import Card, Reducer
 from reduction.checks import boolean, number, one_of, positive
 from reduction.counts import Dims, Step
-from reduction.functional.energies import ENERGIES, energy
+from reduction.functional.energy import ENERGIES, energy
 from reduction.functional.joining import Partners, above, best_of_batch, joined, partners
 from reduction.functional.matching import head_sum, split_sizes, unit
 from reduction.mixins.calibrating import Calibrates, note_threshold

@@ -12,10 +12,10 @@ from reduction.base import Card, Reducer
 from reduction.checks import boolean, number, one_of, positive, share
 from reduction.counts import Dims, Spec, Step
 from reduction.functional import thresholds
-from reduction.functional.attention import column_mean
 from reduction.functional.matching import head_sum, split_sizes, unit
 from reduction.functional.pooling import masked_average_head
 from reduction.functional.portable import stable_order
+from reduction.functional.received import attention_and_column, column_mean, shares_map
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
@@ -128,10 +128,12 @@ class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Train
             return self._masked_attention(a, t.policy)
         if "column" not in a.need:
             return None
-        out, _ = a._replace(need=frozenset()).usual()
-        return AttentionOutput(
-            out, Signals(column=column_mean(a.q, a.k, a.scale, a.bias, live=t.mask))
-        )
+        if not a.dropout and a.fused and shares_map(a.q, a.k, a.v, a.bias):
+            out, column = attention_and_column(a.q, a.k, a.v, a.scale, a.bias, t.mask)
+        else:
+            out, _ = a._replace(need=frozenset()).usual()
+            column = column_mean(a.q, a.k, a.scale, a.bias, t.mask)
+        return AttentionOutput(out, Signals(column=column))
 
     def _masked_attention(self, a: AttentionInput, policy: Tensor) -> AttentionOutput:
         map_ = thresholds.masked_map(a.logits(), policy)

@@ -10,10 +10,10 @@ from reduction.assignment import Merge, apply
 from reduction.base import Card, Reducer, Site
 from reduction.checks import boolean, count, number, one_of, share
 from reduction.counts import Budget, Dims, Step
-from reduction.functional.attention import column_mean
 from reduction.functional.clustering import mean_shares
 from reduction.functional.fusion import fuse_map, two_way_matching
 from reduction.functional.matching import split_sizes, unit
+from reduction.functional.received import column_mean
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register

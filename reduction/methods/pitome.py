@@ -12,7 +12,7 @@ from reduction.base import Card, Reducer
 from reduction.checks import boolean, finite, is_list, one_of
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
-from reduction.functional.energies import ENERGIES, energy
+from reduction.functional.energy import ENERGIES, energy
 from reduction.functional.matching import head_sum, unit
 from reduction.functional.portable import stable_order
 from reduction.methods.dtome import DToMe

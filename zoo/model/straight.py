@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from reduction.eager import autocasting, undisturbed
 from reduction.functional.attention import attention_bias, signals
 from reduction.functional.kernels import choose, fused
+from reduction.functional.received import attention_and_column, shares_map
 from reduction.mixins.gating import MlpGates
 from reduction.tokens import Signals, Tokens
 from zoo.adapters.attention import idle
@@ -101,11 +102,18 @@ class Straight(NamedTuple):
             q = torch.layer_norm(q, *self.q_norm)
         if self.k_norm is not None:
             k = torch.layer_norm(k, *self.k_norm)
-        kernel = choose(q, k, v, self.scale, bias) if own else fused
-        out = kernel(q, k, v, self.scale, bias)
+        column = None
+        if own and "column" in need and shares_map(q, k, v, bias):
+            out, column = attention_and_column(q, k, v, self.scale, bias)
+        else:
+            kernel = choose(q, k, v, self.scale, bias) if own else fused
+            out = kernel(q, k, v, self.scale, bias)
         seen = _NONE
         if need:
-            seen = signals(q, k, self.scale, bias, need, class_tokens)._replace(
+            left = need if column is None else need - {"column"}
+            seen = signals(q, k, self.scale, bias, left, class_tokens)
+            seen = seen._replace(
+                column=seen.column if column is None else column,
                 k=k if "k" in need else None,
                 v=v if "v" in need else None,
                 x_norm=y if "x_norm" in need else None,
