@@ -124,7 +124,7 @@ class TimmContract(nn.Module):
 
     def get_intermediate_layers(
         self,
-        images: Tensor,
+        x: Tensor,
         n: int | Sequence[int] = 1,
         reshape: bool = False,
         return_prefix_tokens: bool = False,
@@ -135,7 +135,7 @@ class TimmContract(nn.Module):
         """Features of chosen blocks by DINO's name for them, see `forward_intermediates`.
 
         Args:
-            images: `(B, 3, H, W)`.
+            x: Images `(B, 3, H, W)`.
             n: So many last blocks, or which.
             reshape: Give maps `(B, C, rows, columns)` in place of `(B, rows * columns, C)`.
             return_prefix_tokens: Give `(features, prefix tokens)` in place of each.
@@ -144,7 +144,7 @@ class TimmContract(nn.Module):
             restore: As in `forward_intermediates`.
         """
         return self.forward_intermediates(
-            images,
+            x,
             n,
             return_prefix_tokens=return_prefix_tokens,
             norm=norm,
