@@ -8,7 +8,9 @@ from itertools import cycle
 from typing import Any
 
 import pytest
+import timm
 import torch
+import torchvision
 from timm.models._features import FeatureGetterNet
 from torch import Tensor
 
@@ -221,6 +223,24 @@ def test_the_feature_wrapper_of_timm_takes_a_reduced_model() -> None:
         assert same(got(images()), expected)
     assert got.feature_info.channels() == [48, 48] and got.feature_info.reduction() == [4, 4]
     assert m.depth == 4 and m.num_classes == 0
+
+
+def test_what_a_refusal_of_features_only_advises_works() -> None:
+    with pytest.raises(ZooError, match="features_only=True; .*FeatureGetterNet"):
+        zoo.create_model("test_vit", "tome", R8, features_only=True)
+    getter = FeatureGetterNet(zoo.create_model("test_vit", "tome", R8), out_indices=[1, 3])
+    theirs = timm.create_model("test_vit", features_only=True, out_indices=[1, 3])
+    x = torch.randn(1, 3, 160, 160)
+    assert [f.shape for f in getter.eval()(x)] == [f.shape for f in theirs.eval()(x)]
+    assert getter.feature_info.get_dicts() == theirs.feature_info.get_dicts()
+
+
+def test_the_feature_wrapper_takes_towers_of_other_libraries() -> None:
+    sizes = dict(num_layers=4, num_heads=2, hidden_dim=32, mlp_dim=64)
+    tower = torchvision.models.VisionTransformer(image_size=32, patch_size=8, **sizes)
+    getter = FeatureGetterNet(zoo.wrap(tower, "tome", {"name": "constant_r", "r": 2}).eval(), 2)
+    assert [f.shape for f in getter(torch.randn(1, 3, 32, 32))] == [(1, 32, 4, 4)] * 2
+    assert getter.feature_info.channels() == [32, 32] and getter.feature_info.reduction() == [8, 8]
 
 
 def test_dino_asks_for_intermediate_layers() -> None:
