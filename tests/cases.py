@@ -304,8 +304,8 @@ _VIT: dict[str, Any] = dict(
 _EVA: dict[str, Any] = {**_VIT, "embed_dim": 48, "num_heads": 3}
 
 # The oldest timm that is supported has no such option, and cannot build its post-norm Eva.
-_OLD = "qk_norm" not in inspect.signature(Eva).parameters
-_QK_NORM = {} if _OLD else {"qk_norm": True}
+OLD = "qk_norm" not in inspect.signature(Eva).parameters
+_QK_NORM = {} if OLD else {"qk_norm": True}
 
 # A name says which of timm's families it stands for.
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
@@ -339,7 +339,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "rope_mixed": partial(
         Eva, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", **_QK_NORM, **_EVA
     ),
-    **({} if _OLD else {"post_norm": partial(Eva, use_post_norm=True, **_EVA)}),
+    **({} if OLD else {"post_norm": partial(Eva, use_post_norm=True, **_EVA)}),
     "jumbo": partial(Jumbo, jumbo_tokens=3, **_VIT),
 }
 
@@ -362,7 +362,7 @@ def pairs() -> list[tuple[Row, str]]:
 
 def backbone(name: str, seed: int = 0, **overrides: Any) -> nn.Module:
     """A tiny backbone with weights that are not at their (often nearly dead) initial values."""
-    if _OLD and name == "post_norm":
+    if OLD and name == "post_norm":
         pytest.skip("this timm cannot build it")
     torch.manual_seed(seed)
     model = BACKBONES[name](**overrides)

@@ -18,6 +18,7 @@ from reduction import create_schedule
 from reduction.functional import kernels
 from tests.cases import METHODS, backbone, images
 from zoo import checkpoint
+from zoo.adapters.hollow import hollow
 from zoo.budget import align as measuring
 from zoo.cost.counters import torch_gmacs
 from zoo.errors import ZooError
@@ -61,7 +62,7 @@ def test_a_method_with_counts_of_its_own_says_so(name: str) -> None:
 
 
 def test_the_counts_of_deit_small() -> None:
-    with torch.device("meta"):
+    with hollow():
         model = zoo.create_model(
             "deit_small_patch16_224",
             reducer="tome",

@@ -19,6 +19,7 @@ import zoo
 from tests.cases import METHODS, Row, backbone, images
 from tests.parity.clca_build import official_counts
 from tests.test_clca import STAGES, plugged
+from zoo.adapters.hollow import hollow
 from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 from zoo.model.reduced import ReducedViT
 from zoo.plugins.base import create_plugins, list_plugins
@@ -289,7 +290,7 @@ def table() -> list[tuple[str, ...]]:
 
 @functools.lru_cache(maxsize=2)
 def deit3(size: int) -> nn.Module:
-    with torch.device("meta"):
+    with hollow():
         return timm.create_model("deit3_base_patch16_224", img_size=size, num_classes=200)
 
 

@@ -10,6 +10,7 @@ import timm
 
 import zoo
 from zoo import backbones
+from zoo.adapters.hollow import hollow
 from zoo.adapters.reasons import REASONS, SUPPORTED
 from zoo.cli import coverage
 from zoo.errors import UnsupportedModel
@@ -52,9 +53,7 @@ def test_a_model_is_tried_without_data(name: str) -> None:
     ],
 )
 def test_what_cannot_be_reduced_says_why(name: str, reason: str) -> None:
-    import torch
-
-    with torch.device("meta"):
+    with hollow():
         model = timm.create_model(name)
     with pytest.raises(UnsupportedModel, match=f"is not supported: .*{reason}.*; supported are"):
         zoo.wrap(model, "tome")

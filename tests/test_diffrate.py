@@ -21,6 +21,7 @@ from reduction.functional.diffrate_cost import effective_counts
 from reduction.functional.matching import most_similar
 from reduction.methods.diffrate import DiffRate
 from tests.cases import backbone, images
+from zoo.adapters.hollow import hollow
 from zoo.errors import UnsupportedModel, ZooError
 from zoo.published import config_folder
 from zoo.report.words import summary_line
@@ -260,7 +261,7 @@ def configs():
 @functools.cache
 def ghost(name: str) -> torch.nn.Module:
     """A model without weights."""
-    with torch.device("meta"):
+    with hollow():
         pool = {"global_pool": "avg"} if name.endswith(".mae") else {}
         return timm.create_model(name, num_classes=1000, **pool)
 
@@ -303,5 +304,5 @@ def test_both_counts_are_reported(configs: None) -> None:
 
 
 def test_caformer_is_refused() -> None:
-    with torch.device("meta"), pytest.raises(UnsupportedModel, match="hierarchical"):
+    with hollow(), pytest.raises(UnsupportedModel, match="hierarchical"):
         zoo.create_model("caformer_s36", reducer="diffrate")

@@ -428,6 +428,74 @@ def test_the_text_tower_of_open_clip_is_that_of_the_same_weights(tmp_path):
         open_clip_text("tiny-clip", str(tmp_path / "tiny-clip.json"))
 
 
+@pytest.fixture
+def tiny_clip(tmp_path, monkeypatch):
+    """A model of open_clip with a name of its own, and weights of both towers."""
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"layers": 1, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 16}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "tiny-clip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-clip.json")
+    clip = open_clip.create_model("tiny-clip").eval()
+    save_file(clip.state_dict(), tmp_path / "clip.safetensors")
+    return clip
+
+
+def test_both_towers_of_open_clip_from_one_file(run, tmp_path, folder, tiny_clip):
+    line = "task=zeroshot backbone=open_clip backbone.name=tiny-clip data=folder data.root=pets"
+    code, out, err = run(f"{line} weights=clip.safetensors reducer=tome schedule.r=1")
+    assert (code, err) == (0, "") and "zero-shot" in out
+    (row,) = rows(tmp_path)
+    assert row["zeroshot"]["text"] == "text tower, 7 templates"
+    assert row["zeroshot"]["classes"] == 2
+    code, _, err = run(line)
+    assert code == 2 and "the text tower of tiny-clip has no weights" in err
+    hf = line.replace("open_clip", "hf").replace("tiny-clip", "openai/clip-vit-base-patch32")
+    code, _, err = run(hf)
+    assert code == 2 and err.count("\n") == 1 and "type backbone=open_clip" in err
+
+
+def test_weights_of_open_clip_compute_as_their_tag_says(tiny_clip, tmp_path, monkeypatch):
+    import open_clip
+
+    from zoo.libraries import open_clip_models as ours
+
+    tags = {"quick": {"quick_gelu": True, "hf_hub": "org/name/"}, "plain": {"hf_hub": "org/name/"}}
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: tags.get(tag, {}))
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: list(tags))
+    monkeypatch.setattr(ours, "cached", lambda *names: tmp_path / "clip.safetensors")
+    for tag, kind in (("quick", "QuickGELU"), ("plain", "GELU")):
+        for pretrained in (True, False):
+            tower = zoo.create_model(f"open_clip:tiny-clip.{tag}", pretrained=pretrained).unwrap()
+            assert type(tower.transformer.resblocks[0].mlp.gelu).__name__ == kind
+            same = torch.equal(tower.conv1.weight, tiny_clip.visual.conv1.weight)
+            assert same is pretrained
+
+
+def test_a_hub_that_is_not_there_is_one_line(tiny_clip, monkeypatch):
+    import open_clip
+
+    from zoo.libraries import hub
+    from zoo.libraries.open_clip_models import tokenizer_of
+
+    asked = []
+
+    class Session:
+        def head(self, url, **options):
+            asked.append(url)
+            raise ConnectionError("no network")
+
+    monkeypatch.setattr(hub, "get_session", Session)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(zoo.errors.ZooError, match="weights openai of ViT-B-32: no network"):
+        zoo.create_model("open_clip:ViT-B-32.openai", pretrained=True)
+    with pytest.raises(zoo.errors.ZooError, match="cannot fetch the tokenizer timm/.*: no network"):
+        tokenizer_of("ViT-B-16-SigLIP2")
+    assert len(asked) == 2
+    assert isinstance(tokenizer_of("ViT-B-32"), open_clip.tokenizer.SimpleTokenizer)
+
+
 # ---------------------------------------------------------------------------------- refused
 
 

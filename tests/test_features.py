@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+from inspect import signature
+from itertools import cycle
 from typing import Any
 
 import pytest
+import timm
 import torch
+import torchvision
 from timm.models._features import FeatureGetterNet
 from torch import Tensor
 
 import zoo
 from reduction import unmerge
-from tests.cases import METHODS, Row, backbone, images, model, refused
+from tests.cases import ALL, METHODS, Row, backbone, images, model, refused
+from tests.families import FAMILIES, family, pictures
 from zoo.errors import ZooError
 
 R8 = {"name": "constant_r", "r": 8}
@@ -107,6 +112,22 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+FLAGS = "return_prefix_tokens", "norm", "stop_early", "intermediates_only", "output_dict", "nlc"
+# Every pair of values of every two flags.
+PAIRWISE = [
+    (False, False, False, False, False, False),
+    (True, True, True, True, False, True),
+    (True, True, False, False, True, False),
+    (False, False, True, True, True, True),
+    (True, False, True, False, False, False),
+    (False, True, False, True, False, True),
+    (True, False, False, True, True, False),
+    (False, True, True, False, True, True),
+    (True, False, False, False, True, True),
+    (False, True, True, True, False, False),
+]
+
+
 @pytest.mark.parametrize("name", ["plain", "registers", "gap", "dinov3", "rope_mixed"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_intermediates_are_those_of_timm(name: str, options: dict[str, Any]) -> None:
@@ -114,6 +135,23 @@ def test_intermediates_are_those_of_timm(name: str, options: dict[str, Any]) -> 
     with torch.no_grad():
         ours = zoo.wrap(m, None).eval().forward_intermediates(images(), **options)
         assert same(ours, m.forward_intermediates(images(), **options))
+
+
+@pytest.mark.parametrize("name", [*ALL, *FAMILIES])
+def test_any_choice_of_arguments_is_answered_as_timm_answers_it(name: str) -> None:
+    m = backbone(name) if name in ALL else family(name)
+    x, wrapped = pictures(m, 1), zoo.wrap(m, None).eval()
+    takes_dict = "output_dict" in signature(type(m).forward_intermediates).parameters
+    for indices, flags in zip(cycle([None, 1, [0, -1], (2, 0)]), PAIRWISE, strict=False):
+        options = dict(zip(FLAGS, flags, strict=True))
+        options["output_fmt"] = "NLC" if options.pop("nlc") else "NCHW"
+        if not takes_dict:
+            del options["output_dict"]
+            # Such a class of timm's fails where it has no prefix tokens to give.
+            options["return_prefix_tokens"] &= bool(wrapped.prefix)
+        with torch.no_grad():
+            ours = wrapped.forward_intermediates(x=x, indices=indices, **options)
+            assert same(ours, m.forward_intermediates(x=x, indices=indices, **options))
 
 
 def test_intermediates_as_a_mapping() -> None:
@@ -166,6 +204,17 @@ def test_an_unknown_format() -> None:
         model(METHODS[0]).forward_intermediates(images(), output_fmt="NHWC")
 
 
+def test_images_are_given_by_the_name_that_timm_has_for_them() -> None:
+    m = model(METHODS[0])
+    with torch.no_grad():
+        assert same(m.forward_features(x=images()), m.forward_features(images()))
+        assert same(
+            m.get_intermediate_layers(x=images(), n=2), m.get_intermediate_layers(images(), 2)
+        )
+    with pytest.raises(TypeError, match="'x'"):
+        m.forward_features()
+
+
 def test_the_feature_wrapper_of_timm_takes_a_reduced_model() -> None:
     m = model(METHODS[0])
     with torch.no_grad():
@@ -174,6 +223,24 @@ def test_the_feature_wrapper_of_timm_takes_a_reduced_model() -> None:
         assert same(got(images()), expected)
     assert got.feature_info.channels() == [48, 48] and got.feature_info.reduction() == [4, 4]
     assert m.depth == 4 and m.num_classes == 0
+
+
+def test_what_a_refusal_of_features_only_advises_works() -> None:
+    with pytest.raises(ZooError, match="features_only=True; .*FeatureGetterNet"):
+        zoo.create_model("test_vit", "tome", R8, features_only=True)
+    getter = FeatureGetterNet(zoo.create_model("test_vit", "tome", R8), out_indices=[1, 3])
+    theirs = timm.create_model("test_vit", features_only=True, out_indices=[1, 3])
+    x = torch.randn(1, 3, 160, 160)
+    assert [f.shape for f in getter.eval()(x)] == [f.shape for f in theirs.eval()(x)]
+    assert getter.feature_info.get_dicts() == theirs.feature_info.get_dicts()
+
+
+def test_the_feature_wrapper_takes_towers_of_other_libraries() -> None:
+    sizes = dict(num_layers=4, num_heads=2, hidden_dim=32, mlp_dim=64)
+    tower = torchvision.models.VisionTransformer(image_size=32, patch_size=8, **sizes)
+    getter = FeatureGetterNet(zoo.wrap(tower, "tome", {"name": "constant_r", "r": 2}).eval(), 2)
+    assert [f.shape for f in getter(torch.randn(1, 3, 32, 32))] == [(1, 32, 4, 4)] * 2
+    assert getter.feature_info.channels() == [32, 32] and getter.feature_info.reduction() == [8, 8]
 
 
 def test_dino_asks_for_intermediate_layers() -> None:

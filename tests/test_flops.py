@@ -8,14 +8,15 @@ import torch
 
 import zoo
 from reduction.tokens import Tokens
-from tests.cases import ALL, METHODS, Row, backbone, images, model
+from tests.cases import ALL, METHODS, OLD, Row, backbone, images, model
 from zoo.adapters.heads import head
+from zoo.adapters.hollow import hollow
 from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 from zoo.errors import ZooError
 
 
 def deit(**kwargs):
-    with torch.device("meta"):
+    with hollow():
         return timm.create_model("deit_small_patch16_224", **kwargs)
 
 
@@ -44,13 +45,15 @@ def test_three_counts_agree_for_every_method(row: Row) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_three_counts_agree_for_every_family(name: str) -> None:
-    check(zoo.wrap(backbone(name), "tome", {"name": "constant_r", "r": 8}))
+    # timm 1.0.20 multiplies positions by frequencies as matrices, which both counters see.
+    rel = 2e-3 if OLD and name == "rope_mixed" else 1e-5
+    check(zoo.wrap(backbone(name), "tome", {"name": "constant_r", "r": 8}), rel)
 
 
-def check(m: torch.nn.Module) -> None:
+def check(m: torch.nn.Module, rel: float = 1e-5) -> None:
     ours = zoo.profile(m).gmacs
-    assert fvcore_gmacs(m, images(2)) == pytest.approx(ours, rel=1e-5)
-    assert torch_gmacs(m, images(2)) == pytest.approx(ours, rel=1e-5)
+    assert fvcore_gmacs(m, images(2)) == pytest.approx(ours, rel=rel)
+    assert torch_gmacs(m, images(2)) == pytest.approx(ours, rel=rel)
 
 
 def test_a_tracer_counts_tokens_as_we_do():
@@ -91,7 +94,7 @@ def test_the_printed_profile_names_its_parts() -> None:
 
 POOLED = [
     ("test_vit", {"global_pool": kind, **more})
-    for kind in ("", "avg", "avgmax", "max", "map", "prr")
+    for kind in ("", "avg", "avgmax", "max", "map", *(() if OLD else ("prr",)))
     for more in ({}, {"reg_tokens": 3}, {"class_token": False}, {"pool_include_prefix": True})
 ] + [
     ("eva02_tiny_patch14_224", {"global_pool": kind, "depth": 2, "img_size": 56, **more})
@@ -103,7 +106,7 @@ POOLED = [
 @pytest.mark.parametrize("classes", [10, 0])
 @pytest.mark.parametrize(("name", "options"), POOLED, ids=str)
 def test_every_kind_of_pooling_costs_what_torch_counts(name, options, classes) -> None:
-    with torch.device("meta"):
+    with hollow():
         m = timm.create_model(name, num_classes=classes, **options)
     x = torch.empty(1, 3, *m.patch_embed.img_size, device="meta")
     assert round(zoo.profile(m).gmacs * 1e9) == round(torch_gmacs(m, x) * 1e9)

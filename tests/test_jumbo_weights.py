@@ -13,6 +13,7 @@ from torch import Tensor
 
 import zoo
 from tests.test_jumbo import KINDS, TINY, kinds, make, pictures
+from zoo.adapters.hollow import hollow
 from zoo.checkpoint import load_weights, save_pretrained
 from zoo.errors import BadCheckpoint
 from zoo.models.jumbo import Jumbo
@@ -87,7 +88,7 @@ def test_the_architecture_is_read_from_the_weights(kind: str) -> None:
 
 @pytest.mark.parametrize("size", ["pico", "nano", "tiny", "small", "base"])
 def test_heads_follow_from_the_official_sizes(size: str) -> None:
-    with torch.device("meta"):
+    with hollow():
         model = timm.create_model(f"jumbo_{size}_patch16_224")
         args = infer_args(model.state_dict())
         same = Jumbo(**args)
@@ -162,7 +163,7 @@ def test_pretrained_means_the_published_file(size: str, monkeypatch: pytest.Monk
         raise ConnectionError("no network in tests")
 
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_url", download)
-    with pytest.raises(ConnectionError), torch.device("meta"):
+    with pytest.raises(ConnectionError), hollow():
         timm.create_model(f"jumbo_{size}_patch16_224", pretrained=True)
     base = "https://huggingface.co/antofuller/jumbo/resolve/main"
     assert asked["url"] == f"{base}/jumbo_{size}.pth"
@@ -171,7 +172,7 @@ def test_pretrained_means_the_published_file(size: str, monkeypatch: pytest.Monk
 
 
 def test_preprocessing_is_that_of_the_official_evaluation() -> None:
-    with torch.device("meta"):
+    with hollow():
         model = timm.create_model("jumbo_small_patch16_224")
     data = timm.data.resolve_model_data_config(model)
     assert data["crop_pct"] == 1.0 and data["interpolation"] == "bilinear"

@@ -272,7 +272,7 @@ def test_a_recipe_of_hugging_face_names_a_class_that_is_known(tmp_path: Path) ->
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A hub that cannot be reached, and what was asked of it."""
     pytest.importorskip("transformers")
-    from zoo.libraries import transformers_models
+    from zoo.libraries import hub as client
 
     asked: list[str] = []
 
@@ -281,8 +281,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             asked.append(url)
             raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr(transformers_models, "get_session", Session)
-    monkeypatch.setattr(transformers_models.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(client, "get_session", Session)
+    monkeypatch.setattr(client.constants, "HF_HUB_OFFLINE", False)
     return asked
 
 
@@ -293,9 +293,9 @@ def test_a_name_that_is_not_known_is_asked_for_once(hub: list[str]) -> None:
 
 
 def test_offline_the_hub_is_not_asked(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from zoo.libraries import transformers_models
+    from zoo.libraries import hub as client
 
-    monkeypatch.setattr(transformers_models.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(client.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ZooError, match=r"'facebook/dinov2-smal'; did you mean.*HF_HUB_OFFLINE"):
         zoo.create_model("hf:facebook/dinov2-smal", "tome")
     assert hub == []

@@ -19,6 +19,7 @@ from torch import nn
 
 import zoo
 from tests.cases import images
+from zoo.adapters.hollow import hollow
 from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 from zoo.errors import UnsupportedModel, ZooError
 from zoo.models.lookupvit import (
@@ -58,7 +59,7 @@ def shaken(m: nn.Module) -> nn.Module:
 
 
 def big(size: str) -> zoo.ReducedViT:
-    with torch.device("meta"):
+    with hollow():
         return zoo.create_model(f"lookupvit_{size}_patch16_224")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import zoo
+from zoo.adapters.hollow import hollow
 from zoo.cost.counters import torch_gmacs
 from zoo.errors import ZooError
 
@@ -34,7 +35,7 @@ MIXED = [
 
 
 def on_meta(name: str, **args: Any) -> nn.Module:
-    with torch.device("meta"):
+    with hollow():
         return timm.create_model(name, **args).eval()
 
 

@@ -11,6 +11,7 @@ import zoo
 from reduction import Budget, Signals, Step, Tokens, create
 from reduction.functional.carriers import append
 from tests.cases import backbone, images
+from zoo.adapters.hollow import hollow
 from zoo.cost.counters import fvcore_gmacs
 from zoo.errors import ZooError
 
@@ -18,7 +19,7 @@ NINTHS = {"name": "keep_rate", "rounding": "ceil", "of": "current", "blocks": [3
 
 
 def deit(rate: float, **args: object) -> object:
-    with torch.device("meta"):
+    with hollow():
         m = timm.create_model("vit_base_patch16_clip_224")
     return zoo.profile(zoo.wrap(m, {"name": "tca", **args}, {**NINTHS, "rate": rate}))
 

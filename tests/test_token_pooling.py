@@ -40,6 +40,7 @@ from reduction.functional.clustering import (
 )
 from reduction.functional.received import column_mean
 from tests.cases import backbone, images
+from zoo.adapters.hollow import hollow
 from zoo.cost.counters import fvcore_gmacs, torch_gmacs
 
 SIZES = [1, 2, 20, 98, 195, 196]
@@ -478,7 +479,7 @@ def test_geometric_counts() -> None:
 
 
 def deit(size: str) -> torch.nn.Module:
-    with torch.device("meta"):
+    with hollow():
         return timm.create_model(f"deit_{size}_patch16_224")
 
 

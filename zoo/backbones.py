@@ -137,35 +137,13 @@ def attempt(name: str) -> tuple[str, str]:
 
 
 def _built(name: str) -> Any:
-    """A model on the meta device, by way of memory where timm cannot build it there."""
+    """A model on the meta device."""
     import timm
-    import torch
 
-    try:
-        with torch.device("meta"), _no_numbers():
-            model = timm.create_model(name)
-    except NotImplementedError:  # timm 1.0.20 reads numbers off a ResNet that it builds
-        if _family(name) not in SUPPORTED:
-            raise
-        model = timm.create_model(name)
-    return model.to("meta")
+    from zoo.adapters.hollow import hollow
 
-
-def _no_numbers() -> Any:
-    """Within, a number that is asked of a tensor without data is zero.
-
-    timm 1.0.20 asks for the rates of stochastic depth so, which are zero by default.
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    class Zero(TorchFunctionMode):
-        def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.Tensor.item and args[0].is_meta:
-                return 0.0
-            return func(*args, **(kwargs or {}))
-
-    return Zero()
+    with hollow():
+        return timm.create_model(name).to("meta")
 
 
 def _try(backbone: Any) -> None:

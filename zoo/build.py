@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm
-import torch
 from torch import nn
 
 from reduction.base import Reducer
@@ -14,6 +13,7 @@ from reduction.registry import create_reducer, create_schedule
 from reduction.schedules.base import Schedule
 from reduction.schedules.target import Target
 from zoo.adapters.foreign import why_no_model, why_shell
+from zoo.adapters.hollow import hollow
 from zoo.adapters.tower import check_backbone, tower_of
 from zoo.budget.align import resolved
 from zoo.budget.solve import solve
@@ -215,7 +215,7 @@ def _lasting(name: str, model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     if not (given.get("pretrained_cfg") or given.get("pretrained_cfg_overlay")):
         return args
     # timm takes defaults from a description of weights; without it they have to be said.
-    with torch.device("meta"):
+    with hollow():
         plain = timm.create_model(name, num_classes=model.num_classes, **args)
     for key, read in _DESCRIBED.items():
         if key not in args and read(plain) != read(model):

@@ -110,7 +110,10 @@ def why_unsupported(m: nn.Module, inner: str | None = None) -> str:
         held = [name for name, child in m.named_children() if hasattr(child, "blocks")]
         return f"{shown} is a training module; pass the model in it, .{held[0] if held else 'net'}"
     if cls.__module__ == "timm.models._features":
-        return "the model was built with features_only=True; build it without, and wrap that"
+        return (
+            "the model was built with features_only=True; build it without, wrap that, and give it to "
+            "timm.models._features.FeatureGetterNet(model, out_indices=[...])"
+        )
     library = cls.__module__.split(".")[0]
     if inner is not None:
         return (

@@ -77,10 +77,11 @@ def find_tower(loaded: Any, want: Collection[str], *, ema: bool = True) -> Tower
     if not sets:
         return None
     found: list[tuple[int, Tower]] = []
+    anchors = _anchors(want)
     for path, tensors in sets:
-        if any(name.startswith(_TIMMS) for name in tensors):
+        if anchors is _ANCHORS and any(name.startswith(_TIMMS) for name in tensors):
             continue
-        for prefix in _prefixes(tensors)[:_MOST_PREFIXES]:
+        for prefix in _prefixes(tensors, anchors)[:_MOST_PREFIXES]:
             tower = _tower(path, prefix, tensors, want)
             score = sum(name in want for name in tower.body)
             if score:
@@ -142,12 +143,19 @@ def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
+def _anchors(want: Collection[str]) -> tuple[str, ...]:
+    """Names by which a tower is recognised: of other libraries the most particular of its own."""
+    if not want or any(name in want for name in _ANCHORS):
+        return _ANCHORS
+    return tuple(sorted(want, key=lambda name: (-name.count("."), name))[:3])
+
+
+def _prefixes(tensors: Mapping[str, Tensor], anchors: tuple[str, ...]) -> list[str]:
     """What stands in front of a tower's names, each once, in the order of the file."""
     found: dict[str, None] = {}
     for name in tensors:
         name = _CHUNK.sub(r"blocks.\2.\3", name)
-        for anchor in _ANCHORS:
+        for anchor in anchors:
             if name == anchor or name.endswith("." + anchor):
                 found[name[: -len(anchor)]] = None
     return list(found)

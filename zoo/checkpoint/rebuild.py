@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
+from zoo.adapters.hollow import hollow
 from zoo.checkpoint.positions import Grid, own_grid
 from zoo.libraries.build import rebuild
 
@@ -36,22 +35,13 @@ def twin(recipe: Mapping[str, Any], **changes: Any) -> nn.Module:
 
     if library := recipe.get("library"):
         given = {**recipe["args"], **changes}
-        with torch.device("meta"), _NothingToFill():
+        with hollow():
             return rebuild(library, recipe["name"], recipe["num_classes"], given)
     args = {k: tuples(v) for k, v in recipe["args"].items()}
     if recipe["num_classes"] is not None:
         args["num_classes"] = recipe["num_classes"]
-    with torch.device("meta"), _NothingToFill():
+    with hollow():
         return timm.create_model(recipe["name"], **{**args, **changes})
-
-
-class _NothingToFill(TorchFunctionMode):
-    """Skips the slow part of timm's initialisation, which on the meta device fills nothing."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return args[0] if func is torch.Tensor.erfinv_ else func(*args, **(kwargs or {}))
 
 
 def grid_of_recipe(recipe: Mapping[str, Any]) -> Grid | None:

@@ -16,12 +16,15 @@ from torch import nn
 from zoo.adapters.tower import find_tower, tower_of
 from zoo.errors import UnknownName, UnsupportedModel, ZooError
 from zoo.libraries.build import Built, fetched
+from zoo.libraries.hub import ask_hub, cached, offline
 from zoo.libraries.names import LIBRARIES, known, why_no_tower
 
 _LIBRARY = LIBRARIES["open_clip"]
 _FIELDS = frozenset(field.name for field in fields(CLIPVisionCfg))
 # They would fetch weights, or say what another argument says.
 _FORBIDDEN = frozenset({"timm_model_pretrained"})
+#: Files of weights whose name open_clip does not say.
+_USUAL = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
 
 
 def create(name: str, pretrained: bool, args: dict[str, Any]) -> Built:
@@ -42,7 +45,7 @@ def create(name: str, pretrained: bool, args: dict[str, Any]) -> Built:
     # Weights of one name agree on it; without any, these are the images that they would take.
     data = _data(open_clip.get_pretrained_cfg(stem, tag or next(iter(tags), "")))
     if not pretrained:
-        tower = _tower(config["embed_dim"], vision, bool(config.get("quick_gelu")))
+        tower = _tower(config["embed_dim"], vision, _quick(stem, tag))
         return Built(_alone(tower), stem, None, data)
     if not tag:
         raise ZooError(
@@ -56,11 +59,71 @@ def create(name: str, pretrained: bool, args: dict[str, Any]) -> Built:
             "it out, or backbone.pretrained"
         )
     try:
-        model = open_clip.create_model(stem, pretrained=tag, force_image_size=size)
+        model = whole(stem, tag, size)
     except Exception as error:  # of its many ways to fetch, all say what they could not
         raise fetched(f"the weights {tag} of {stem}", _LIBRARY, error) from error
     tower = _sized(model.visual, {} if size is None else {"image_size": size})
     return Built(_alone(tower), stem, tag, data)
+
+
+def whole(name: str, weights: str, size: int | tuple[int, int] | None = None, tag: str = "") -> Any:
+    """A whole model of open_clip, both towers with their weights.
+
+    Args:
+        name: Of its configuration, without a tag.
+        weights: A tag, or a file.
+        size: Of the images, where it is not that of the weights.
+        tag: Of the weights in the file, where it is known: it says which GELU they want.
+
+    Raises:
+        Exception: What open_clip, the hub or the file says.
+    """
+    tagged = open_clip.get_pretrained_cfg(name, weights)
+    path = _file(tagged) if tagged else weights
+    quick = _quick(name, weights if tagged else tag)
+    return open_clip.create_model(
+        name, pretrained=path, force_quick_gelu=quick, force_image_size=size
+    )
+
+
+def tokenizer_of(name: str) -> Any:
+    """The tokenizer of a model; open_clip's own needs no network, others have theirs on the hub.
+
+    Args:
+        name: Of its configuration, without a tag.
+
+    Raises:
+        ZooError: It is out of reach.
+    """
+    theirs = (open_clip.get_model_config(name) or {}).get("text_cfg", {}).get("hf_tokenizer_name")
+    try:
+        if theirs and not offline() and cached(theirs, "tokenizer_config.json") is None:
+            ask_hub()
+        return open_clip.get_tokenizer(name)
+    except Exception as error:  # of the hub, or of a package that reads such files
+        raise fetched(f"the tokenizer {theirs or 'of ' + name}", _LIBRARY, error) from error
+
+
+def _quick(name: str, tag: str) -> bool:
+    """Whether a model computes GELU the quick way, as OpenAI's weights want it in any case."""
+    config = open_clip.get_model_config(name) or {}
+    return bool(
+        config.get("quick_gelu") or open_clip.get_pretrained_cfg(name, tag).get("quick_gelu")
+    )
+
+
+def _file(tagged: Mapping[str, Any]) -> str:
+    """The file with the weights of a tag, from the cache of the hub or from where it lies."""
+    repository, _, file = str(tagged.get("hf_hub") or "").rpartition("/")
+    if repository:
+        names = [file] if file else _USUAL
+        for name in names:
+            if (found := cached(repository, name)) is not None:
+                return str(found)
+        if offline():
+            raise FileNotFoundError("they are not in the local cache, and HF_HUB_OFFLINE is set")
+        ask_hub()
+    return open_clip.download_pretrained(dict(tagged))  # type: ignore[no-any-return]
 
 
 def rebuild(name: str, args: dict[str, Any]) -> Built:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants, get_session, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
@@ -26,6 +26,7 @@ from transformers import AutoConfig, PretrainedConfig
 from zoo.adapters.tower import tower_of
 from zoo.errors import UnknownName, UnsupportedModel, ZooError
 from zoo.libraries.build import Built
+from zoo.libraries.hub import ask_hub, cached, offline
 from zoo.libraries.names import hf_configs
 
 #: The class that is built for a kind of configuration whose repository names none that is run.
@@ -109,19 +110,12 @@ def _known(name: str) -> tuple[PretrainedConfig, str, dict[str, Any]]:
     """
     if (folder := Path(name).expanduser()).is_dir():
         return _found(name, folder)
-    if (cached := _cached(name)) is not None:
-        return _found(name, cached.parent)
+    if (found := cached(name, "config.json")) is not None:
+        return _found(name, found.parent)
     if name in hf_configs():
         stored = hf_configs()[name]
         return _config(stored["config"], name), stored["class"], _tuples(stored["data"])
     return _found(name, _fetched(name).parent)
-
-
-def _cached(name: str) -> Path | None:
-    try:
-        return Path(hf_hub_download(name, "config.json", local_files_only=True))
-    except Exception:  # not there, or no name of a repository
-        return None
 
 
 def _fetched(name: str) -> Path:
@@ -133,10 +127,10 @@ def _fetched(name: str) -> Path:
             "facebook/dinov2-small"
         ) from None
     near = UnknownName("model of Hugging Face", name, list(hf_configs()))
-    if constants.HF_HUB_OFFLINE:
+    if offline():
         raise ZooError(f"{near}; the hub is not asked, HF_HUB_OFFLINE is set")
     try:
-        _ask_hub()
+        ask_hub()
         path = Path(hf_hub_download(name, "config.json", etag_timeout=5))
     except Exception as error:  # of many kinds: no such repository, gated, no network
         reason = _first_line(error)
@@ -146,15 +140,6 @@ def _fetched(name: str) -> Path:
     except Exception:  # many have none; the usual one is assumed then
         pass
     return path
-
-
-def _ask_hub() -> None:
-    """Find out whether the hub answers, once and within seconds: a download tries again and again.
-
-    Raises:
-        Exception: What the network says.
-    """
-    get_session().head(constants.ENDPOINT, timeout=5)
 
 
 def _first_line(error: BaseException) -> str:
@@ -238,12 +223,12 @@ def _loaded(name: str, cls: str, config: PretrainedConfig) -> nn.Module:
     try:
         return build.from_pretrained(name, config=config, local_files_only=True)  # type: ignore[no-any-return]
     except Exception as error:
-        if local or constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE"):
+        if local or offline() or os.environ.get("TRANSFORMERS_OFFLINE"):
             raise ZooError(
                 f"the weights of {name} are not here, or do not fit: {_first_line(error)}"
             ) from error
     try:
-        _ask_hub()
+        ask_hub()
         return build.from_pretrained(name, config=config)  # type: ignore[no-any-return]
     except Exception as error:
         raise ZooError(

@@ -53,7 +53,7 @@ class ReducedClipTower(ReducedViT):
 
         Returns:
             `image_intermediates`, with `image_intermediates_prefix` and `image_features` where they
-            are wanted. A patch has the features of the token that stands for it.
+            are wanted. What a patch has that was merged or dropped is what `restoring` says.
         """
         self.checked(x)
         found: dict[str, Any] = intermediates(
@@ -66,6 +66,7 @@ class ReducedClipTower(ReducedViT):
             output_fmt=output_fmt,
             intermediates_only=intermediates_only,
             output_dict=True,
+            restore=self.restoring,
         )
         if not intermediates_only:
             answer = self.forward_head(found["image_features"])
@@ -75,7 +76,7 @@ class ReducedClipTower(ReducedViT):
 
     def get_intermediate_layers(
         self,
-        images: Tensor,
+        x: Tensor,
         n: int | Sequence[int] = 1,
         reshape: bool = False,
         return_prefix_tokens: bool = False,
@@ -88,7 +89,7 @@ class ReducedClipTower(ReducedViT):
             raise ZooError("attn_mask is not possible here: tokens change from block to block")
         return intermediates(
             self,
-            images,
+            x,
             n,
             return_prefix_tokens=return_prefix_tokens,
             norm=norm,

@@ -201,14 +201,17 @@ class ReducedViT(TimmContract):
 
     @for_any_sizes
     @for_any_batch
-    def forward_features(self, images: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """Tokens after the final norm, `(B, P+M, C)`; of a standalone backbone, its own answer.
 
         The tensor brings along what `forward_head` has to know of its tokens.
+
+        Args:
+            x: Images `(B, 3, H, W)`.
         """
-        if self.checked(images):
-            return self.backbone.forward_features(images)  # type: ignore[no-any-return]
-        return features(self, flow(self, images))
+        if self.checked(x):
+            return self.backbone.forward_features(x)  # type: ignore[no-any-return]
+        return features(self, flow(self, x))
 
     def forward_head(
         self, x: Tensor, pre_logits: bool = False, sizes: Tensor | None = None
@@ -231,7 +234,7 @@ class ReducedViT(TimmContract):
     @for_any_batch
     def forward_intermediates(
         self,
-        images: Tensor,
+        x: Tensor,
         indices: int | Sequence[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -246,7 +249,7 @@ class ReducedViT(TimmContract):
         """Features of chosen blocks, brought back to the full patch grid, as timm hands them out.
 
         Args:
-            images: `(B, 3, H, W)`.
+            x: Images `(B, 3, H, W)`.
             indices: Blocks, negative ones from the end; an int takes the last so many, None all.
             return_prefix_tokens: Give `(map, prefix tokens)` in place of every map.
             norm: Apply the final norm to them.
@@ -280,10 +283,10 @@ class ReducedViT(TimmContract):
             "intermediates_only": intermediates_only,
             **({"output_dict": True} if output_dict else {}),
         }
-        if self.checked(images, {f"restore={restore!r}": restore is not None}):
-            return self.backbone.forward_intermediates(images, indices, **options)
+        if self.checked(x, {f"restore={restore!r}": restore is not None}):
+            return self.backbone.forward_intermediates(x, indices, **options)
         policy = check_policy(self.restoring if restore is None else restore)
-        return intermediates(self, images, indices, **options, restore=policy)
+        return intermediates(self, x, indices, **options, restore=policy)
 
     def checked(self, images: Tensor, asked: dict[str, bool] | None = None) -> bool:
         """Refuse images that do not fit; says whether the backbone runs itself, whatever else."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo.adapters.tower import Sized
 from zoo.errors import ZooError
+from zoo.model.empty import first_of, taken
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -21,9 +22,11 @@ def for_any_sizes(method: _F) -> _F:
 
     It answers as for one, in the order of the batch. Tokens and features are padded with zeros.
     """
+    first = first_of(method)
 
     @wraps(method)
-    def whole(self: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+    def whole(self: Any, *args: Any, **kwargs: Any) -> Any:
+        images, args = taken(first, args, kwargs)
         if isinstance(images, Tensor):
             return method(self, images, *args, **kwargs)
         parts = self.tower.by_size(self.backbone, images)

@@ -120,11 +120,15 @@ class TimmContract(nn.Module):
     @property
     def feature_info(self) -> Any:
         """timm's account of the feature maps of every block."""
-        return self.backbone.feature_info
+        tower, m = tower_of(self.backbone), self.backbone
+        if tower.library == "timm":
+            return m.feature_info
+        each = {"num_chs": tower.width(m), "reduction": max(tower.patch_size(m))}
+        return [{"module": f"blocks.{i}", **each} for i in range(len(tower.blocks(m)))]
 
     def get_intermediate_layers(
         self,
-        images: Tensor,
+        x: Tensor,
         n: int | Sequence[int] = 1,
         reshape: bool = False,
         return_prefix_tokens: bool = False,
@@ -135,7 +139,7 @@ class TimmContract(nn.Module):
         """Features of chosen blocks by DINO's name for them, see `forward_intermediates`.
 
         Args:
-            images: `(B, 3, H, W)`.
+            x: Images `(B, 3, H, W)`.
             n: So many last blocks, or which.
             reshape: Give maps `(B, C, rows, columns)` in place of `(B, rows * columns, C)`.
             return_prefix_tokens: Give `(features, prefix tokens)` in place of each.
@@ -144,7 +148,7 @@ class TimmContract(nn.Module):
             restore: As in `forward_intermediates`.
         """
         return self.forward_intermediates(
-            images,
+            x,
             n,
             return_prefix_tokens=return_prefix_tokens,
             norm=norm,
@@ -160,7 +164,8 @@ class TimmContract(nn.Module):
         """Remove what features of chosen blocks do not need; what timm's feature wrapper calls.
 
         All blocks stay: a schedule says for each of them what it keeps, and would say something
-        else for fewer. `stop_early` spares their time.
+        else for fewer. `stop_early` spares their time. Of models of other libraries than timm the
+        norm stays, too.
 
         Args:
             indices: As in `forward_intermediates`.
@@ -170,11 +175,16 @@ class TimmContract(nn.Module):
         Returns:
             The chosen blocks.
         """
-        taken, _ = take_indices(len(self.backbone.blocks), indices)
+        tower, m = tower_of(self.backbone), self.backbone
+        taken, _ = take_indices(len(tower.blocks(m)), indices)
+        if tower.library != "timm":
+            if prune_head and tower.classifier(m) is not None:
+                self.reset_classifier(0)
+            return taken
         if prune_norm:
-            self.backbone.norm = nn.Identity()
+            m.norm = nn.Identity()
         if prune_head:
-            self.backbone.fc_norm = nn.Identity()
+            m.fc_norm = nn.Identity()
             self.reset_classifier(0, "")
         return taken
 

@@ -96,35 +96,48 @@ def text_tower(cfg: DictConfig, model: Any) -> tuple[Any, Any]:
         if callable(getattr(owner, "encode_text", None)) and hasattr(owner, "tokenizer"):
             return owner, owner.tokenizer
     backbone = cfg.get("backbone")
-    if backbone is None or backbone.get("library") != "open_clip":
+    library = None if backbone is None else backbone.get("library")
+    if library == "hf":
+        raise ZooError(
+            "task=zeroshot: text towers of Hugging Face are not run here; type backbone=open_clip "
+            "backbone.name=ViT-B-32.openai backbone.pretrained=true, which has both, or "
+            "zeroshot.embeddings=FILE, a safetensors file with one text embedding per class"
+        )
+    if library != "open_clip":
         raise ZooError(
             "task=zeroshot: the model has no text tower; type zeroshot.embeddings=FILE, a "
             "safetensors file with one text embedding per class"
         )
     stem, _, tag = str(backbone.name).partition(".")
     weights = cfg.weights if cfg.weights is not None else tag if backbone.pretrained else None
-    return open_clip_text(stem, None if weights is None else str(weights))
+    return open_clip_text(stem, None if weights is None else str(weights), tag)
 
 
-def open_clip_text(name: str, weights: str | None) -> tuple[Any, Any]:
+def open_clip_text(name: str, weights: str | None, tag: str = "") -> tuple[Any, Any]:
     """A whole model of open_clip, and its tokenizer.
 
     Args:
-        name: open_clip's name of it.
+        name: open_clip's name of it, without a tag.
         weights: A tag of open_clip, or a file with the weights of the whole model.
+        tag: Of the weights in a file, where it is known.
 
     Raises:
-        ZooError: open_clip is missing, or the weights are not those of both towers.
+        ZooError: open_clip is missing, the weights are not those of both towers, or the tokenizer
+            is out of reach.
     """
-    open_clip = _open_clip("the text tower")
+    _open_clip("the text tower")
     if not weights:
         raise ZooError(
             f"task=zeroshot: the text tower of {name} has no weights; type "
             f"backbone.name={name}.TAG backbone.pretrained=true, weights=FILE with both towers, or "
             "zeroshot.embeddings=FILE"
         )
+    from zoo.libraries.open_clip_models import tokenizer_of, whole
+
     try:
-        return open_clip.create_model(name, pretrained=weights), open_clip.get_tokenizer(name)
+        return whole(name, weights, tag=tag), tokenizer_of(name)
+    except ZooError:
+        raise
     except Exception as error:  # of files, of the network and of open_clip, in many forms
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ZooError(
