@@ -349,17 +349,6 @@ WITHOUT_CLASS_TOKEN = ("gap", "map", "avgmax")
 CORE = ["plain", "distilled", "registers", "gap", "map", "eva02", "dinov3", "rope_mixed", "jumbo"]
 
 
-def pairs() -> list[tuple[Row, str]]:
-    """Every method on every adapter; further rows of a method on the plain model only."""
-    seen: set[str] = set()
-    out = []
-    for row in METHODS:
-        names = ["plain"] if row.name in seen else CORE
-        seen.add(row.name)
-        out += [(row, name) for name in names]
-    return out
-
-
 def backbone(name: str, seed: int = 0, **overrides: Any) -> nn.Module:
     """A tiny backbone with weights that are not at their (often nearly dead) initial values."""
     if OLD and name == "post_norm":

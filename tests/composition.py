@@ -93,17 +93,35 @@ def attempt(name: str, family: str, plugin: str) -> tuple[bool, str]:
     return True, " ".join(f"`reducer.{k}={v}`" for k, v in extra)
 
 
+def cell(name: str, family: str) -> tuple[str, list[str]]:
+    """Whether it works, in a word, and what has to be said about it."""
+    found = [attempt(name, family, plugin) for plugin in PLUGINS]
+    works = [ok for ok, _ in found]
+    if not works[0]:  # without the method there is no point in what the plugin says
+        return "no", [found[0][1]]
+    said = dict.fromkeys(_sentence(text) for _, text in found if text)
+    return "yes" if all(works) else "no plugin", list(said)
+
+
+def written(name: str) -> list[tuple[str, list[str]]]:
+    """The same of all families, as the page has it."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    row = next(line for line in lines if line.startswith(f"| {_link(name)} |"))
+    notes = dict(line.split(". ", 1) for line in lines if line.split(". ")[0].isdigit())
+    cells = [part.strip().split(" (") for part in row.split("|")[2:-1]]
+    return [(word, [notes[n.rstrip(")")] for n in numbers]) for word, *numbers in cells]
+
+
+def _link(name: str) -> str:
+    return "`none`" if name == "none" else f"[`{name}`](methods/{name}.md)"
+
+
 def page() -> str:
     """Return docs/composition.md."""
     notes: list[str] = []
 
-    def cell(name: str, family: str) -> str:
-        found = [attempt(name, family, plugin) for plugin in PLUGINS]
-        works = [ok for ok, _ in found]
-        word = "yes" if all(works) else "no plugin" if works[0] else "no"
-        said = dict.fromkeys(text for _, text in found if text)
-        if not works[0]:  # without the method there is no point in what the plugin says
-            said = {found[0][1]: None}
+    def numbered(name: str, family: str) -> str:
+        word, said = cell(name, family)
         for text in said:
             if text not in notes:
                 notes.append(text)
@@ -114,11 +132,11 @@ def page() -> str:
         "|---" * (len(COLUMNS) + 1) + "|",
     ]
     for name in rows():
-        link = "`none`" if name == "none" else f"[`{name}`](methods/{name}.md)"
-        lines.append(f"| {link} | " + " | ".join(cell(name, f) for f in COLUMNS) + " |")
+        cells = [numbered(name, family) for family in COLUMNS]
+        lines.append(f"| {_link(name)} | " + " | ".join(cells) + " |")
     text = [HEAD, *lines]
     if notes:
-        text += ["", *(f"{i}. {_sentence(note)}" for i, note in enumerate(notes, 1))]
+        text += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]
     return "\n".join([*text, ""])
 
 

@@ -159,4 +159,9 @@ def first_rows() -> list[Row]:
     return list(rows.values())
 
 
-__all__ = ["COLUMN", "FAMILIES", "TINY", "family", "first_rows", "pictures", "reduced"]
+def kind_of(name: str) -> str:
+    """The family that one of `FAMILIES` is a variant of."""
+    return name.split("_")[0]
+
+
+__all__ = ["COLUMN", "FAMILIES", "TINY", "family", "first_rows", "kind_of", "pictures", "reduced"]

@@ -12,6 +12,7 @@ import reduction
 import zoo
 from reduction.tokens import Tokens
 from tests.cases import METHODS, Row, backbone, images
+from tests.covering import crossed
 from zoo.errors import ZooError
 from zoo.model.reduced import ReducedViT
 from zoo.plugins.base import create_plugins
@@ -351,8 +352,7 @@ def test_every_method_takes_it(row: Row) -> None:
         assert (parameter.grad is None) <= (name in unused or not parameter.requires_grad), name
 
 
-@rows
-@pytest.mark.parametrize("plugin", ["clc", "cla"])
+@pytest.mark.parametrize(("row", "plugin"), crossed(METHODS, ["clc", "cla"], lambda _: "half"))
 def test_every_method_takes_the_halves(row: Row, plugin: str) -> None:
     if said_no(row, plugin):
         return

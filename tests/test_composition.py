@@ -16,8 +16,12 @@ def test_it_works_or_is_refused_in_one_sentence(name: str) -> None:
             assert works or said
     # What a paper was written for is not negotiable.
     assert composition.attempt(name, "plain", "none")[0]
+    if composition.PAGE.is_file():
+        cells = [composition.cell(name, family) for family in composition.COLUMNS]
+        assert composition.written(name) == cells, "run `python -m tests.composition`"
 
 
+@pytest.mark.slow
 def test_the_page_is_up_to_date() -> None:
     if not composition.PAGE.parent.is_dir():
         pytest.skip("needs a checkout: the documentation")

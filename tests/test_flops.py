@@ -9,6 +9,7 @@ import torch
 import zoo
 from reduction.tokens import Tokens
 from tests.cases import ALL, METHODS, OLD, Row, backbone, images, model
+from tests.covering import by_turns, crossed
 from zoo.adapters.heads import head
 from zoo.adapters.hollow import hollow
 from zoo.cost.counters import fvcore_gmacs, torch_gmacs
@@ -38,7 +39,7 @@ def test_published_number_of_evit() -> None:
     assert round(zoo.profile(zoo.wrap(deit(), "evit", schedule)).gmacs, 2) == 3.03
 
 
-@pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
+@pytest.mark.parametrize("row", by_turns(METHODS, 1))
 def test_three_counts_agree_for_every_method(row: Row) -> None:
     check(model(row))
 
@@ -103,9 +104,9 @@ POOLED = [
 ]
 
 
-@pytest.mark.parametrize("classes", [10, 0])
-@pytest.mark.parametrize(("name", "options"), POOLED, ids=str)
-def test_every_kind_of_pooling_costs_what_torch_counts(name, options, classes) -> None:
+@pytest.mark.parametrize(("case", "classes"), crossed(POOLED, [10, 0], lambda _: "head"))
+def test_every_kind_of_pooling_costs_what_torch_counts(case, classes) -> None:
+    name, options = case
     with hollow():
         m = timm.create_model(name, num_classes=classes, **options)
     x = torch.empty(1, 3, *m.patch_embed.img_size, device="meta")

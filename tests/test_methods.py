@@ -15,23 +15,19 @@ import reduction
 import zoo
 from reduction import UnreachableBudget
 from reduction.tokens import Tokens
-from tests.cases import ALL, METHODS, Row, backbone, images, model, pairs, refused
+from tests.cases import ALL, METHODS, Row, backbone, images, model, refused
+from tests.covering import by_turns, crossed, halves, pairs
 from zoo.errors import ZooError
 from zoo.model.reduced import ReducedViT
 from zoo.model.stream import Info
 
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
+#: The same in the slow tier; in the fast one further rows of a method by turns.
+first, second, third = (pytest.mark.parametrize("row", by_turns(METHODS, n)) for n in range(3))
 
-# Tracing takes seconds: every method is traced in the fast tier, its other forms in the slow one.
-_FIRST = {row.name: row for row in reversed(METHODS)}
-traced = pytest.mark.parametrize(
-    "row",
-    [
-        pytest.param(r, id=r.id, marks=[] if r is _FIRST[r.name] else pytest.mark.slow)
-        for r in METHODS
-    ],
-)
-core = pytest.mark.parametrize(("row", "name"), pairs(), ids=lambda v: getattr(v, "id", v))
+# Tracing takes seconds: in the fast tier one half of the methods goes one way and one the other.
+traced, exported = (pytest.mark.parametrize("row", halves(METHODS, half)) for half in range(2))
+core = pytest.mark.parametrize(("row", "name"), pairs())
 
 
 def test_every_method_has_a_row() -> None:
@@ -122,7 +118,7 @@ def test_an_image_does_not_depend_on_its_batch(row: Row, name: str) -> None:
     assert torch.allclose(together, alone, atol=2e-5)
 
 
-@rows
+@first
 def test_sizes_follow_the_source_map(row: Row) -> None:
     m, x = model(row), images(2)
     with torch.no_grad():
@@ -135,7 +131,7 @@ def test_sizes_follow_the_source_map(row: Row) -> None:
         assert t.size.sum(1).max() <= 64 + t.prefix + 1e-3
 
 
-@rows
+@second
 def test_prefix_tokens_are_never_reduced(row: Row) -> None:
     m = model(row, "registers")
     if m.reducer.site in ("attn", "input"):
@@ -164,7 +160,7 @@ def test_prefix_tokens_are_never_reduced(row: Row) -> None:
     assert out.n == planned or (isinstance(m.reducer, reduction.Adaptive) and out.n < planned)
 
 
-@rows
+@third
 def test_gradients_reach_every_weight(row: Row) -> None:
     m = model(row).train()
     torch.manual_seed(1)  # what is drawn may switch a whole part of a block off
@@ -182,7 +178,7 @@ def test_gradients_reach_every_weight(row: Row) -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
-@rows
+@first
 def test_gradient_checkpointing_changes_nothing(row: Row) -> None:
     results = []
     for enable in (False, True):
@@ -197,7 +193,7 @@ def test_gradient_checkpointing_changes_nothing(row: Row) -> None:
         assert a is None or torch.equal(a, b)
 
 
-@rows
+@second
 def test_deepcopy_and_pickle(row: Row) -> None:
     m, x = model(row), images()
     buffer = io.BytesIO()
@@ -210,7 +206,7 @@ def test_deepcopy_and_pickle(row: Row) -> None:
         assert torch.equal(torch.load(buffer, weights_only=False)(x), expected)
 
 
-@rows
+@third
 def test_bfloat16_autocast(row: Row) -> None:
     m, x = model(row), images()
     with torch.no_grad():
@@ -223,7 +219,7 @@ def test_bfloat16_autocast(row: Row) -> None:
     assert (got.float() - expected).abs().max() < 0.5 * expected.abs().max()
 
 
-@rows
+@first
 def test_bfloat16_weights(row: Row) -> None:
     m, x = model(row).bfloat16(), images().bfloat16()
     with torch.no_grad():
@@ -232,7 +228,7 @@ def test_bfloat16_weights(row: Row) -> None:
     assert info.size.dtype == torch.float32
 
 
-@traced
+@exported
 def test_export_with_a_dynamic_batch(row: Row) -> None:
     m, x = model(row, depth=2), images(4)
     batch = torch.export.Dim("batch", min=2, max=64)
@@ -265,8 +261,7 @@ def test_traces_as_one_graph(row: Row) -> None:
     assert torch.allclose(got, expected, atol=1e-5)
 
 
-@rows
-@pytest.mark.parametrize("size", [4, 8, 12, 20])
+@pytest.mark.parametrize(("row", "size"), crossed(METHODS, [4, 8, 12, 20], lambda n: n > 8))
 def test_tiny_and_odd_grids(row: Row, size: int) -> None:
     """1, 4, 9 and 25 patches, and a budget of one token."""
     m = backbone("plain", img_size=size)
@@ -302,7 +297,7 @@ def _keep_one() -> dict[str, object]:
     return {"name": "per_block", "keep": [None, 1, None, 1], "strict": False}
 
 
-@rows
+@second
 def test_a_rectangular_image(row: Row) -> None:
     m = backbone("plain", img_size=(24, 40))
     reduced = zoo.wrap(m, row.reducer(), dict(row.schedule)).eval()
@@ -313,7 +308,7 @@ def test_a_rectangular_image(row: Row) -> None:
     assert logits.isfinite().all()
 
 
-@rows
+@third
 def test_another_image_size_at_run_time(row: Row) -> None:
     m = backbone("plain", dynamic_img_size=True)
     reduced = zoo.wrap(m, row.reducer(), {"name": "keep_rate", "rate": 0.6}).eval()
@@ -324,8 +319,7 @@ def test_another_image_size_at_run_time(row: Row) -> None:
     assert info.source.shape == (2, 144)
 
 
-@rows
-@pytest.mark.parametrize("fraction", [0.75, 0.5])
+@pytest.mark.parametrize(("row", "fraction"), crossed(METHODS, [0.75, 0.5], lambda _: "share"))
 def test_target_gmacs(row: Row, fraction: float) -> None:
     m = backbone("plain")
     dense = zoo.profile(m).gmacs
@@ -344,7 +338,7 @@ def test_target_gmacs(row: Row, fraction: float) -> None:
     check_counts(reduced, info)
 
 
-@rows
+@first
 def test_the_recipe_builds_the_same_model(row: Row) -> None:
     m, x = model(row), images()
     recipe = m.recipe
@@ -355,7 +349,7 @@ def test_the_recipe_builds_the_same_model(row: Row) -> None:
     assert again.recipe == recipe
 
 
-@rows
+@second
 def test_intermediate_maps_have_the_full_grid(row: Row) -> None:
     m = model(row)
     with torch.no_grad():

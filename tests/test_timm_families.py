@@ -13,7 +13,8 @@ import zoo
 from reduction.mixins.gating import Gates
 from reduction.tokens import OF_THE_MLP
 from tests.cases import Row
-from tests.families import FAMILIES, family, first_rows, pictures, reduced
+from tests.covering import crossed
+from tests.families import FAMILIES, family, first_rows, kind_of, pictures, reduced
 from zoo.adapters.bias import bias_of
 from zoo.cost.counters import torch_gmacs
 from zoo.errors import UnsupportedModel
@@ -83,8 +84,7 @@ def refusal(row: Row, name: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("row", first_rows(), ids=lambda row: row.id)
+@pytest.mark.parametrize(("row", "name"), crossed(first_rows(), ALL, kind_of))
 def test_every_method(row: Row, name: str) -> None:
     backbone = family(name)
     if needs_class_token(row, backbone):

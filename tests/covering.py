@@ -1,0 +1,88 @@
+"""Which cases of a cross product run in the fast tier: a few, the same ones every time.
+
+The others are marked slow, so that `make test-all` runs every single one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+
+from tests.cases import CORE, METHODS, Row
+
+
+def crossed(
+    ones: Iterable[Any], others: Iterable[Any], kind: Callable[[Any], object] = lambda other: other
+) -> list[Any]:
+    """Every pair, as parameters; the fast ones are those in which every one meets every kind.
+
+    Within a kind the members take turns, so that each appears where there are enough ones.
+
+    Args:
+        ones: Rows or names.
+        others: Likewise.
+        kind: What an other one is a member of; itself, and all pairs are fast.
+    """
+    kinds: dict[object, list[Any]] = {}
+    for other in others:
+        kinds.setdefault(kind(other), []).append(other)
+    found = []
+    for i, one in enumerate(ones):
+        for members in kinds.values():
+            for j, other in enumerate(members):
+                slow = () if j == i % len(members) else pytest.mark.slow
+                found.append(pytest.param(one, other, id=f"{_id(one)}-{_id(other)}", marks=slow))
+    return found
+
+
+def by_turns(rows: Sequence[Row], turn: int, of: int = 3) -> list[Any]:
+    """Rows as parameters: the first of every method is fast, the further ones by turns.
+
+    Args:
+        rows: Of methods.
+        turn: Whose turn it is, 0 to `of` - 1: another one in every test of a module.
+        of: How many turns there are.
+    """
+    seen: set[str] = set()
+    found, further = [], 0
+    for row in rows:
+        fast = row.name not in seen or further % of == turn % of
+        further += row.name in seen
+        seen.add(row.name)
+        found.append(pytest.param(row, id=row.id, marks=() if fast else pytest.mark.slow))
+    return found
+
+
+def halves(rows: Sequence[Row], half: int) -> list[Any]:
+    """Rows as parameters: fast are the first ones of every second method.
+
+    Args:
+        rows: Of methods.
+        half: 0 or 1; the other one has the other methods.
+    """
+    names = list(dict.fromkeys(row.name for row in rows))
+    fast = {id(next(r for r in rows if r.name == name)) for name in names[half::2]}
+    return [
+        pytest.param(row, id=row.id, marks=() if id(row) in fast else pytest.mark.slow)
+        for row in rows
+    ]
+
+
+def pairs() -> list[Any]:
+    """Every method on every adapter; further rows of a method on the plain model only."""
+    first = {row.name: row for row in reversed(METHODS)}
+    further = [row for row in METHODS if row is not first[row.name]]
+    each = crossed(first.values(), CORE, _KINDS.get)
+    return each + [pytest.param(row, "plain", id=f"{row.id}-plain") for row in further]
+
+
+#: Backbones that differ in the same respect.
+_KINDS = {"distilled": "prefix", "registers": "prefix", "gap": "no class", "map": "no class"}
+_KINDS |= {"plain": "plain", "eva02": "rope", "dinov3": "rope", "rope_mixed": "rope"}
+_KINDS |= {"jumbo": "jumbo"}
+
+
+def _id(value: Any) -> str:
+    return str(getattr(value, "id", value))
