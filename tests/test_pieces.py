@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import zoo
 from tests.cases import backbone
 from tests.families import FAMILIES, TINY, family
+from zoo.adapters.hollow import hollow
 from zoo.adapters.tower import tower_of
 from zoo.cost.counters import torch_gmacs
 from zoo.errors import UnsupportedModel, ZooError
@@ -163,7 +164,7 @@ def test_siglip_2_is_given_patches_or_images(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["apt", "cts"])
 def test_a_stem_of_layers_is_refused_when_the_model_is_built(method: str) -> None:
-    with torch.device("meta"):
+    with hollow():
         hybrid = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64)
     with pytest.raises(UnsupportedModel, match=f"'{method}' makes tokens .* a convolutional stem"):
         zoo.wrap(hybrid, method)
