@@ -111,8 +111,8 @@ def why_unsupported(m: nn.Module, inner: str | None = None) -> str:
         return f"{shown} is a training module; pass the model in it, .{held[0] if held else 'net'}"
     if cls.__module__ == "timm.models._features":
         return (
-            "the model was built with features_only=True; build it without, wrap that, and give it to "
-            "timm.models._features.FeatureGetterNet(model, out_indices=[...])"
+            "the model was built with features_only=True; build it without, and pass what "
+            "zoo.wrap gives to timm.models._features.FeatureGetterNet(model, out_indices=[...])"
         )
     library = cls.__module__.split(".")[0]
     if inner is not None:
