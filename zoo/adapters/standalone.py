@@ -33,8 +33,13 @@ class Standalone(Protocol):
             is there to be compared with.
     """
 
-    standalone: str
-    method: str
+    @property
+    def standalone(self) -> str:
+        """A sentence."""
+
+    @property
+    def method(self) -> str:
+        """A name."""
 
     def token_counts(self, grid: tuple[int, int]) -> list[tuple[int, int]]:
         """`(entering, leaving)` of every block for a patch grid."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from reduction.base import Reducer
 from reduction.mixins.calibrating import Calibrates, TakesThresholds, noted_thresholds
 from zoo.errors import ZooError
 from zoo.model.reduced import ReducedViT
@@ -46,6 +47,7 @@ def calibrate(
         raise ZooError(
             f"r must hold one count for each of the {model.depth} blocks, got {list(counts)}"
         )
+    assert isinstance(reducer, Reducer)
     before, model.reducer = model.reducer, reducer
     total, seen, was = torch.zeros(model.depth, dtype=torch.float64), 0, model.training
     model.eval()

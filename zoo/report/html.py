@@ -23,6 +23,7 @@ from zoo.report.notes import CONVENTION, environment
 from zoo.report.payload import counted, method_of, payload, time_of
 from zoo.report.quality import METRICS, Metric, qualities, shown
 from zoo.report.readings import Speed, fidelity
+from zoo.report.selection import as_html, sections
 from zoo.report.tables import (
     entry_cells,
     failure_cells,
@@ -141,7 +142,7 @@ def html_page(comparison: Comparison, title: str, folder: Path | None = None) ->
         table_class="single" if len(views) == 1 else "",
         table_head=_table_head(),
         table_body="\n".join(records),
-        failed=_failed(comparison),
+        failed=as_html(sections(comparison.rows)) + _failed(comparison),
         convention=escape(CONVENTION),
         environment=escape(environment(comparison.rows)),
         generated=f"Generated {now:%Y-%m-%d %H:%M} UTC by TokenZoo; this file loads nothing.",

@@ -14,6 +14,7 @@ from zoo.report.entry import Comparison, Entry, View
 from zoo.report.links import links_of
 from zoo.report.notes import CONVENTION, environment
 from zoo.report.quality import METRICS, shown
+from zoo.report.selection import as_console, as_markdown, sections
 from zoo.report.words import (
     describe_budget,
     describe_size,
@@ -163,6 +164,7 @@ def markdown_table(comparison: Comparison, title: str) -> str:
     for view in comparison.views:
         if not view.combined:
             parts += _markdown_view(view)
+    parts += as_markdown(sections(comparison.rows), _md)
     if comparison.failed:
         parts += ["## Runs without a result", ""]
         parts += [f"- {_md(summary_line(row))}" for row in comparison.failed]
@@ -232,6 +234,7 @@ def table(rows: Iterable[Row]) -> str:
     """
     comparison = compare(rows)
     blocks = [_console_view(view) for view in comparison.views if not view.combined]
+    blocks += as_console(sections(comparison.rows))
     if comparison.failed:
         lines = [f"{runs_without_result(comparison.failed)}:"]
         blocks.append("\n".join(lines + [f"  {summary_line(row)}" for row in comparison.failed]))
