@@ -82,10 +82,9 @@ def gathered(own: T, count: int) -> list[T]:
     try:
         distributed.all_gather_object(found, own)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
         raise ZooError(
-            "another process of this run has ended or cannot be reached, so nothing is measured; "
-            f"look at what it said ({reason})"
+            "another process of this run has ended or cannot be reached: nothing is measured; look "
+            f"at what it said before ({str(error).splitlines()[0][:120]})"
         ) from error
     return found
 
