@@ -21,11 +21,11 @@ class Processes(NamedTuple):
 
     Attributes:
         rank: Number of this one, from 0.
-        count: How many there are.
+        size: How many there are.
     """
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
 
     def collect(self, work: Callable[[], T]) -> list[T]:
         """Do something in every process.
@@ -37,14 +37,14 @@ class Processes(NamedTuple):
             Exception: One of them failed; its error is raised in all of them, see `is_agreed`.
             ZooError: One of them has ended meanwhile.
         """
-        if self.count == 1:
+        if self.size == 1:
             return [work()]
         own: tuple[T | None, Exception | None]
         try:
             own = work(), None
         except Exception as error:
             own = None, portable(error)
-        found: list[tuple[Any, Exception | None]] = gathered(own, self.count)
+        found: list[tuple[Any, Exception | None]] = gathered(own, self.size)
         problem = next((problem for _, problem in found if problem is not None), None)
         if problem is not None:
             setattr(problem, _AGREED, True)
@@ -58,7 +58,7 @@ class Processes(NamedTuple):
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """The part of this process."""
-        return items[self.rank :: self.count]
+        return items[self.rank :: self.size]
 
 
 def is_agreed(error: Exception) -> bool:
@@ -82,10 +82,9 @@ def gathered(own: T, count: int) -> list[T]:
     try:
         distributed.all_gather_object(found, own)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
         raise ZooError(
-            "another process of this run has ended or cannot be reached, so nothing is measured; "
-            f"look at what it said ({reason})"
+            "another process of this run has ended or cannot be reached: nothing is measured; look "
+            f"at what it said before ({str(error).splitlines()[0][:120]})"
         ) from error
     return found
 

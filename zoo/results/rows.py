@@ -380,6 +380,10 @@ def read_rows(path: str | os.PathLike[str], broken: list[str] | None = None) -> 
         ZooError: The path does not exist, a folder holds no ``.jsonl`` file, or a line is not a
             JSON object (the message names file and line).
     """
+    return _oldest_first(row for file in _files(path) for row in _read_file(file, broken))
+
+
+def _files(path: str | os.PathLike[str]) -> list[Path]:
     path = Path(path)
     if path.is_dir():
         files = sorted(path.rglob("*.jsonl"))
@@ -388,26 +392,51 @@ def read_rows(path: str | os.PathLike[str], broken: list[str] | None = None) -> 
                 f"no results: expected *.jsonl files in {path}, found none; "
                 "make some with `python eval.py`"
             )
-    elif path.exists():
-        files = [path]
-    else:
-        raise _error(f"no results: {path} does not exist; expected a .jsonl file or a folder")
-    rows = [row for file in files for row in _read_file(file, broken)]
+        return files
+    if path.exists():
+        return [path]
+    raise _error(f"no results: {path} does not exist; expected a .jsonl file or a folder")
+
+
+def _oldest_first(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: str(row.get("created") or ""))
 
 
 def readable_rows(paths: Iterable[str | os.PathLike[str]]) -> list[Row]:
-    """Read what can be read of files and folders; one warning on stderr counts broken lines.
+    """Read what can be read of files and folders, of several machines maybe, each run once.
+
+    A run is in more than one file where these were copied, or where a sweep has one of its own; it
+    is known by `run_id`. One warning on stderr counts broken lines.
 
     Raises:
         ZooError: A path does not exist, or a folder holds no ``.jsonl`` file.
     """
     broken: list[str] = []
-    rows = [row for path in paths for row in read_rows(path, broken)]
+    # However often a file was named, or a folder around it.
+    files = {file.resolve(): file for path in paths for file in _files(path)}
+    rows = joined(row for file in files.values() for row in _read_file(file, broken))
     if broken:
         more = f" (and {len(broken) - 1} more such lines)" if len(broken) > 1 else ""
         print(f"warning: left out {printable(broken[0])}{more}", file=sys.stderr)
     return rows
+
+
+def joined(rows: Iterable[Row]) -> list[Row]:
+    """Rows of several files, each run once, oldest first.
+
+    A run has one `run_id` and one time; two machines may have drawn the same name. Of two rows of
+    one run the later one read counts. Rows without a name are runs of their own.
+
+    >>> one = {"run_id": "a", "created": "2026-01-01"}
+    >>> len(joined([one, dict(one), {"run_id": None}, {"run_id": None}]))
+    3
+    """
+    found: dict[Any, Row] = {}
+    for row in rows:
+        name = row.get("run_id")
+        key = len(found) if name is None else (str(name), str(row.get("created")))
+        found[key] = row
+    return _oldest_first(found.values())
 
 
 def _read_file(file: Path, broken: list[str] | None) -> Iterable[Row]:

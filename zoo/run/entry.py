@@ -16,6 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zoo.measure.progress import say, show, wanted
@@ -140,6 +141,10 @@ def job(kind: str, cfg: DictConfig) -> Row:
         check_config(cfg, kind, overrides)
         show(wanted(cfg) if aloud else False)
         _check_writable(_results(cfg))
+        if cfg.get("trainer") is not None and not sweep:
+            from zoo.run.deaths import announce
+
+            announce(partial(_died, cfg))
         if kind == "train":
             os.makedirs(str(cfg.output_dir), exist_ok=True)
         if kind == "train":
@@ -196,6 +201,16 @@ def job(kind: str, cfg: DictConfig) -> Row:
             raise SystemExit(complain(str(row["error"])))
         State.failed_jobs += 1
     return row
+
+
+def _died(cfg: DictConfig, text: str) -> bool:
+    """Says that a process of this run has ended, unless that has been noticed already."""
+    if State.rows_path is not None:
+        return False
+    with contextlib.suppress(Exception):
+        _record(_failed_row(cfg, text), cfg)
+    print(f"error: {text}", file=sys.stderr)
+    return True
 
 
 def command_line() -> str:

@@ -66,8 +66,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 def _evaluate(cfg: DictConfig, processes: Processes, device: torch.device) -> dict[str, Any]:
     """Does it in one process, or in one of several."""
     tasks, dtype = check_tasks(cfg.task), pick_dtype(str(cfg.dtype))
-    if processes.count > 1:
-        _check_shared(tasks, cfg.get("schedule"), processes.count)
+    if processes.size > 1:
+        _check_shared(tasks, cfg.get("schedule"), processes.size)
     repeatable = bool(cfg.get("deterministic"))
     seed = int(cfg.seed)
     with kernels_chosen(repeatable, cfg.get("schedule")):
@@ -80,7 +80,7 @@ def _evaluate(cfg: DictConfig, processes: Processes, device: torch.device) -> di
         changed = {k: v for k, v in options.items() if v != Runtime._field_defaults[k]}
         row.update(runtime=changed or None, deterministic=repeatable)
         if set(tasks) - {"flops"}:
-            name = _device_name(device, processes.count)
+            name = _device_name(device, processes.size)
             row.update(device=name, dtype=str(cfg.dtype), compile=bool(cfg.compile))
             row.update(weights_dtype=_text(cfg.get("weights_dtype")))
         notes = [row.get("notes")]

@@ -134,7 +134,7 @@ class Extractor:
                 self._batches(which, change),
                 self.device,
                 self.dtype,
-                which.limit if self.processes.count == 1 else None,
+                which.limit if self.processes.size == 1 else None,
                 who,
                 images.file if isinstance(images, Images) else None,
             )
@@ -149,7 +149,7 @@ class Extractor:
     def _batches(self, which: Selection, change: Change | None) -> Iterable[Sequence[Tensor]]:
         """Those of this process."""
         data, part, places = which.data, which.part, which.places
-        if places is None and self.processes.count > 1:
+        if places is None and self.processes.size > 1:
             return streamed(data, self.processes, which.limit, part)
         mine = None if places is None else self.processes.share(places)
         return data.chosen_dataloader(part, mine, change)

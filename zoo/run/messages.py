@@ -42,7 +42,7 @@ def unknown_flag(arguments: Iterable[str]) -> str | None:
 
 def explain(error: BaseException) -> str | None:
     """Returns one line for an error that the user can mend, None for what may be a bug."""
-    text = _explain_hydra(error) or _explain_memory(error)
+    text = _explain_hydra(error) or _explain_memory(error) or _explain_lost(error)
     if text is None:
         # reduction.errors imports torch; an error of that kind cannot exist before it is loaded.
         errors = sys.modules.get("reduction.errors")
@@ -108,6 +108,14 @@ def _explain_memory(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and any(text in str(error) for text in words):
         reason = str(error).splitlines()[0].partition("] . ")[2] or str(error).splitlines()[0]
         return f"out of memory ({reason}); {small}"
+    return None
+
+
+def _explain_lost(error: BaseException) -> str | None:
+    """Another process has gone while this one waited for it; gloo raises a plain RuntimeError."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in words):
+        return "another process of this run has ended; look at what it said before"
     return None
 
 

@@ -53,7 +53,7 @@ def measured(
     Returns:
         The results of all processes, in each of them.
     """
-    if processes.count == 1:
+    if processes.size == 1:
         return [measure(Share(lambda d: d.test_dataloader(), limit, image_names(data)))]
     whole = data.dataset("test")
     found: list[T] = []
@@ -99,7 +99,7 @@ def streamed(
     for number, (images, labels) in enumerate(data.chosen_dataloader(part)):
         if limit is not None:
             images, labels = images[: limit - seen], labels[: limit - seen]
-        if number % processes.count == processes.rank:
+        if number % processes.size == processes.rank:
             yield images, labels, torch.arange(seen, seen + len(labels))
         seen += len(labels)
         if limit is not None and seen >= limit:

@@ -25,9 +25,11 @@ def refuse_subprocess_ddp(cfg: DictConfig) -> None:
     """Refuses a job of a sweep that would start the sweep again, once per device.
 
     Raises:
-        ZooError: The trainer's strategy launches its processes by repeating the command, and the
-            command holds the sweep.
+        SystemExit: The trainer's strategy launches its processes by repeating the command, and the
+            command holds the sweep, which ends here.
+        ZooError: The same of a job in a process of its own, whose end would tell the sweep nothing.
     """
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     strategy = OmegaConf.select(cfg, "trainer.strategy")
@@ -42,14 +44,17 @@ def refuse_subprocess_ddp(cfg: DictConfig) -> None:
     if _devices(cfg) == 1:
         return
     name = strategy if isinstance(strategy, str) else strategy.get("_target_")
-    from zoo.errors import ZooError
-
-    raise ZooError(
+    message = (
         f"-m with trainer.strategy={name} on several devices would start the whole sweep once per "
         "device; type trainer.strategy=ddp_spawn, give each job several processes by "
         "hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node=2 (or submitit_local), or run "
         "the jobs one by one with torchrun"
     )
+    if not elsewhere(HydraConfig.get()):
+        raise SystemExit(message)
+    from zoo.errors import ZooError
+
+    raise ZooError(message)
 
 
 def _devices(cfg: DictConfig) -> int:
@@ -68,8 +73,9 @@ def _devices(cfg: DictConfig) -> int:
 
 
 class ProgressCallback(Callback):
-    """Counts the jobs of a sweep in a bar on stderr, where bars show; says what those found that
-    run in other processes.
+    """Counts the jobs of a sweep in a bar on stderr, where bars show.
+
+    What jobs in other processes have found is said here.
     """
 
     def __init__(self) -> None:
