@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from torch.utils.data import DataLoader, TensorDataset
 
 import zoo
 from tests.cases import METHODS, backbone, images
+from tests.parity import stages
+from tests.parity.fixture import Fixture
+from tests.parity.runner import load_handlers, run_fixture
 from zoo.errors import ZooError
+from zoo.lit.classifier import Classifier
 from zoo.measure.fidelity import compare_answers
 from zoo.measure.throughput import measure
 from zoo.report.identity import precision
+from zoo.results.rows import read_rows
 from zoo.run.build import build_model
 from zoo.run.evaluate import evaluate
 from zoo.run.messages import config_folder
@@ -80,3 +92,82 @@ def test_every_measure_takes_such_a_model() -> None:
     assert found["n_images"] == 2
     adaptive = zoo.wrap(backbone("plain"), "ats").eval().bfloat16()
     assert zoo.profile(adaptive, images=images(2)).sample.images == 2
+
+
+def test_training_validates_in_the_type_that_is_asked_for() -> None:
+    seen = []
+
+    class Watched(torch.nn.Module):
+        num_classes = 10
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(3 * 16 * 16, 10)
+
+        def forward(self, x):
+            seen.append((self.training, x.dtype, self.head.weight.dtype))
+            return self.head(x.flatten(1))
+
+    module = Classifier(Watched())
+    module.evaluated_in = torch.bfloat16
+    batch = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    loader = DataLoader(TensorDataset(*batch), batch_size=4)
+    trainer = pl.Trainer(
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        num_sanity_val_steps=0,
+    )
+    before = module.net.head.weight.detach().clone()
+    trainer.fit(module, loader, loader)
+    kinds = {(training, weights) for training, _, weights in seen}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    assert all(images == weights for _, images, weights in seen)
+    assert module.net.head.weight.dtype == torch.float32
+    assert not torch.equal(module.net.head.weight, before)
+    # Every evaluation sees the weights of its moment.
+    [scores] = trainer.validate(module, loader, verbose=False)
+    logits = copy.deepcopy(module.net).bfloat16()(batch[0].bfloat16()).float()
+    expected = torch.nn.functional.cross_entropy(logits, batch[1])
+    assert abs(scores["val/loss"] - float(expected)) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_row_of_training_says_how_it_was_tested(tmp_path) -> None:
+    words = ["train.py", "trainer.max_epochs=1", "+trainer.limit_train_batches=1"]
+    words += ["weights_dtype=bfloat16", f"output_dir={tmp_path}", f"results={tmp_path}/rows.jsonl"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [row] = read_rows(tmp_path / "rows.jsonl")
+    assert row["weights_dtype"] == "bfloat16" and row["dtype"] == "32-true"
+    saved = zoo.load(str(tmp_path / "model"))
+    assert {p.dtype for p in saved.parameters()} == {torch.float32}
+
+
+GOLDEN = Path(__file__).parent / "golden"
+#: Fixtures with the largest share of the logits that may move; matches themselves may differ.
+HALVED = ["tome", "topk", "evit", "pitome", "diffrate_deit", "token_pooling", "dpcknn", "tofu"]
+
+
+@pytest.mark.parametrize("name", HALVED)
+def test_golden_logits_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = []
+
+    class Enough(Exception):
+        pass
+
+    def halved(fx: Fixture, model: zoo.ReducedViT):
+        with torch.no_grad():
+            logits = model.bfloat16()(fx.images.bfloat16()).float()
+        wanted = fx.tensors["logits"].float()
+        errors.append(float((logits - wanted).norm() / wanted.norm()))
+        raise Enough
+
+    load_handlers()
+    monkeypatch.setattr(stages, "evaluated", halved)
+    for path in sorted(GOLDEN.glob(f"{name}_*.json")):
+        run_fixture(path)
+    assert errors and max(errors) < 0.2, errors

@@ -23,6 +23,7 @@ from zoo.lit import optim, schedules
 from zoo.lit.callbacks import check_monitors
 from zoo.lit.divergence import check_answers, check_step
 from zoo.lit.relations import TokenRelations
+from zoo.measure.device import like_weights
 
 if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
@@ -97,6 +98,9 @@ class Classifier(pl.LightningModule):
         # averaged or trained.
         self._teacher = [_dense_copy(net)] if getattr(reducer, "needs_teacher", False) else []
         self._related = self._relatives(teacher)
+        #: Weights and images of validation and test are cast to this; training is not.
+        self.evaluated_in: torch.dtype | None = None
+        self._cast: list[ReducedViT] = []  # hidden from the module in a list, too
         for part in ("val", "test"):
             metrics: dict[str, nn.Module] = {
                 "top1": MulticlassAccuracy(classes, top_k=1, average="micro"),
@@ -273,9 +277,19 @@ class Classifier(pl.LightningModule):
         """Log the accuracy."""
         self._report("test")
 
+    def _evaluated(self) -> ReducedViT:
+        """The model that answers: a copy with its weights cast, made once per evaluation, or it."""
+        if self.evaluated_in is None:
+            return self.net
+        if not self._cast:
+            self._cast.append(copy.deepcopy(self.net).to(self.evaluated_in))
+        return self._cast[0]
+
     def _count(self, part: str, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch[0], batch[1]
-        logits = self.net(images).float()  # also of blanks: others may wait for this process in it
+        net = self._evaluated()
+        # Also of blanks: others may wait for this process in it.
+        logits = net(like_weights(images, net, images.device)).float()
         real = labels != NO_IMAGE
         check_answers(self, part, logits[real], (images[real], labels[real]))
         logits, labels = logits[real], labels[real]
@@ -291,6 +305,7 @@ class Classifier(pl.LightningModule):
                 metric.update(logits, labels)
 
     def _report(self, part: str) -> None:
+        self._cast.clear()  # the weights go on learning
         if not getattr(self, f"{part}_metrics")["images"].compute():
             raise ZooError(f"no image of the {part} split could be read")
         for name, metric in getattr(self, f"{part}_metrics").items():

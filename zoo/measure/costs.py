@@ -10,6 +10,7 @@ import torch
 from zoo.cost.counters import fvcore_gmacs
 from zoo.cost.profile import profile
 from zoo.cost.types import Profile
+from zoo.measure.device import like_weights
 from zoo.model.reduced import ReducedViT
 
 
@@ -64,7 +65,8 @@ def _as_published(model: ReducedViT) -> dict[str, Any] | None:
 def _fvcore(model: ReducedViT) -> float | None:
     """fvcore's count, or None: it traces through a private interface of torch, and is a check."""
     try:
-        return fvcore_gmacs(model, torch.zeros(1, *model.tower.input_size(model.backbone)))
+        image = torch.zeros(1, *model.tower.input_size(model.backbone))
+        return fvcore_gmacs(model, like_weights(image, model, image.device))
     except Exception as error:
         print(f"warning: fvcore could not count this model: {error}", file=sys.stderr)
         return None

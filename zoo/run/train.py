@@ -28,6 +28,7 @@ from zoo.lit.relations import TokenRelations
 from zoo.lit.sharded import check_sharding, kept_whole, make_whole
 from zoo.measure.costs import count_costs, sampled_costs
 from zoo.measure.describe import describe
+from zoo.measure.device import pick_dtype
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model, instantiate
 from zoo.run.evaluate import kernels_chosen
@@ -99,6 +100,8 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
             "options": options_to_store(cfg),
         },
     )
+    if cfg.get("weights_dtype") is not None:
+        module.evaluated_in = pick_dtype(str(cfg.weights_dtype), "weights_dtype")
     done = None
     if cfg.ckpt is not None:
         done = _check_resume(Path(cfg.ckpt), model, module.volatile)
@@ -219,7 +222,11 @@ def _build(cfg: DictConfig, data: ImageData) -> ReducedViT:
             f"backbone.args.num_classes={args['num_classes']}: {data.label} has {classes} classes; "
             "leave it out, training makes a classifier of that size"
         )
-    model = build_model(cfg, new_head="auto", **given)
+    # Weights are cast for evaluation only, in a copy.
+    learning = cfg.copy()
+    with open_dict(learning):
+        learning.weights_dtype = None
+    model = build_model(learning, new_head="auto", **given)
     if classes is not None and classes != model.num_classes and "num_classes" not in args:
         _say(f"new classifier: {classes} classes, {cfg.weights} has {model.num_classes or 'none'}")
         model.reset_classifier(classes)
@@ -368,6 +375,7 @@ def _finish(
         threads=torch.get_num_threads(),
         device=_device_name(trainer),
         dtype=str(trainer.precision),
+        weights_dtype=cfg.get("weights_dtype"),
         compile=False,
         deterministic=bool(cfg.trainer.get("deterministic")),
         kernels=kernels.chosen_kernels() or None,

@@ -359,6 +359,7 @@ TRAIN: Options = {
     "ckpt": maybe(path()),
     "test": choice("best", "last"),
     "test_start": flag(),
+    "weights_dtype": maybe(choice("float32", "bfloat16", "float16")),
     "aux_weight": real(0),
     "threads": _THREADS,
     "output_dir": path("a folder"),
