@@ -169,3 +169,18 @@ def test_a_sweep_in_other_processes_loses_no_row(tmp_path, launcher):
     assert sorted(row["status"] for row in rows) == ["failed", *["ok"] * 7]
     [own] = tmp_path.glob("outputs/eval-sweep/*/*/rows.jsonl")
     assert len(own.read_text().splitlines()) == 8
+
+
+def test_control_rows_are_measured_by_one_process():
+    from omegaconf import OmegaConf
+
+    from zoo.run.controls import Job, _alone
+
+    typed = ("seed=1", "trainer=ddp", "trainer.devices=2", "+trainer.x=1", "trained=1")
+    trainer = {"strategy": "ddp", "accelerator": "cpu", "devices": 2}
+    cfg = OmegaConf.create({"device": "auto", "trainer": trainer})
+    job = _alone(Job(cfg, typed))
+    assert job.cfg.trainer is None and job.cfg.device == "cpu"
+    assert job.overrides == ("seed=1", "trained=1", "device=cpu")
+    spawned = Job(OmegaConf.merge(cfg, {"trainer": {"strategy": "ddp_spawn"}}), typed)
+    assert _alone(spawned) is spawned

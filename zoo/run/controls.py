@@ -80,7 +80,8 @@ def add_controls(config: DictConfig, rows: Path) -> None:
     from zoo.results.rows import append_row, new_row
     from zoo.run.messages import explain
 
-    jobs = [job for job in saved_jobs(Path(str(config.hydra.sweep.dir))) if "control" in job.cfg]
+    saved = saved_jobs(Path(str(config.hydra.sweep.dir)))
+    jobs = [_alone(job) for job in saved if "control" in job.cfg]
     program = _program(rows)
     for job, error in missing_controls(jobs):
         try:
@@ -109,6 +110,20 @@ def add_controls(config: DictConfig, rows: Path) -> None:
         row["command"] = shlex.join([*program, *job.overrides])
         for path in (str(job.cfg.results), rows):
             append_row(path, row)
+
+
+def _alone(job: Job) -> Job:
+    """The job by one process: the sweep cannot start others by repeating its command."""
+    from omegaconf import OmegaConf
+
+    trainer = job.cfg.get("trainer")
+    if trainer is None or str(trainer.strategy).endswith(("_spawn", "_fork")):
+        return job
+    cfg = job.cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    cfg.trainer, cfg.device = None, "cpu" if trainer.accelerator == "cpu" else "auto"
+    kept = [text for text in job.overrides if not re.match(r"[+~]*(trainer[.=]|device=)", text)]
+    return Job(cfg, (*kept, f"device={cfg.device}"))
 
 
 def missing_controls(jobs: Sequence[Job]) -> Iterator[tuple[Job, Exception | None]]:
