@@ -200,7 +200,8 @@ def test_help_shows_the_groups_of_its_command_in_80_columns(kind: str, run: Run)
     groups = {path.name for path in config_folder().iterdir() if any(path.glob("*.yaml"))}
     own = {group.partition("/")[0] for group in help.command_groups(kind)}
     assert heads & groups == own
-    assert ("trainer" in own) == ("optim" in own) == (kind == "train")
+    # Both run in several processes; only one of them optimises.
+    assert "trainer" in own and ("optim" in own) == (kind == "train")
     assert max(map(len, out.splitlines())) <= 80 or all(
         " " not in line.strip() for line in out.splitlines() if len(line) > 80
     )

@@ -14,6 +14,7 @@ import reduction
 import zoo
 from reduction import Selection, retained_mask, select
 from tests.cases import WITHOUT_CLASS_TOKEN, backbone, images
+from tests.covering import crossed
 from tests.selector_cases import SELECTOR_CASES
 from zoo.adapters.tower import find_tower
 from zoo.errors import ZooError
@@ -277,8 +278,14 @@ def test_gradients_checkpointing_copies_and_empty_batches() -> None:
     assert "visionzip" in repr(module)
 
 
-@pytest.mark.parametrize("name", ["fastervlm", "visionzip", "scope", "hiprune", "divprune"])
-@pytest.mark.parametrize("reducer", [None, "tome"])
+@pytest.mark.parametrize(
+    ("name", "reducer"),
+    crossed(
+        ["fastervlm", "visionzip", "hiprune", "scope", "divprune"],
+        [None, "tome"],
+        lambda _: "inside",
+    ),
+)
 def test_exports_and_compiles(name: str, reducer: str | None) -> None:
     if reducer is not None and name == "hiprune":
         pytest.skip("reads neighbours")

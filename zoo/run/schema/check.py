@@ -90,6 +90,10 @@ def check_targets(cfg: Mapping[str, Any], kind: str) -> None:
     """
     from zoo.run.build import instantiate
 
+    for group in (*_BUILT, *_PARTS, "callbacks", "logger"):
+        node = cfg.get(group)
+        if node is not None and not isinstance(node, Mapping):
+            raise _error(f"{group}={shown(node)}: expected {group}=NAME of one, or null")
     for group in _BUILT:
         node = cfg.get(group)
         if isinstance(node, Mapping) and "_target_" not in node:

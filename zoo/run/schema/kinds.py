@@ -141,6 +141,11 @@ def mapping(words: str = "a mapping {NAME: VALUE}", values: Kind | None = None) 
     return Kind(words, fits)
 
 
+def built(words: str) -> Kind:
+    """A mapping that says with `_target_` what is to be built."""
+    return Kind(words, lambda v: isinstance(v, Mapping) and isinstance(v.get("_target_"), str))
+
+
 def anything() -> Kind:
     """Any value: somebody else knows what it may be."""
     return Kind("anything", lambda value: True)

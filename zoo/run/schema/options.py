@@ -12,6 +12,7 @@ from typing import Union
 from zoo.run.schema.kinds import (
     Kind,
     anything,
+    built,
     choice,
     either,
     flag,
@@ -223,7 +224,7 @@ _TRAINER: Options = {
         list_of(whole(0), "a list of device numbers"),
         text("numbers and commas", r"\d+(,\d+)*,?"),
     ),
-    "strategy": either(_WORDS, mapping("a mapping with the _target_ of a strategy")),
+    "strategy": either(_WORDS, built("a mapping with the _target_ of a strategy")),
     "precision": either(
         choice(
             *("64", "64-true", "32", "32-true", "16", "16-mixed", "16-true", "bf16"),
