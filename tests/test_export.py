@@ -133,6 +133,21 @@ def test_an_exported_order_keeps_equal_entries_in_place(
             assert torch.equal(portable.stable_order(x, dim, descending), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exported_maximum_is_the_first_of_equal_ones(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randint(-3, 3, (4, 5, 700), generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 0], x[1, 1], x[2, 2] = -torch.inf, 0.0, torch.nan
+    best, index = portable.best_of(x)
+    monkeypatch.setattr(portable, "exporting", lambda: True)
+    same, place = portable.best_of(x)
+    numbers = torch.ones(4, 5, dtype=torch.bool)
+    numbers[2, 2] = False
+    assert torch.equal(same[numbers], best[numbers]) and torch.equal(place[numbers], index[numbers])
+    assert place.dtype == torch.int64 and 0 <= int(place[2, 2]) < 700
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("row", FIRST, ids=lambda r: r.id)

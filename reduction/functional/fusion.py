@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reduction.functional.portable import stable_order
+from reduction.functional.portable import best_of, stable_order
 
 
 class Groups(NamedTuple):
@@ -50,7 +50,7 @@ def two_way_matching(weight: Tensor, r: int, first: int, both: bool = True) -> G
     place_a = torch.arange(first, n, 2, device=device)
     place_b = torch.arange(1 - first, n, 2, device=device)
     from_a = r // 2 if both else r
-    best, to_b = weight.max(2)
+    best, to_b = best_of(weight)
     order = stable_order(best, descending=True)
     gone_a, stay_a = order[:, :from_a], order[:, from_a:].sort(1).values
     kept = stay_a.shape[1]

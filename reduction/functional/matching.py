@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reduction.eager import autocasting, eager_on_cpu
+from reduction.functional.portable import best_of
 
 
 class Matching(NamedTuple):
@@ -90,11 +91,11 @@ def most_similar(source: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     if source.dtype == exact and not autocasting(source):
         # Scaling the products is cheaper than scaling copies of both sides.
         cosine = source @ goal.transpose(1, 2) * far.transpose(1, 2)
-        best, index = cosine.max(-1)
+        best, index = best_of(cosine)
         return index, best * near.squeeze(-1)
     # Products of features that are not normalised may exceed what float16 can hold.
     left, right = (source * near).to(source.dtype), (goal * far).to(goal.dtype)
-    best, index = (left @ right.transpose(1, 2)).max(-1)
+    best, index = best_of(left @ right.transpose(1, 2))
     return index, best.to(exact)
 
 
@@ -130,7 +131,7 @@ def bipartite_matching(metric: Tensor, r: int, prefix: int) -> Matching:
     if r == 0 or receivers.shape[1] == 0:
         stay = torch.arange(n, device=metric.device).expand(metric.shape[0], -1)
         return Matching(stay, stay[:, :0], stay[:, :0])
-    similarity, nearest = torch.bmm(senders, receivers.transpose(1, 2)).max(-1)
+    similarity, nearest = best_of(torch.bmm(senders, receivers.transpose(1, 2)))
     order = similarity.argsort(dim=-1, descending=True)
     goal = nearest.gather(1, order[:, :r]) + (order.shape[1] - r)
     tokens = order * 2 + first

@@ -35,6 +35,18 @@ def kth_smallest(x: Tensor, k: int) -> Tensor:
     return x.kthvalue(k, dim=-1).values
 
 
+def best_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest entry along the last dimension, and where it is; the first of equal ones."""
+    if not exporting():
+        return x.max(-1)
+    # Runtimes find a place by sorting the largest to the front; a maximum of whole numbers is
+    # cheaper. They are int32, since bfloat16 knows none above 256.
+    best, n = x.amax(-1), x.shape[-1]
+    left = torch.arange(n, 0, -1, dtype=torch.int32, device=x.device)
+    found = torch.where(x >= best.unsqueeze(-1), left, torch.zeros_like(left)).amax(-1)
+    return best, (n - found).clamp_max(n - 1).long()  # nowhere among what is not a number
+
+
 def sigmoid(x: Tensor) -> Tensor:
     """The logistic function, also far down, where scores are still told apart by it."""
     # ONNX Runtime answers 1.5e-8 for everything below -18.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reduction.assignment import Merge
 from reduction.functional.clustering import LARGE, group_exp
+from reduction.functional.portable import best_of
 from reduction.tokens import Tokens, take_rows
 
 #: Weight of a kept token in its own group, whatever the temperature.
@@ -37,7 +38,7 @@ def squeeze(t: Tokens, kept: Tensor, dropped: Tensor, temperature: float = 1.0) 
     """
     direction = _unit(t.patches)
     cosine = take_rows(direction, dropped) @ take_rows(direction, kept).transpose(1, 2)
-    best, host = cosine.max(-1)
+    best, host = best_of(cosine)
     weight, own = _weights(best.float() / temperature, host, kept.shape[1], temperature)
     total = own.scatter_add(1, host, weight)
     return Merge(None, kept, coef=weight / total.gather(1, host), pairs=(dropped, host))

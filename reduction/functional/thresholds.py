@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reduction.assignment import Assignment, Keep, Merge
 from reduction.eager import traced
-from reduction.functional.portable import stable_order
+from reduction.functional.portable import best_of, stable_order
 from reduction.tokens import Tokens
 
 #: Keeps rows of the masked softmax finite.
@@ -221,7 +221,7 @@ def best_receiver(metric: Tensor, live: Tensor, first: int) -> tuple[Tensor, Ten
         return nobody, torch.zeros_like(nobody, dtype=torch.int64)
     cosine = senders @ receivers.transpose(1, 2)
     cosine = cosine.masked_fill(~live[:, 1 - first :: 2].unsqueeze(1), NOBODY)
-    best, host = cosine.max(-1)
+    best, host = best_of(cosine)
     return best.masked_fill(~live[:, first::2], NOBODY), host
 
 

@@ -14,7 +14,7 @@ from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.energy import ENERGIES, energy
 from reduction.functional.matching import head_sum, unit
-from reduction.functional.portable import stable_order
+from reduction.functional.portable import best_of, stable_order
 from reduction.methods.dtome import DToMe
 from reduction.mixins.calibrating import TakesThresholds
 from reduction.registry import register
@@ -147,7 +147,7 @@ class PiToMe(TakesThresholds, Reducer):
         # Rows of senders and columns of receivers of what is there already.
         rows = take_rows(similarity, senders)
         columns = receivers.unsqueeze(1).expand(-1, senders.shape[1], -1)
-        best, target = rows.gather(2, columns).max(-1)
+        best, target = best_of(rows.gather(2, columns))
         if only_top:
             source, stay = senders, rank[:, 2 * r :]
         else:
