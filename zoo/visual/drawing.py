@@ -113,13 +113,22 @@ def scaled(picture: Image.Image, grid: tuple[int, int], cell: int) -> Image.Imag
 
 
 def heat_map(picture: Image.Image, grid: tuple[int, int], values: Array, cell: int) -> Image.Image:
-    """A photograph under a map of numbers from 0: dark to bright yellow."""
+    """A photograph under a map of numbers: the smallest dark, the largest bright yellow."""
     pixels = np.asarray(scaled(picture, grid, cell)).astype(np.float32)
-    top = float(np.quantile(values, 0.995)) or float(values.max()) or 1.0
-    share = np.clip(values / top, 0, 1).reshape(grid) ** 0.6
-    colors = _spread(_flame(share), cell)
+    colors = _spread(_flame(stretched(values).reshape(grid)), cell)
     grey = pixels.mean(axis=2, keepdims=True)
-    return _image(0.32 * grey + 0.68 * colors)
+    return _image(0.3 * grey + 0.7 * colors)
+
+
+def stretched(values: Array) -> Array:
+    """Numbers on a scale from 0 to 1; nothing is 0, and few large ones do not hide the others."""
+    some = values[values > 0]
+    if not len(some):
+        return np.zeros_like(values)
+    low, high = float(np.quantile(some, 0.02)), float(np.quantile(some, 0.99))
+    if high <= low:
+        return (values > 0).astype(values.dtype)
+    return np.where(values > 0, 0.08 + 0.92 * np.clip((values - low) / (high - low), 0, 1), 0.0)
 
 
 def _flame(share: Array) -> Array:

@@ -92,7 +92,9 @@ def look(
         ZooError: If one of them is no image, naming it.
     """
     config = data_config(model, options)
-    if getattr(model.backbone, "pretrained_cfg", None) is None and "img_size" not in (options or {}):
+    if getattr(model.backbone, "pretrained_cfg", None) is None and "img_size" not in (
+        options or {}
+    ):
         config["input_size"] = model.tower.input_size(model.backbone)
     prepare = eval_transform(config)
     seen = []

@@ -124,9 +124,7 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def _through(
-    model: ReducedViT, images: Tensor, name: str, until: int | None = None
-) -> list[Trail]:
+def _through(model: ReducedViT, images: Tensor, name: str, until: int | None = None) -> list[Trail]:
     model.checked(images, {"zoo.visualize": True})
     reducer = model.reducer
     mixed: dict[int, Tensor] = {}
@@ -142,9 +140,7 @@ def _through(
     trails = []
     soft = _soft_shares(mixed, out.info.trace, rows * columns)
     for i in range(len(images)):
-        start = State(
-            "input", np.arange(rows * columns), rows * columns + model.prefix
-        )
+        start = State("input", np.arange(rows * columns), rows * columns + model.prefix)
         states = [start]
         for block, t in enumerate(out.info.trace):
             shown = parked.get(block, t)
