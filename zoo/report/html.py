@@ -143,6 +143,7 @@ def html_page(comparison: Comparison, title: str, folder: Path | None = None) ->
         table_head=_table_head(),
         table_body="\n".join(records),
         failed=as_html(sections(comparison.rows)) + _failed(comparison),
+        published="",
         convention=escape(CONVENTION),
         environment=escape(environment(comparison.rows)),
         generated=f"Generated {now:%Y-%m-%d %H:%M} UTC by TokenZoo; this file loads nothing.",

@@ -187,6 +187,8 @@
       if (plot.listening) return;
       plot.listening = true;
       plot.node.on("plotly_relayout", (change) => { if (!("annotations" in change)) label(plot, ...plot.last); });
+      plot.node.on("plotly_hover", (event) => showPicture(event.points[0].customdata ?? null));
+      plot.node.on("plotly_unhover", () => showPicture(null));
       plot.node.on("plotly_click", (event) => reveal(event.points[0].customdata));
     });
   }
@@ -432,6 +434,8 @@
     button.setAttribute("aria-expanded", String(!open));
     if (open) { row.nextElementSibling.remove(); return; }
     const list = make("dl");
+    const picture = row.classList.contains("old") ? null : data.entries[row.dataset.entry]?.picture;
+    if (picture) list.append(make("div", { className: "wide" }, make("dt", { textContent: "picture" }), make("dd", {}, seen(picture))));
     const { runs } = row.classList.contains("old") ? {} : data.entries[row.dataset.entry] ?? {};
     if (runs) list.append(make("div", { className: "wide" }, make("dt", { textContent: "runs" }), make("dd", { textContent: `${runs}; what follows is the latest of them` })));
     for (const [name, value, meaning] of data.rows[row.dataset.row]) {
@@ -440,6 +444,17 @@
     }
     const holder = make("td", { colSpan: row.cells.length }, list);
     row.after(make("tr", { className: "detail" }, holder));
+  }
+
+  // What became of the patches of an image, where a run drew it.
+  function seen(picture) {
+    return make("img", { src: picture.src, alt: "what is kept, merged and dropped of an image", title: picture.page });
+  }
+
+  function showPicture(id) {
+    const picture = id === null ? null : data.entries[id]?.picture;
+    $("picture").hidden = !picture;
+    if (picture) $("picture").replaceChildren(seen(picture), make("p", { textContent: data.entries[id].hover[0] }));
   }
 
   function reveal(id) {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from zoo.report.colors import Mark
@@ -122,7 +124,31 @@ def _entry(entry: Entry) -> dict[str, Any]:
             for name, speed in entry.speeds.items()
         },
         "hover": _hover(entry),
+        **({} if entry.picture is None else {"picture": picture_of(entry.picture)}),
     }
+
+
+#: A report with a picture for every point must stay quick to open.
+_MOST_BYTES = 120_000
+
+
+def picture_of(row: Row) -> dict[str, str] | None:
+    """The picture that a run drew and where its page is, while the file is there.
+
+    Args:
+        row: With the field `picture`.
+    """
+    path, visual = Path(str(row.get("picture"))), row.get("visual")
+    try:
+        if path.suffix != ".png" or not 0 < path.stat().st_size <= _MOST_BYTES:
+            return None
+        data = path.read_bytes()
+    except (OSError, ValueError):
+        return None
+    if not data.startswith(b"\x89PNG"):
+        return None
+    page = str(visual.get("page") or "") if isinstance(visual, Mapping) else ""
+    return {"src": "data:image/png;base64," + base64.b64encode(data).decode(), "page": page}
 
 
 def _search(entry: Entry) -> str:

@@ -18,7 +18,7 @@ from zoo.model.selecting import SelectingTower
 from zoo.visual.drawing import draw
 from zoo.visual.page import html_page
 from zoo.visual.photographs import Picture, Seen, files_of, look, on_cells
-from zoo.visual.sheet import Strip, sheet, token_plot
+from zoo.visual.sheet import Strip, row, sheet, token_plot
 from zoo.visual.trail import Trail, follow
 
 #: What is drawn: one model, several, or several by the names that they get.
@@ -60,6 +60,10 @@ class Visual(NamedTuple):
         name, strips = self.images[image]
         title = self.title if len(self.images) == 1 else f"{self.title}: {Path(name).name}"
         return sheet(strips, title, **{"attention": self.attention, **options})
+
+    def strip(self, image: int = 0, model: int = 0, **options: Any) -> Image.Image:
+        """Drawings of one image in one model, in a row; see `zoo.visual.sheet.row`."""
+        return row(self.images[image][1][model], **options)
 
     def tokens(self, image: int = 0, **options: Any) -> Image.Image:
         """Tokens per block of all models, as a plot."""

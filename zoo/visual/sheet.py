@@ -27,7 +27,7 @@ class Strip(NamedTuple):
     picture: Image.Image
 
 
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
@@ -86,6 +86,29 @@ def sheet(
     return page
 
 
+def row(strip: Strip, panel: int = 112, most: int = 5) -> Image.Image:
+    """The drawings of one model in a row, with nothing but their labels.
+
+    Args:
+        strip: Which.
+        panel: Width of a drawing, about, in pixels.
+        most: Drawings.
+    """
+    trail, grid = strip.trail, strip.trail.grid
+    cell = max(2, round(panel / max(grid)))
+    shown = [trail.states[i] for i in chosen_states(trail, most)]
+    drawings = [draw(strip.picture, grid, state, cell) for state in shown]
+    wide, tall = drawings[0].size
+    gap = 6
+    page = Image.new("RGB", (len(drawings) * (wide + gap) - gap, tall + 20), _PAPER)
+    pen = ImageDraw.Draw(page)
+    for i, (state, drawing) in enumerate(zip(shown, drawings, strict=True)):
+        page.paste(drawing, (i * (wide + gap), 0))
+        text = fitting(pen, _label(state), 12, wide)
+        pen.text((i * (wide + gap), tall + 4), text, fill=_MUTED, font=_font(12))
+    return page
+
+
 def _heading(title: str, strips: Sequence[Strip], width: int) -> Image.Image:
     page = Image.new("RGB", (width, 62), _PAPER)
     pen = ImageDraw.Draw(page)
@@ -98,8 +121,8 @@ def _heading(title: str, strips: Sequence[Strip], width: int) -> Image.Image:
     for text, kind in keys:
         box = (x, 40, x + 15, 55)
         if kind == "d":
-            shade = tuple(round(GHOST * 150 + (1 - GHOST) * part) for part in DARK)
-            pen.rectangle(box, fill=shade)
+            ghost = tuple(round(GHOST * 150 + (1 - GHOST) * part) for part in DARK)
+            pen.rectangle(box, fill=ghost)
         elif kind == "m":
             pen.rectangle(box, fill="#9fb3c8", outline="#f4f6f9")
             pen.rectangle((box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1), outline=_MUTED)
@@ -123,7 +146,7 @@ def _bands(strip: Strip, panel: int, most: int, attention: bool) -> list[Image.I
     bands = [
         _band(
             note,
-            [(_label(state, first), draw(strip.picture, grid, state, cell)) for state in shown],
+            [(_label(state), draw(strip.picture, grid, state, cell)) for state in shown],
         )
     ]
     seen = [state for state in trail.states if state.attention is not None]
@@ -139,7 +162,7 @@ def _bands(strip: Strip, panel: int, most: int, attention: bool) -> list[Image.I
     return bands
 
 
-def _label(state: State, first: int) -> str:
+def _label(state: State) -> str:
     return f"{state.label}: {state.tokens}"
 
 

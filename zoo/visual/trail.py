@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reduction.assignment import Mix
 from reduction.mixins.adaptive import Adaptive
+from reduction.mixins.gating import Gates
 from reduction.mixins.parking import Parks
 from reduction.tokens import Tokens
 from zoo.errors import ZooError
@@ -159,15 +160,27 @@ def _state(label: str, t: Tokens, i: int, heat: Tensor | None) -> State:
 
 def _remarks(model: ReducedViT, states: Sequence[State]) -> list[str]:
     reducer, found = model.reducer, []
+    mixtures = any(state.heat is not None for state in states)
+    if isinstance(reducer, Gates):
+        found.append(
+            "parts of blocks are switched on and off, and all tokens stay: nothing to draw"
+        )
     if isinstance(reducer, Parks):
         found.append("dark patches are set aside and come back later")
     if isinstance(reducer, Adaptive):
         found.append("the number of tokens depends on the image")
-    if any(state.heat is not None for state in states):
+    if mixtures:
         found.append(
             "tokens are mixtures of all patches: brightness is the share of a patch in them"
         )
+    elif any(_slots(state) + model.prefix < state.tokens for state in states):
+        found.append("patches have shares in several tokens: each is drawn in that of its largest")
     return found
+
+
+def _slots(state: State) -> int:
+    """Tokens that stand for some patch."""
+    return len(set(state.source[state.source >= 0].tolist()))
 
 
 # ------------------------------------------------------------------------- mixtures
