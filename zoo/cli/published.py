@@ -90,7 +90,8 @@ def _schedule(entry: Mapping[str, Any]) -> Any:
 def _other(entry: Mapping[str, Any]) -> float:
     """Of a model that is none of ours: by torch's counter, as it is run."""
     model = timm.create_model(entry["timm"]).eval()
-    channels, height, width = model.default_cfg["input_size"]
+    published: Any = model.default_cfg
+    channels, height, width = published["input_size"]
     side = entry.get("img_size")
     height, width = (height, width) if side is None else (side, side)
     return torch_gmacs(reparameterize_model(model), torch.empty(1, channels, height, width))

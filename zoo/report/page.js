@@ -483,12 +483,11 @@
       if (!some.length) continue;
       const far = (p, sign) => (p.theirs === null || p.ours === null || sign * (p.theirs - p.ours) <= 0 ? null : sign * (p.theirs - p.ours));
       traces.push({
-        x: some.map((p) => p.gmacs), y: some.map((p) => p.top1), mode: chosen ? "markers+text" : "markers", meta: kind,
-        text: some.map((p) => p.method), textposition: "top center", textfont: { size: 11, color: css("--muted") },
+        x: some.map((p) => p.gmacs), y: some.map((p) => p.top1), mode: "markers", meta: kind, text: some.map((p) => p.method),
         hovertext: some.map((p) => p.hover.map((line, i) => (i ? safe(line) : `<b>${safe(line)}</b>`)).join("<br>")), hovertemplate: "%{hovertext}<extra></extra>",
         marker: { symbol: KINDS[kind][0], size: kind === "other" ? 12 : 9.5, color: shade(kind), line: { width: 1.7, color: shade(kind) } },
         error_x: { type: "data", symmetric: false, thickness: 1, width: 0, color: fade(shade(kind), 0.55), array: some.map((p) => far(p, 1)), arrayminus: some.map((p) => far(p, -1)) },
-        error_y: { type: "data", symmetric: false, thickness: 1, width: 3, color: fade(shade(kind), 0.55), array: some.map((p) => Math.max(...p.ends) - p.top1 || null), arrayminus: some.map((p) => p.top1 - Math.min(...p.ends) || null) },
+        error_y: kind !== "other" ? undefined : { type: "data", symmetric: false, thickness: 1, width: 3, color: fade(shade(kind), 0.55), array: some.map((p) => Math.max(...p.ends) - p.top1 || null), arrayminus: some.map((p) => p.top1 - Math.min(...p.ends) || null) },
         hoverlabel: { bordercolor: shade(kind) },
       });
     }
@@ -505,7 +504,23 @@
       xaxis: { ...axis, type: "log", tickvals: ticks, ticktext: ticks.map(String), title: { text: "GMACs per image", standoff: 8 } },
       yaxis: { ...axis, title: { text: "top-1 accuracy (%)", standoff: 8 } },
       hoverlabel: { align: "left", bgcolor: css("--card"), font: { family: font(), color: ink, size: 12.5 } },
-    }, { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] });
+    }, { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] })
+      .then(() => namePublished(node));
+  }
+
+  // Names where there is room for them, the best first; all others show when pointed at.
+  function namePublished(node) {
+    const { xaxis, yaxis } = node._fullLayout, points = [];
+    for (const t of node.data) if (t.meta !== undefined) t.x.forEach((x, i) => points.push({ x: Math.log10(x), y: t.y[i], text: t.text[i], px: xaxis.l2p(Math.log10(x)), py: yaxis.l2p(t.y[i]) }));
+    const taken = points.map((p) => [p.px - 6, p.py - 6, p.px + 6, p.py + 6]), annotations = [];
+    pen.font = `11px ${font()}`;
+    for (const p of points.sort((a, b) => b.y - a.y)) {
+      const half = pen.measureText(p.text).width / 2 + 3, box = [p.px - half, p.py - 23, p.px + half, p.py - 8];
+      if (box[0] < 0 || box[2] > xaxis._length || box[1] < 0 || taken.some((t) => box[0] < t[2] && t[0] < box[2] && box[1] < t[3] && t[1] < box[3])) continue;
+      taken.push(box);
+      annotations.push({ x: p.x, y: p.y, text: safe(p.text), showarrow: false, yshift: 15, font: { size: 11, color: css("--muted") }, captureevents: false });
+    }
+    Plotly.relayout(node, { annotations });
   }
 
   function keysPublished() {

@@ -62,7 +62,7 @@ def make_pictures(cfg: DictConfig, model: ReducedViT, device: torch.device) -> d
         **data,
     )
     folder = Path(options.folder or Path(cfg.paths.outputs) / "visual" / _name(cfg, model))
-    return _written(seen, folder, int(options.panels))
+    return _written(seen, folder, int(options.panels), str(options.format))
 
 
 def _images(cfg: DictConfig) -> list[Path]:
@@ -167,9 +167,9 @@ def _name(cfg: DictConfig, model: ReducedViT) -> str:
     return re.sub(r"[^\w.-]+", "_", "-".join([*parts, digest]))
 
 
-def _written(seen: Visual, folder: Path, panels: int) -> dict[str, Any]:
+def _written(seen: Visual, folder: Path, panels: int, kind: str) -> dict[str, Any]:
     (page,) = seen.save(folder / "index.html")
-    sheets = seen.save(folder / "sheet.png", most=panels)
+    sheets = seen.save(folder / f"sheet.{kind}", most=panels)
     tokens, small = folder / "tokens.png", folder / "small.png"
     try:
         seen.tokens().save(tokens)

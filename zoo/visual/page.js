@@ -43,6 +43,21 @@
     return STOPS[low].map((v, c) => Math.round(v * (1 - part) + STOPS[low + 1][c] * part));
   }
 
+  // Thin slanted lines, so that what was dropped is no dark part of the photograph.
+  let pattern = null, patternOf = 0;
+  function hatch(pen, ratio) {
+    const size = Math.round(9 * ratio);
+    if (patternOf === size) return pattern;
+    const tile = make("canvas", { width: size, height: size }), line = tile.getContext("2d");
+    line.strokeStyle = "rgba(190,198,212,0.3)";
+    line.lineWidth = ratio;
+    line.beginPath();
+    for (const shift of [-size, 0, size]) { line.moveTo(shift, size); line.lineTo(shift + size, 0); }
+    line.stroke();
+    patternOf = size;
+    return (pattern = pen.createPattern(tile, "repeat"));
+  }
+
   function meanOf(strip, s, slot) {
     const sum = [0, 0, 0], members = s.members.get(slot);
     for (const i of members) for (let c = 0; c < 3; c++) sum[c] += strip.means[3 * i + c];
@@ -88,6 +103,8 @@
           pen.fillRect(...box(i));
         } else if (!alone(s, i)) {
           pen.fillStyle = "rgba(16,18,24,0.86)";
+          pen.fillRect(...box(i));
+          pen.fillStyle = hatch(pen, ratio);
           pen.fillRect(...box(i));
         }
       }

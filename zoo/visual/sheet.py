@@ -123,6 +123,8 @@ def _heading(title: str, strips: Sequence[Strip], width: int) -> Image.Image:
         if kind == "d":
             ghost = tuple(round(GHOST * 150 + (1 - GHOST) * part) for part in DARK)
             pen.rectangle(box, fill=ghost)
+            pen.line((x, 47, x + 7, 40), fill="#565b66")
+            pen.line((x + 3, 55, x + 15, 43), fill="#565b66")
         elif kind == "m":
             pen.rectangle(box, fill="#9fb3c8", outline="#f4f6f9")
             pen.rectangle((box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1), outline=_MUTED)

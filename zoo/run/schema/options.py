@@ -322,6 +322,7 @@ EVAL: Options = {
         ),
         "attention": flag(),
         "panels": whole(2, 100),
+        "format": choice("png", "jpg", "webp"),
         "folder": maybe(path("a folder")),
     },
     "zeroshot": {
@@ -426,7 +427,11 @@ REQUIRED = (
     *(f"retrieval{end}" for end in ("", ".relevance", ".crop")),
     *(f"select{end}" for end in ("", ".keep", ".block", ".norm", ".seeds")),
     "images",
-    *(f"visualize{end}" for end in ("", ".against", ".attention", ".panels", ".folder")),
+    "images",
+    *(
+        f"visualize{end}"
+        for end in ("", ".against", ".attention", ".panels", ".format", ".folder")
+    ),
     *(f"zeroshot{end}" for end in ("", ".embeddings", ".templates", ".reservoir")),
     *(f"zeroshot.reservoir.{end}" for end in ("size", "weight", "sharpness", "scale")),
     *(f"export{end}" for end in ("", ".format", ".precision", ".images", ".calibration")),
