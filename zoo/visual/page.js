@@ -176,7 +176,12 @@
 
   function plot() {
     const node = $("curves"), width = node.clientWidth, height = node.clientHeight;
-    const names = image.strips.map((s) => s.name);
+    const shared = new Map(); // those with the same counts share a line
+    for (const s of image.strips) {
+      const key = s.states.map((t) => t.tokens).join();
+      shared.set(key, shared.has(key) ? { ...s, name: `${shared.get(key).name}, ${s.name}` } : s);
+    }
+    const curves = [...shared.values()], names = curves.map((s) => s.name);
     const room = Math.min(width / 3, 40 + 8 * Math.max(...names.map((n) => n.length)));
     const left = 48, right = width - room, top = 12, bottom = height - 30;
     const most = Math.max(...image.strips.flatMap((s) => s.states.map((t) => t.tokens)));
@@ -195,7 +200,7 @@
     for (let i = 0; i < steps; i += every) node.append(svg("text", { x: x(i), y: bottom + 20, "text-anchor": "middle" }, longest.states[i].label.replace("block ", "")));
     const now = Math.min(Number($("block").value), steps - 1);
     node.append(svg("line", { class: "now", x1: x(now), x2: x(now), y1: top, y2: bottom }));
-    image.strips.forEach((strip, k) => {
+    curves.forEach((strip, k) => {
       const color = data.colors[k % data.colors.length];
       const points = strip.states.map((t, i) => `${x(i).toFixed(1)},${y(t.tokens).toFixed(1)}`);
       node.append(svg("path", { d: `M${points.join("L")}`, stroke: color }));

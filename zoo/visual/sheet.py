@@ -165,7 +165,7 @@ def _bands(strip: Strip, panel: int, most: int, attention: bool) -> list[Image.I
 
 
 def _label(state: State) -> str:
-    return f"{state.label}: {state.tokens}"
+    return state.label if state.kept is not None else f"{state.label}: {state.tokens}"
 
 
 def _band(note: str, drawings: Sequence[tuple[str, Image.Image]]) -> Image.Image:
@@ -198,13 +198,18 @@ def token_plot(trails: Sequence[Trail], width: int = 900, height: int = 300) -> 
         width: In pixels.
         height: In pixels.
     """
+    lines: dict[tuple[int, ...], list[str]] = {}
+    for trail in trails:  # those with the same counts share a line
+        lines.setdefault(tuple(trail.counts), []).append(trail.name)
     double = 2  # drawn twice as large, for smooth lines
     page = Image.new("RGB", (width * double, height * double), _PAPER)
     pen = ImageDraw.Draw(page)
     font, small = _font(15 * double), _font(13 * double)
     top = max(max(trail.counts) for trail in trails)
-    longest = max(len(trail.states) for trail in trails)
-    legend = max(round(pen.textlength(trail.name, font=small)) for trail in trails) + 34 * double
+    labels = max(([state.label for state in trail.states] for trail in trails), key=len)
+    longest = len(labels)
+    names = [", ".join(found) for found in lines.values()]
+    legend = max(round(pen.textlength(name, font=small)) for name in names) + 46 * double
     legend = min(legend, width * double // 3)
     left, right = 58 * double, width * double - legend - 10 * double
     upper, lower = 32 * double, height * double - 42 * double
@@ -222,18 +227,18 @@ def token_plot(trails: Sequence[Trail], width: int = 900, height: int = 300) -> 
         pen.text((left - 12 * double, y), text, fill=_MUTED, font=small, anchor="rm")
     every = max(1, -(-longest // 14))
     for i in range(0, longest, every):
-        text = "in" if i == 0 else str(i - 1)
+        text = "in" if i == 0 else labels[i].rpartition(" ")[2]
         pen.text((at(i, 0)[0], lower + 8 * double), text, fill=_MUTED, font=small, anchor="ma")
-    for number, trail in enumerate(trails):
+    for number, (counts, name) in enumerate(zip(lines, names, strict=True)):
         color = COLORS[number % len(COLORS)]
-        points = [at(i, count) for i, count in enumerate(trail.counts)]
+        points = [at(i, count) for i, count in enumerate(counts)]
         pen.line(points, fill=color, width=3 * double, joint="curve")
         for x, y in points:
             r = 3.4 * double
             pen.ellipse((x - r, y - r, x + r, y + r), fill=color, outline=_PAPER)
         y = upper + number * 22 * double
         pen.line((right + 14 * double, y, right + 30 * double, y), fill=color, width=3 * double)
-        name = fitting(pen, trail.name, 13 * double, legend - 34 * double)
+        name = fitting(pen, name, 13 * double, legend - 36 * double)
         pen.text((right + 36 * double, y), name, fill=_INK, font=small, anchor="lm")
     return page.resize((width, height), Image.Resampling.LANCZOS)
 
