@@ -101,7 +101,7 @@ class Visual(NamedTuple):
             many = [path.with_stem(f"{path.stem}_{i}") for i in range(count)]
             files = [path] if count == 1 else many
             for i, file in enumerate(files):
-                self.sheet(i, **options).save(file, **({} if end == ".png" else {"quality": 90}))
+                self.sheet(i, **options).save(file, quality=90)  # which PNG does not look at
         except OSError as error:
             raise ZooError(f"{path} cannot be written: {error.strerror or error}") from error
         return files

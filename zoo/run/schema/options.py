@@ -427,11 +427,7 @@ REQUIRED = (
     *(f"retrieval{end}" for end in ("", ".relevance", ".crop")),
     *(f"select{end}" for end in ("", ".keep", ".block", ".norm", ".seeds")),
     "images",
-    "images",
-    *(
-        f"visualize{end}"
-        for end in ("", ".against", ".attention", ".panels", ".format", ".folder")
-    ),
+    *(f"visualize{end}" for end in ("", ".against", ".attention", ".panels", ".format", ".folder")),
     *(f"zeroshot{end}" for end in ("", ".embeddings", ".templates", ".reservoir")),
     *(f"zeroshot.reservoir.{end}" for end in ("size", "weight", "sharpness", "scale")),
     *(f"export{end}" for end in ("", ".format", ".precision", ".images", ".calibration")),
