@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zoo.checkpoint",),
     ("zoo.build", "zoo.attaching", "zoo.lit"),
     ("zoo.budget",),
-    ("zoo.measure", "zoo.export"),
+    ("zoo.measure", "zoo.export", "zoo.visual"),
     ("zoo.cost",),
     ("zoo.model",),
     ("zoo.plugins", "zoo.models", "zoo.libraries"),

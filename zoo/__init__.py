@@ -27,6 +27,7 @@ __all__ = [
     "load",
     "profile",
     "selector",
+    "visualize",
     "wrap",
 ]
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         load,
         profile,
         selector,
+        visualize,
         wrap,
     )
     from zoo.model.reduced import ReducedViT

@@ -23,6 +23,7 @@ from zoo.model.maps import attention_maps as attention_maps
 from zoo.model.reduced import ReducedViT
 from zoo.model.runtime import Runtime
 from zoo.model.selecting import SelectingTower as SelectingTower
+from zoo.visual.see import visualize as visualize
 
 
 def load(path_or_hub_name: str, **overrides: Any) -> ReducedViT:

@@ -218,6 +218,9 @@ class TokenLearner(Queries, Parks, Reducer):
 
     # ------------------------------------------------------------------ running
 
+    def assign(self, t: Tokens, s: Signals, step: Step) -> Mix:
+        return Mix(cast(Learner, self.stage(step)).maps(t.patches, step.grid))
+
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
         """Learn tokens, and park the patches for the fuser."""
         if self._idle(t.n, step):
@@ -225,7 +228,7 @@ class TokenLearner(Queries, Parks, Reducer):
         stage = cast(Learner, self.stage(step))
         if self.fuser and stage.outputs == t.n:
             return t  # as many tokens as patches: nothing would be parked
-        learned = apply(t, Mix(stage.maps(t.patches, step.grid)))
+        learned = apply(t, self.assign(t, s, step))
         if not self.fuser:
             return learned
         # Its length is the stage that learned: known through checkpointing, as no number would be.

@@ -18,7 +18,9 @@ def load_families(cls: type) -> None:
     Args:
         cls: Class of a backbone, a block or an attention module.
     """
-    _load(frozenset(base.__module__.partition(".")[0] for base in cls.__mro__))
+    libraries = {base.__module__.partition(".")[0] for base in cls.__mro__}
+    # Architectures of our own are models of timm: built of its parts, and in its registry.
+    _load(frozenset(libraries | {"timm"} if "zoo" in libraries else libraries))
 
 
 @functools.cache

@@ -7,6 +7,8 @@ a report, comes from the cards, and so do zoo/assets/methods.json and selectors.
 `python -m zoo.cli.docs --check` writes nothing and fails if they are out of date.
 `--backbones` tries every vision transformer of timm and writes zoo/assets/backbones.json and
 docs/coverage.md, see `zoo.cli.coverage`.
+`--published` computes our GMACs of the settings in results/published.yaml, which docs/published.md
+puts beside those of their authors, see `zoo.cli.published`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ _README = Path("README.md")
 _LINKS = Path("zoo/report/links.json")
 _METHODS = Path("zoo/assets/methods.json")
 _SELECTORS = Path("zoo/assets/selectors.json")
+_PUBLISHED = Path("docs/published.md")
 _SELECTOR_INDEX = Path("docs/selectors/index.md")
 # Selectors whose page is that of another one, or of the index.
 _SHARED_PAGES = {"prumerge_plus": "prumerge", "random": "index"}
@@ -296,6 +299,7 @@ def generated(root: Path) -> dict[Path, str]:
     """
     from zoo.cli import selectors
     from zoo.cli.catalogue import STORED
+    from zoo.report.published import FILE, page, read
 
     readme = root / _README
     if not readme.is_file():
@@ -307,6 +311,8 @@ def generated(root: Path) -> dict[Path, str]:
         root / _METHODS: STORED.text(),
         root / _SELECTORS: selectors.STORED.text(),
     }
+    if (root / "results" / FILE).is_file():
+        pages[root / _PUBLISHED] = page(read(root / "results"))
     index = root / _SELECTOR_INDEX
     if index.is_file():  # the rest of this page is written by hand
         text = index.read_text(encoding="utf-8")
@@ -321,7 +327,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--backbones", action="store_true", help="try timm's models on the meta device: minutes"
     )
+    parser.add_argument(
+        "--published", action="store_true", help="our GMACs of results/published.yaml: a minute"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.published:
+        from zoo.cli import published
+
+        print(f"wrote {published.write(Path(__file__).resolve().parents[2] / 'results')}")
     if arguments.backbones:
         from zoo.cli import coverage
 

@@ -230,7 +230,9 @@ def _report(arguments: argparse.Namespace) -> int:
     first = Path(arguments.results[0])
     out = Path(arguments.out) if arguments.out else (first if first.is_dir() else first.parent)
     title = {"title": arguments.title} if arguments.title else {}
-    paths = write_report(rows, out, **title)
+    folders = (Path(name) for name in arguments.results)
+    others = next((f for f in folders if (f / "published.yaml").is_file()), None)
+    paths = write_report(rows, out, **title, published=others)
     print(table(rows))
     print(f"report: {paths.html}")
     return 0

@@ -10,6 +10,9 @@ from torch import nn
 from zoo.data.classes import ORDERS
 from zoo.errors import ZooError
 
+#: What of the data says how an image looks to a model.
+IMAGE_OPTIONS = ("img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
 
 def data_config(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Resolve how images must look for a model: timm's data configuration, with overrides.

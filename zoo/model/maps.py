@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from reduction.tokens import Tokens
+from zoo.errors import ZooError
 from zoo.model.attached import as_reduced
 from zoo.model.empty import for_any_batch
 from zoo.model.reduced import ReducedViT
@@ -51,7 +52,9 @@ class AttentionMap(NamedTuple):
         return patches.unflatten(2, self.grid)
 
 
-def attention_maps(model: nn.Module, images: Tensor) -> list[AttentionMap]:
+def attention_maps(
+    model: nn.Module, images: Tensor, queries: int | None = None
+) -> list[AttentionMap]:
     """The attention of every block, over the tokens that are there when it happens.
 
     The pass is the one that `model(images)` makes, by the plain kernel that computes the weights
@@ -61,6 +64,8 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[AttentionMap]:
     Args:
         model: A `ReducedViT`, or a supported timm model.
         images: `(B, 3, H, W)`.
+        queries: Keep the weights of the first so many tokens alone, which spares the memory of the
+            others: 1 is the class token of a model that has one. None keeps all.
 
     Returns:
         One map per block, in order.
@@ -78,16 +83,18 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[AttentionMap]:
         >>> maps[3].on_patches().shape  # attention of the class token on the image
         torch.Size([1, 4, 8, 8])
     """
-    return _maps(as_reduced(model), images)
+    if queries is not None and queries < 1:
+        raise ZooError(f"queries must be a number of tokens from 1, or None, got {queries!r}")
+    return _maps(as_reduced(model), images, queries)
 
 
 @for_any_batch
-def _maps(model: ReducedViT, images: Tensor) -> list[AttentionMap]:
+def _maps(model: ReducedViT, images: Tensor, queries: int | None = None) -> list[AttentionMap]:
     model.checked(images, {"zoo.attention_maps": True})
     found: list[tuple[Tokens, Tensor]] = []
 
     def watch(block: int, t: Tokens, weights: Tensor) -> None:
-        found.append((t, weights))
+        found.append((t, weights if queries is None else weights[:, :, :queries].clone()))
 
     grid = flow(model, images, track=True, watch=watch).info.grid
     maps = []

@@ -26,6 +26,7 @@ def write_report(
     rows: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
     out_dir: str | os.PathLike[str],
     title: str = TITLE,
+    published: str | os.PathLike[str] | None = None,
 ) -> ReportPaths:
     """Write ``report.html``, ``report.csv``, ``report.md`` and ``report.png``.
 
@@ -35,12 +36,15 @@ def write_report(
         out_dir: Folder to write to; made if it does not exist, files of an older report are
             replaced.
         title: Heading of the report.
+        published: Folder with `published.yaml`: the numbers of others on ImageNet, which the page
+            then shows in a plot of their own. None is the folder of the rows, if it has one.
 
     Raises:
         ZooError: There are no rows, the packages that draw are not installed, or ``out_dir``
             cannot be written. Nothing is written then.
     """
     from zoo.errors import ZooError
+    from zoo.report.published import FILE, read
     from zoo.report.words import printable
     from zoo.results.rows import plain, readable_rows
 
@@ -52,6 +56,8 @@ def write_report(
         where, found = f" in {os.fspath(rows)}", readable_rows([rows])
     else:
         where, found = "", [plain(row) for row in rows]
+    if published is None and isinstance(rows, (str, os.PathLike)):
+        published = rows if (Path(rows) / FILE).is_file() else None
     if not found:
         raise ZooError(f"a report needs at least one row, found none{where}; run eval.py first")
 
@@ -60,11 +66,12 @@ def write_report(
     from zoo.report.png import write_png
     from zoo.report.tables import csv_table, markdown_table
 
+    others = None if published is None else read(Path(published))
     comparison, title = compare(found), printable(title)
     out = Path(out_dir)
     paths = ReportPaths(*(out / f"report.{end}" for end in ("html", "csv", "md", "png")))
     texts = {
-        paths.html: html_page(comparison, title, out),
+        paths.html: html_page(comparison, title, out, others),
         paths.csv: csv_table(comparison),
         paths.markdown: markdown_table(comparison, title),
     }

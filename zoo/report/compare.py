@@ -184,6 +184,7 @@ def _entry(
     for candidate in candidates:  # oldest first: the latest of each setting stays
         if _completes(candidate, cost):
             speeds.update(readings.speeds(candidate))
+    drawn = [r for r in candidates if r.get("picture") and _completes(r, cost)]
     dense = is_dense(row)
     scores = [value for r in runs.values() if (value := number(r.get("top1"))) is not None]
     ends = {interval(r) for r in runs.values()}
@@ -211,6 +212,7 @@ def _entry(
         quality=_quality(own, identity),
         reducer_share=readings.reducer_share(cost),
         speeds=speeds,
+        picture=drawn[-1] if drawn else None,
     )
 
 

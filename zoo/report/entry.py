@@ -45,6 +45,7 @@ class Entry:
     reference_quality: Mapping[str, Quality] = field(default_factory=dict)
     reducer_share: float | None = None  # percent of the GMACs
     speeds: dict[str, Speed] = field(default_factory=dict)
+    picture: Row | None = None  # the latest run that drew what becomes of an image's patches
 
     @property
     def is_reference(self) -> bool:

@@ -8,7 +8,7 @@ set as text (never as markup) by the script.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from html import escape
 from importlib import resources
@@ -21,6 +21,7 @@ from zoo.report.links import Links, links_of
 from zoo.report.names import methods_of
 from zoo.report.notes import CONVENTION, environment
 from zoo.report.payload import counted, method_of, payload, time_of
+from zoo.report.published import Published
 from zoo.report.quality import METRICS, Metric, qualities, shown
 from zoo.report.readings import Speed, fidelity
 from zoo.report.selection import as_html, sections
@@ -98,13 +99,19 @@ _OF_SPEED: dict[str, Callable[[Speed], float | None]] = {
 }
 
 
-def html_page(comparison: Comparison, title: str, folder: Path | None = None) -> str:
+def html_page(
+    comparison: Comparison,
+    title: str,
+    folder: Path | None = None,
+    published: Sequence[Published] | None = None,
+) -> str:
     """The whole page as a string, plotly's script included.
 
     Args:
         comparison: What it shows.
         title: Its heading.
         folder: Where it will lie: links to pages of the documentation start there.
+        published: Numbers of others on ImageNet.
     """
     from plotly.offline import get_plotlyjs
 
@@ -143,10 +150,11 @@ def html_page(comparison: Comparison, title: str, folder: Path | None = None) ->
         table_head=_table_head(),
         table_body="\n".join(records),
         failed=as_html(sections(comparison.rows)) + _failed(comparison),
+        published="" if not published else _asset("published.html"),
         convention=escape(CONVENTION),
         environment=escape(environment(comparison.rows)),
         generated=f"Generated {now:%Y-%m-%d %H:%M} UTC by TokenZoo; this file loads nothing.",
-        payload=payload(comparison, marks, ids),
+        payload=payload(comparison, marks, ids, published or ()),
     )
 
 

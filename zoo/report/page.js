@@ -187,6 +187,8 @@
       if (plot.listening) return;
       plot.listening = true;
       plot.node.on("plotly_relayout", (change) => { if (!("annotations" in change)) label(plot, ...plot.last); });
+      plot.node.on("plotly_hover", (event) => showPicture(event.points[0].customdata ?? null));
+      plot.node.on("plotly_unhover", () => showPicture(null));
       plot.node.on("plotly_click", (event) => reveal(event.points[0].customdata));
     });
   }
@@ -432,6 +434,8 @@
     button.setAttribute("aria-expanded", String(!open));
     if (open) { row.nextElementSibling.remove(); return; }
     const list = make("dl");
+    const picture = row.classList.contains("old") ? null : data.entries[row.dataset.entry]?.picture;
+    if (picture) list.append(make("div", { className: "wide" }, make("dt", { textContent: "picture" }), make("dd", {}, seen(picture))));
     const { runs } = row.classList.contains("old") ? {} : data.entries[row.dataset.entry] ?? {};
     if (runs) list.append(make("div", { className: "wide" }, make("dt", { textContent: "runs" }), make("dd", { textContent: `${runs}; what follows is the latest of them` })));
     for (const [name, value, meaning] of data.rows[row.dataset.row]) {
@@ -442,12 +446,104 @@
     row.after(make("tr", { className: "detail" }, holder));
   }
 
+  // What became of the patches of an image, where a run drew it.
+  function seen(picture) {
+    return make("img", { src: picture.src, alt: "what is kept, merged and dropped of an image", title: picture.page });
+  }
+
+  function showPicture(id) {
+    const picture = id === null ? null : data.entries[id]?.picture;
+    $("picture").hidden = !picture;
+    if (picture) $("picture").replaceChildren(seen(picture), make("p", { textContent: data.entries[id].hover[0] }));
+  }
+
   function reveal(id) {
     const row = records.find((r) => Number(r.dataset.entry) === id && !r.classList.contains("old"));
     if (!row) return;
     row.scrollIntoView({ block: "center", behavior: "smooth" });
     row.classList.add("flash");
     setTimeout(() => row.classList.remove("flash"), 2500);
+  }
+
+  // ------------------------------------------------------------ published numbers
+  const KINDS = {
+    none: ["circle-open", "#2563d9", "#6ea3ff"], light: ["diamond-open", "#1f8f4d", "#56d08a"], tuned: ["triangle-up-open", "#d9630b", "#ff9c4a"],
+    dense: ["square-open", "#1c2430", "#e8ecf2"], other: ["star-open", "#8b3fd6", "#bd93ff"],
+  };
+  const published = data.published.length > 0;
+  const hiddenKinds = new Set();
+
+  function drawPublished() {
+    const node = $("plot-published"), chosen = $("published-backbone").value, shade = (k) => KINDS[k][dark.matches ? 2 : 1];
+    const own = data.imagenet.map((id) => data.entries[id]);
+    const traces = [];
+    for (const kind of Object.keys(data.trainings)) {
+      // Small fast models stand beside every backbone: they are what is taken instead.
+      const some = data.published.filter((p) => p.training === kind && !hiddenKinds.has(kind) && (!chosen || kind === "other" || p.backbone === chosen));
+      if (!some.length) continue;
+      const far = (p, sign) => (p.theirs === null || p.ours === null || sign * (p.theirs - p.ours) <= 0 ? null : sign * (p.theirs - p.ours));
+      traces.push({
+        x: some.map((p) => p.gmacs), y: some.map((p) => p.top1), mode: "markers", meta: kind, text: some.map((p) => p.method),
+        hovertext: some.map((p) => p.hover.map((line, i) => (i ? safe(line) : `<b>${safe(line)}</b>`)).join("<br>")), hovertemplate: "%{hovertext}<extra></extra>",
+        marker: { symbol: KINDS[kind][0], size: kind === "other" ? 12 : 9.5, color: shade(kind), line: { width: 1.7, color: shade(kind) } },
+        error_x: { type: "data", symmetric: false, thickness: 1, width: 0, color: fade(shade(kind), 0.55), array: some.map((p) => far(p, 1)), arrayminus: some.map((p) => far(p, -1)) },
+        error_y: kind !== "other" ? undefined : { type: "data", symmetric: false, thickness: 1, width: 3, color: fade(shade(kind), 0.55), array: some.map((p) => Math.max(...p.ends) - p.top1 || null), arrayminus: some.map((p) => p.top1 - Math.min(...p.ends) || null) },
+        hoverlabel: { bordercolor: shade(kind) },
+      });
+    }
+    const run = own.filter((e) => !chosen || e.backbone.startsWith(chosen));
+    if (run.length) traces.push({
+      x: run.map((e) => e.gmacs), y: run.map((e) => e.scores.top1), mode: "markers", text: run.map(hoverText), hovertemplate: "%{text}<extra></extra>",
+      marker: { size: 11, color: run.map((e) => color(e.method)), symbol: run.map(symbol) },
+    });
+    const ink = css("--ink"), axis = { gridcolor: css("--grid"), zeroline: false, linecolor: css("--line"), showline: true, tickfont: { size: 12, color: css("--muted") } };
+    const ticks = [0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150];
+    Plotly.react(node, traces, {
+      margin: { l: 56, r: 12, t: 18, b: 50 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
+      font: { family: font(), color: ink, size: 13 }, dragmode: node.clientWidth < 460 ? false : "zoom",
+      xaxis: { ...axis, type: "log", tickvals: ticks, ticktext: ticks.map(String), title: { text: "GMACs per image", standoff: 8 } },
+      yaxis: { ...axis, title: { text: "top-1 accuracy (%)", standoff: 8 } },
+      hoverlabel: { align: "left", bgcolor: css("--card"), font: { family: font(), color: ink, size: 12.5 } },
+    }, { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] })
+      .then(() => namePublished(node));
+  }
+
+  // Names where there is room for them, the best first; all others show when pointed at.
+  function namePublished(node) {
+    const { xaxis, yaxis } = node._fullLayout, points = [];
+    for (const t of node.data) if (t.meta !== undefined) t.x.forEach((x, i) => points.push({ x: Math.log10(x), y: t.y[i], text: t.text[i], px: xaxis.l2p(Math.log10(x)), py: yaxis.l2p(t.y[i]) }));
+    const taken = points.map((p) => [p.px - 6, p.py - 6, p.px + 6, p.py + 6]), annotations = [];
+    pen.font = `11px ${font()}`;
+    for (const p of points.sort((a, b) => b.y - a.y)) {
+      const half = pen.measureText(p.text).width / 2 + 3, box = [p.px - half, p.py - 23, p.px + half, p.py - 8];
+      if (box[0] < 0 || box[2] > xaxis._length || box[1] < 0 || taken.some((t) => box[0] < t[2] && t[0] < box[2] && box[1] < t[3] && t[1] < box[3])) continue;
+      taken.push(box);
+      annotations.push({ x: p.x, y: p.y, text: safe(p.text), showarrow: false, yshift: 15, font: { size: 11, color: css("--muted") }, captureevents: false });
+    }
+    Plotly.relayout(node, { annotations });
+  }
+
+  function keysPublished() {
+    const used = new Set(data.published.map((p) => p.training));
+    $("published-keys").replaceChildren(...Object.entries(data.trainings).filter(([kind]) => used.has(kind)).map(([kind, words]) => {
+      const box = make("input", { type: "checkbox", checked: !hiddenKinds.has(kind) });
+      box.addEventListener("change", () => { if (box.checked) hiddenKinds.delete(kind); else hiddenKinds.add(kind); drawPublished(); });
+      const sign = { circle: "\u25cb", diamond: "\u25c7", "triangle-up": "\u25b3", square: "\u25a1", star: "\u2606" }[KINDS[kind][0].replace("-open", "")];
+      const mark = make("b", { textContent: sign });
+      mark.style.color = KINDS[kind][dark.matches ? 2 : 1];
+      return make("label", { className: "key switch" }, box, mark, words);
+    }));
+  }
+
+  if (published) {
+    const count = new Map();
+    for (const p of data.published) if (p.training !== "other") count.set(p.backbone, (count.get(p.backbone) ?? 0) + 1);
+    const names = [...count].filter(([, n]) => n > 1).sort((a, b) => b[1] - a[1]);
+    fill($("published-backbone"), [["", "all"], ...names.map(([name, n]) => [name, `${name} (${n})`])], "");
+    $("published-backbone").addEventListener("change", drawPublished);
+    dark.addEventListener("change", () => { keysPublished(); drawPublished(); });
+    keysPublished();
+    drawPublished();
   }
 
   body.addEventListener("click", (event) => {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from zoo.report.colors import Mark
@@ -11,6 +13,7 @@ from zoo.report.controls import KINDS
 from zoo.report.entry import Comparison, Entry, View
 from zoo.report.identity import options, precision
 from zoo.report.links import title_of
+from zoo.report.published import TRAININGS, Published, points
 from zoo.report.quality import METRICS, TOP1, shown
 from zoo.report.readings import Row, Speed
 from zoo.report.tables import (
@@ -55,13 +58,19 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def payload(comparison: Comparison, marks: dict[str, Mark], ids: dict[int, int]) -> str:
+def payload(
+    comparison: Comparison,
+    marks: dict[str, Mark],
+    ids: dict[int, int],
+    published: Sequence[Published] = (),
+) -> str:
     """Returns the JSON text, safe inside a script element.
 
     Args:
         comparison: What the page shows.
         marks: Of every method: colours and shape.
         ids: Numbers of the rows, by identity.
+        published: Numbers of others on ImageNet.
     """
     found = {
         "dense": DENSE,
@@ -83,10 +92,19 @@ def payload(comparison: Comparison, marks: dict[str, Mark], ids: dict[int, int])
         "entries": {e.id: _entry(e) for view in comparison.views for e in view.entries},
         "views": [_view(view, ids) for view in comparison.views],
         "rows": {ids[id(row)]: _details(row) for row in comparison.rows},
+        "published": points(published),
+        "trainings": TRAININGS,
+        "imagenet": [e.id for e in comparison.entries if _on_imagenet(e)],
     }
     text = json.dumps(found, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # Inside a script element only "<" can end it; as an escape it is the same JSON.
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _on_imagenet(entry: Entry) -> bool:
+    """Whether it may stand beside published numbers."""
+    measured = entry.top1 is not None and entry.gmacs is not None
+    return measured and "imagenet" in str(entry.row.get("dataset")).lower()
 
 
 def _entry(entry: Entry) -> dict[str, Any]:
@@ -122,7 +140,31 @@ def _entry(entry: Entry) -> dict[str, Any]:
             for name, speed in entry.speeds.items()
         },
         "hover": _hover(entry),
+        **({} if entry.picture is None else {"picture": picture_of(entry.picture)}),
     }
+
+
+#: A report with a picture for every point must stay quick to open.
+_MOST_BYTES = 120_000
+
+
+def picture_of(row: Row) -> dict[str, str] | None:
+    """The picture that a run drew and where its page is, while the file is there.
+
+    Args:
+        row: With the field `picture`.
+    """
+    path, visual = Path(str(row.get("picture"))), row.get("visual")
+    try:
+        if path.suffix != ".png" or not 0 < path.stat().st_size <= _MOST_BYTES:
+            return None
+        data = path.read_bytes()
+    except (OSError, ValueError):
+        return None
+    if not data.startswith(b"\x89PNG"):
+        return None
+    page = str(visual.get("page") or "") if isinstance(visual, Mapping) else ""
+    return {"src": "data:image/png;base64," + base64.b64encode(data).decode(), "page": page}
 
 
 def _search(entry: Entry) -> str:

@@ -332,4 +332,6 @@ def summary_line(row: Mapping[str, Any]) -> str:
     parts += _selected(row)
     if (rate := number(row.get("imgs_per_s"))) is not None:
         parts.append(f"{format_rate(rate)} img/s")
+    if isinstance(visual := row.get("visual"), Mapping):
+        parts.append(f"pictures: {visual.get('page')}")
     return " | ".join(parts)

@@ -51,7 +51,7 @@ FIELDS: dict[str, str] = {
     "created": "when the row was made, ISO 8601 in UTC",
     "command": "the command line that made the row, ready to be pasted",
     "task": "list of what was done: 'train', 'accuracy', 'flops', 'throughput', 'fidelity', 'knn', "
-    "'linear_probe', 'retrieval', 'zeroshot', 'select'",
+    "'linear_probe', 'retrieval', 'zeroshot', 'export', 'select', 'visualize'",
     # what was run
     "method": "registry name of the reducer; 'none' is the dense model",
     "reducer": "mapping: name and arguments of the reducer",
@@ -97,6 +97,9 @@ FIELDS: dict[str, str] = {
     "n_tokens, dense (all tokens), and by_keep: for each keep the selector, random tokens (mean "
     "and spread over seeds) and resolution (a smaller image): knn_top1, recall1, map, agreement "
     "with dense, centred_cosine, coverage_mean and coverage_worst (1 - cosine to the nearest kept)",
+    "visual": "mapping, of pictures of tokens: page, sheets, tokens (a plot), images, counts "
+    "(tokens at the input and behind each block, for each image)",
+    "picture": "path of a small picture of what became of an image's patches",
     "centred_cosine": "mapping, with gallery=dense: mean and worst cosine of features with the "
     "dense model's, both minus the mean feature of the gallery; worst_image (its place)",
     # speed

@@ -38,7 +38,16 @@ if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
     from zoo.model.stream import Info
 
-TASKS = ("accuracy", "flops", "throughput", "fidelity", *FEATURE_TASKS, "export", "select")
+TASKS = (
+    "accuracy",
+    "flops",
+    "throughput",
+    "fidelity",
+    *FEATURE_TASKS,
+    "export",
+    "select",
+    "visualize",
+)
 # What several processes share out; the rest is about one.
 _SHARED = ("accuracy", "flops", "fidelity", *FEATURE_TASKS)
 _BY_BATCH = ("batch", "imgs_per_s", "imgs_per_s_dense", "ms", "peak_mem_mb", "peak_mem_mb_dense")
@@ -139,6 +148,10 @@ def _measured(
         from zoo.run.select import measure_selection
 
         yield measure_selection(cfg, model, data, device, dtype, limit)
+    if "visualize" in tasks:
+        from zoo.run.visualize import make_pictures
+
+        yield make_pictures(cfg, model, device)
     if data is not None and data.damaged:
         yield {"notes": str(data.damaged)}
 

@@ -314,6 +314,18 @@ EVAL: Options = {
         "norm": flag(),
         "seeds": whole(1, 1000),
     },
+    "images": maybe(
+        either(path("a file, a folder or a pattern"), list_of(path(), "a list of files"))
+    ),
+    "visualize": {
+        "against": maybe(
+            either(_WORDS, list_of(_WORDS, "a list of methods such as [topk,none]", 0))
+        ),
+        "attention": flag(),
+        "panels": whole(2, 100),
+        "format": choice("png", "jpg", "webp"),
+        "folder": maybe(path("a folder")),
+    },
     "zeroshot": {
         "embeddings": maybe(path("a file")),
         "templates": either(_WORDS, list_of(_WORDS, "a list of sentences with {}")),
@@ -415,6 +427,8 @@ REQUIRED = (
     *(f"linear_probe{end}" for end in ("", ".c", ".held_out", ".iterations")),
     *(f"retrieval{end}" for end in ("", ".relevance", ".crop")),
     *(f"select{end}" for end in ("", ".keep", ".block", ".norm", ".seeds")),
+    "images",
+    *(f"visualize{end}" for end in ("", ".against", ".attention", ".panels", ".format", ".folder")),
     *(f"zeroshot{end}" for end in ("", ".embeddings", ".templates", ".reservoir")),
     *(f"zeroshot.reservoir.{end}" for end in ("size", "weight", "sharpness", "scale")),
     *(f"export{end}" for end in ("", ".format", ".precision", ".images", ".calibration")),

@@ -15,9 +15,11 @@ _LOOKUPS = ("knn", "linear_probe", "retrieval")
 # Options, and the tasks that look at them.
 _NEEDS = {
     **{key: (*_LOOKUPS, "select") for key in ("gallery", "gallery_split", "gallery_limit")},
-    **{key: (key,) for key in (*_LOOKUPS, "zeroshot", "select")},
+    **{key: (key,) for key in (*_LOOKUPS, "zeroshot", "visualize")},
     "knn": ("knn", "select"),
-    "selector": ("select",),
+    "selector": ("select", "visualize"),
+    "select": ("select", "visualize"),
+    "images": ("visualize",),
     "features": (*_LOOKUPS, "zeroshot", "select"),
     "export": ("export",),
 }
