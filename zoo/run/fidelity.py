@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from zoo.adapters.standalone import as_standalone
-from zoo.measure.describe import dense_of
 from zoo.errors import ZooError
+from zoo.measure.describe import dense_of
 from zoo.measure.fidelity import Closeness, closeness
 from zoo.measure.processes import ALONE, Processes
 from zoo.measure.progress import bar, batches_of
