@@ -126,7 +126,9 @@ def test_command_exists(page, line, hydra_configs):
     elif words[0] == "zoo":
         from zoo.cli.main import _parser
 
-        _parser(words[1]).parse_args(words[2:])
+        parser = _parser(words[1])
+        if len(words) > 2:  # alone it is named and not typed
+            parser.parse_args(words[2:])
     elif words[0] == "make":
         text = (ROOT / "Makefile").read_text()
         assert re.search(rf"^(?:[\w-]+ )*{words[1]}(?: [\w-]+)*:", text, re.M), f"no {line}"

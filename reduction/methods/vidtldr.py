@@ -48,7 +48,8 @@ class VidTLDR(OwnAttention, Reducer):
         licence="MIT",
         kind="merge",
         training="none",
-        note="Made for video models without a class token; the image part is here.",
+        note="Made for video models without a class token; the image part is here. Tokens of the "
+        "background are pruned.",
     )
     site = "mid"
     needs = frozenset({"attn"})

@@ -129,6 +129,7 @@ def _licence_words(card: Card) -> str:
 def index_page() -> str:
     """Return docs/methods/index.md."""
     import reduction
+    from zoo.cli import choosing
     from zoo.cli.catalogue import describe
 
     text = [
@@ -149,6 +150,7 @@ def index_page() -> str:
         "",
         full_table(),
         "",
+        *choosing.section(),
         "## Arguments and where each method acts",
         "",
         "Sites: `pre` at a block's input, `mid` between its attention and its MLP, `post` at its",

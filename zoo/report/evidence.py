@@ -126,6 +126,23 @@ def digits(results: Path = RESULTS) -> dict[str, Digits]:
     return found
 
 
+def smaller_images(results: Path = RESULTS) -> list[tuple[float, float]]:
+    """Share of the GMACs and top-1 in percent of the dense model on smaller images, largest first.
+
+    Args:
+        results: Folder with digits/*.jsonl.
+    """
+    rows = [r for path in sorted((results / "digits").glob("*.jsonl")) for r in read_rows(path)]
+    dense = {
+        row.get("img_size"): (float(row["gmacs"]["total"]), float(row["top1"]))
+        for row in rows
+        if row.get("status") == "ok" and row.get("method") == "none"
+        if row.get("weights") == "vit_digits" and row.get("top1") is not None
+    }
+    whole = max((cost for cost, _ in dense.values()), default=1.0)
+    return sorted(((c / whole, top1) for c, top1 in dense.values() if c < whole), reverse=True)
+
+
 def _counts(row: Mapping[str, Any]) -> bool:
     """Whether a row is of a method alone, on the test images, at half the cost."""
     if row.get("method") in (None, "none"):
