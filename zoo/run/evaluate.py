@@ -61,7 +61,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ZooError: An option has a value that cannot be; the message says what to type.
     """
-    return evaluate_each(cfg)[0]
+    return _rows_of(cfg)[0]
 
 
 def evaluate_each(cfg: DictConfig) -> list[dict[str, Any]]:
@@ -73,6 +73,11 @@ def evaluate_each(cfg: DictConfig) -> list[dict[str, Any]]:
     Raises:
         ZooError: See `evaluate`.
     """
+    several = OmegaConf.is_list(cfg.throughput.get("engine"))
+    return _rows_of(cfg) if several else [evaluate(cfg)]
+
+
+def _rows_of(cfg: DictConfig) -> list[dict[str, Any]]:
     tasks = check_tasks(cfg.task)
     device, dtype = pick_device(str(cfg.device)), pick_dtype(str(cfg.dtype))
     others: list[dict[str, Any]] = []
@@ -345,7 +350,7 @@ def _provenance(cfg: DictConfig, model: ReducedViT) -> dict[str, Any]:
     metrics = source / "metrics.json"
     if metrics.is_file():
         try:
-            rows = _rows(json.loads(metrics.read_text(encoding="utf-8")))
+            rows = _listed(json.loads(metrics.read_text(encoding="utf-8")))
         except ValueError:
             rows = []
         made = [row for row in rows if row.get("trained")]
@@ -371,7 +376,7 @@ def _trained_method(checkpoint: Path) -> str | None:
     return str(reducer.get("name")) if isinstance(reducer, Mapping) else "none"
 
 
-def _rows(value: Any) -> list[dict[str, Any]]:
+def _listed(value: Any) -> list[dict[str, Any]]:
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
