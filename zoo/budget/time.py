@@ -258,9 +258,7 @@ class _Clock:
         size = self.anatomy.tower.input_size(self.backbone)
         images = torch.randn(target.batch, *size, device=self.device)
         models = [reduced.to(self.device, target.dtype), self.plain]
-        times, threads = interleaved(
-            models, images, target.rounds, target.threads, self.engine
-        )
+        times, threads = interleaved(models, images, target.rounds, target.threads, self.engine)
         ratios = [a / b for a, b in zip(*times, strict=True)]
         found = Measured(
             1e3 * statistics.median(times[0]),

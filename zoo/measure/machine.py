@@ -28,9 +28,9 @@ def machine() -> dict[str, Any]:
 
 
 def read(text: str) -> dict[str, Any]:
-    """What a file in the form of /proc/cpuinfo says of its first processor.
+    r"""What a file in the form of /proc/cpuinfo says of its first processor.
 
-    >>> read("model name : Some CPU 9\\nflags : fpu avx2 amx_bf16")["isa"]
+    >>> read("model name : Some CPU 9\nflags : fpu avx2 amx_bf16")["isa"]
     ['amx_bf16', 'avx2']
     """
     facts: dict[str, str] = {}
