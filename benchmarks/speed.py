@@ -45,6 +45,7 @@ from zoo.measure.describe import describe
 from zoo.measure.device import pick_device
 from zoo.model.reduced import ReducedViT
 from zoo.model.runtime import Runtime
+from zoo.report.readings import precision
 from zoo.results.rows import append_row, new_row
 from zoo.run.evaluate import count_costs
 
@@ -259,7 +260,7 @@ def make_row(
     own = times[name]
     if own.error:
         return new_row(**row, status="failed", error=own.error, bench=settings)
-    against = {n: times[n] for n in (TIMM, DENSE) if not times[n].error}
+    against = {n: times[n] for n in (TIMM, DENSE) if n in times and not times[n].error}
     fastest = faster_dense(against)
     saved = row["gmacs_dense"] / row["gmacs"]["total"]
     if name == DENSE:
@@ -293,9 +294,10 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     settings = first["bench"]
     options = ", ".join(f"{k}={v}" for k, v in (first["runtime"] or {}).items())
     print(
-        f"\n{first['backbone']}, {settings['mode']}, batch {first['batch']}, {first['dtype']}, "
+        f"\n{first['backbone']}, {settings['mode']}, batch {first['batch']}, {precision(first)}, "
         f"{first['device']}, {first['threads']} threads, {settings['rounds']} rounds"
         + (", compiled" if first["compile"] else "")
+        + (f", {engine}" if (engine := first["engine"]) not in (None, "torch") else "")
         + (f", {options}" if options else "")
     )
     for name, ms in settings.get("ms_dense", {}).items():
