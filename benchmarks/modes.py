@@ -32,7 +32,7 @@ from benchmarks.timing import Step, in_turns, is_out_of_memory, release
 from zoo.errors import NoClassToken, ZooError
 from zoo.measure.describe import describe
 from zoo.measure.device import pick_device
-from zoo.measure.engines import EXPORTED, Engine
+from zoo.measure.engines import EXPORTED, Engine, Graphs
 from zoo.measure.machine import in_words, machine
 from zoo.model.reduced import ReducedViT
 from zoo.results.rows import append_row, new_row, readable_rows
@@ -155,9 +155,10 @@ def _place(job: Job) -> tuple[Any, ...]:
         return all(not wanted or value in wanted.split() for value, wanted in pairs)
 
     place = next((i for i, line in enumerate(_FIRST) if fits(line)), len(_FIRST))
-    # Within a line everything with one set of models; those of one thread before those of two.
-    early = place < _WITH_TARGET
-    return (0 if early else place, job.threads if early else 0, place, job.threads, job.batch)
+    # Of what has a target everything on one thread first; but exported models are dear to make.
+    exported, early = MODES[job.mode][0] in EXPORTED, place < _WITH_TARGET
+    own_threads = 1 if exported else job.threads
+    return (not early, own_threads if early else 1, place, job.model, job.threads, job.batch)
 
 
 def target(job: Job, method: str) -> float | None:
@@ -269,10 +270,12 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self._ready: tuple[Any, ...] | None = None
+        self._ready: Job | None = None
+        self._running: Job | None = None
         self._models: dict[str, ReducedViT] = {}
         self._broken: dict[str, Exception] = {}
         self._engine: Engine | None = None
+        self._graphs = Graphs()
 
     def rows(self, job: Job) -> list[dict[str, Any]]:
         """Does one job.
@@ -283,10 +286,21 @@ class Bench:
         device = torch.device(job.device)
         if job.device == "cpu":
             torch.set_num_threads(job.threads)
-        shared = job._replace(batch=0)
-        if self._ready != shared:
-            self._prepare(job, device)
-            self._ready = shared
+        exported = MODES[job.mode][0] in EXPORTED
+        alike = job._replace(batch=0)
+        if exported:  # from the same graphs, in whatever engine, precision and number of threads
+            alike = alike._replace(mode="", precision="", threads=0)
+        if self._ready != alike:
+            self._prepare(job, device, exported)
+            self._ready = alike
+        if self._running != (running := job._replace(batch=0)):
+            self._engine = None  # what it opened has gone before the next one opens
+            precision = job.precision if exported else None
+            self._engine = Engine(
+                MODES[job.mode][0], device, threads=job.threads, precision=precision,
+                graphs=self._graphs, option="--modes",
+            )  # fmt: skip
+            self._running = running
         steps = dict(self._steps(job, device))
         batch = job.batch
         rounds = self._rounds(steps)
@@ -300,7 +314,7 @@ class Bench:
             release(device)
             failed = "does not fit into memory"
             return [new_row(status="failed", error=failed, method="none", bench={"job": str(job)})]
-        if self._engine is not None and self._engine.name in EXPORTED:
+        if exported:
             times[TIMM] = times[DENSE]  # one graph
         half = job.precision == "bfloat16"
         common = {
@@ -347,11 +361,13 @@ class Bench:
             found.append(new_row(status="failed", error=text, **row, **common, bench=settings))
         return found
 
-    def _prepare(self, job: Job, device: torch.device) -> None:
-        self._models, self._broken, self._engine = {}, {}, None
+    def _prepare(self, job: Job, device: torch.device, exported: bool) -> None:
+        self._models, self._broken, self._engine, self._running = {}, {}, None, None
+        self._graphs = Graphs()
         gc.collect()
         name, arguments, _ = MODELS[job.model]
-        kind = torch.bfloat16 if job.precision == "bfloat16" else torch.float32
+        half = job.precision == "bfloat16" and not exported  # there the runtime casts
+        kind = torch.bfloat16 if half else torch.float32
         plain = plain_backbone(name, **arguments)
         runtime = {"linear": "packed"} if job.packed else {}
         self._models = {
@@ -367,12 +383,8 @@ class Bench:
                 self._broken[method] = error
         for model in self._models.values():
             model.to(device=device, dtype=kind).eval()
-        engine = MODES[job.mode][0]
-        if engine in EXPORTED:
+        if exported:
             del self._models[TIMM]  # its graph would be that of the dense model
-        self._engine = Engine(
-            engine, device, threads=job.threads, int8=job.precision == "int8", option="--modes"
-        )
 
     def _steps(self, job: Job, device: torch.device) -> Iterator[tuple[str, Step]]:
         """Candidates that can be run; the others are noted as broken."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.measure.device import like_weights
-from zoo.model.attached import as_tensors
+from zoo.model.attached import as_reduced, as_tensors
 
 Step = Callable[[], object]
 #: From a batch of images to what is timed; copies and casts are done before.
@@ -41,7 +41,9 @@ class Engine:
         dtype: Precision of autocast; float32 switches it off.
         threads: CPU threads of the runtimes; None is torch's setting. Torch's own are set by who
             measures.
-        int8: Quantise the exported model, calibrated on random images: for its speed alone.
+        precision: Of exported models: "float32", "bfloat16", or "int8", which is calibrated on
+            random images and for its speed alone; None is that of the weights.
+        graphs: Exported before, maybe for another engine.
         option: What the name is the value of, for messages.
 
     Raises:
@@ -54,14 +56,14 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         threads: int | None = None,
-        int8: bool = False,
+        precision: str | None = None,
+        graphs: Graphs | None = None,
         option: str = "throughput.engine",
     ) -> None:
         check_engine(name, device, dtype, option)
-        if int8 and name != "openvino":
-            raise ZooError(f"{option}={name} has no int8; type {option}=openvino")
         self.name, self.device, self.dtype = name, device, dtype
-        self.threads, self.int8, self.option = threads, int8, option
+        self.threads, self.precision, self.option = threads, precision, option
+        self.graphs = graphs or Graphs()
         self._known: WeakKeyDictionary[nn.Module, Start] = WeakKeyDictionary()
 
     @property
@@ -104,36 +106,31 @@ class Engine:
 
     def _exported(self, model: nn.Module) -> Start:
         from zoo.export.engines import open_engine
-        from zoo.export.formats import to_onnx, to_openvino
+        from zoo.export.formats import onnx_to_openvino
 
-        weight = next(model.parameters())
-        half = weight.dtype == torch.bfloat16
-        if half and self.name == "onnxruntime":
+        half = next(model.parameters()).dtype == torch.bfloat16
+        precision = self.precision or ("bfloat16" if half else "float32")
+        if precision != "float32" and self.name == "onnxruntime":
             raise ZooError(
-                f"{self.option}={self.name}: ONNX Runtime has no bfloat16 products on a CPU; "
+                f"{self.option}={self.name}: ONNX Runtime has no {precision} products on a CPU; "
                 f"leave weights_dtype out, or type {self.option}=openvino"
             )
-        # The graph holds float32; the runtime is told what to compute in.
-        given = model if weight.dtype == torch.float32 else copy.deepcopy(model).float()
-        size = _input_size(model)
-        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
         kind, _ = EXPORTED[self.name]
-        precision = "int8" if self.int8 else "bfloat16" if half else "float32"
         threads = self.threads or torch.get_num_threads()
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
+        with torch.inference_mode(False), tempfile.TemporaryDirectory() as scratch:
             try:
-                if kind == "onnx":
-                    to_onnx(given, images, Path(folder))
-                else:
-                    calibration = [images] * 4 if self.int8 else None
-                    to_openvino(given, images, Path(folder), calibration)
+                source, images, wanted = self.graphs.of(model)
+                folder = source.parent
+                if kind == "openvino":
+                    folder = Path(scratch)
+                    onnx_to_openvino(source, folder, [images] * 4 if precision == "int8" else None)
             except ZooError as error:
                 raise ZooError(
                     f"{self.option}={self.name}: {error}; leave {self.name} out for this model"
                 ) from error
             run = open_engine(folder, kind, precision, threads)
         if precision == "float32":
-            self._check(run(images.numpy()), given, images)
+            self._check(run(images.numpy()), wanted.numpy())
 
         def start(images: Tensor) -> Step:
             array = images.float().cpu().numpy()
@@ -141,9 +138,7 @@ class Engine:
 
         return start
 
-    def _check(self, found: np.ndarray, model: nn.Module, images: Tensor) -> None:
-        with torch.no_grad():
-            wanted = model(images).float().numpy()
+    def _check(self, found: np.ndarray, wanted: np.ndarray) -> None:
         gap, most = float(np.abs(found - wanted).max()), max(1.0, float(np.abs(wanted).max()))
         if not gap <= _TOLERANCE * most:
             raise ZooError(
@@ -151,6 +146,42 @@ class Engine:
                 f"expected at most {_TOLERANCE * most:.2g}; its speed would be that of another "
                 f"model, leave {self.name} out"
             )
+
+
+class Graphs:
+    """Models in ONNX, each written once, in a folder that goes with this object."""
+
+    def __init__(self) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._known: WeakKeyDictionary[nn.Module, tuple[Path, Tensor, Tensor]] = WeakKeyDictionary()
+
+    def of(self, model: nn.Module) -> tuple[Path, Tensor, Tensor]:
+        """The file of a model, images, and what torch answers to them in float32.
+
+        Args:
+            model: In evaluation mode.
+
+        Raises:
+            ZooError: If it cannot be exported.
+        """
+        if model not in self._known:
+            self._known[model] = self._written(model)
+        return self._known[model]
+
+    def _written(self, model: nn.Module) -> tuple[Path, Tensor, Tensor]:
+        from zoo.export.formats import to_onnx
+
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory()
+        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+        whole = as_reduced(model)
+        size = whole.tower.input_size(whole.backbone)
+        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+        # A graph holds float32; the runtime is told what to compute in.
+        half = next(model.parameters()).dtype != torch.float32
+        given = copy.deepcopy(model).float() if half else model
+        with torch.no_grad():
+            return to_onnx(given, images, folder), images, given(images).float()
 
 
 def check_engine(
@@ -183,13 +214,6 @@ def check_engine(
 
     for module in (name, "onnxscript", "onnx"):
         needed(module, EXPORTED[name][1] if module == name else "export")
-
-
-def _input_size(model: nn.Module) -> tuple[int, ...]:
-    from zoo.model.attached import as_reduced
-
-    whole = as_reduced(model)
-    return tuple(whole.tower.input_size(whole.backbone))
 
 
 def _many_compiled() -> None:

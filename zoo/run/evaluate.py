@@ -24,7 +24,7 @@ from zoo.measure.accuracy import top_k
 from zoo.measure.costs import count_costs, sampled_costs
 from zoo.measure.describe import dense_of, describe, method_name
 from zoo.measure.device import pick_device, pick_dtype
-from zoo.measure.engines import EXPORTED, Engine
+from zoo.measure.engines import EXPORTED, Engine, Graphs
 from zoo.measure.machine import machine
 from zoo.measure.throughput import measure_each
 from zoo.model.answers import NotFinite
@@ -271,8 +271,8 @@ def engines_of(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> lis
             "compile and add compile to throughput.engine"
         )
     names = names or ["compile" if cfg.compile else "torch"]
-    threads = cfg.throughput.threads
-    return [Engine(name, device, dtype, threads) for name in dict.fromkeys(names)]
+    threads, graphs = cfg.throughput.threads, Graphs()
+    return [Engine(name, device, dtype, threads, graphs=graphs) for name in dict.fromkeys(names)]
 
 
 def measure_throughput(
