@@ -43,7 +43,7 @@ def one_line(err):
 MISTAKES = [
     ("eval backbone=deit_smal", "did you mean deit_small"),
     ("eval reducer=tomme backbone=test_vit", "reducer=tomme: no such reducer; did you mean tome"),
-    ("eval reducer=zzz", "reducer is one of atc, ats, "),
+    ("eval reducer=zzz", "reducer is one of adavit, algm, "),
     ("eval schedule=keeprate", "did you mean keep_rate"),
     ("eval seedd=1", "no option 'seedd'; did you mean seed?"),
     ("eval throughput.round=3", "did you mean rounds"),

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from omegaconf import DictConfig
 
-Row = dict[str, Any]
-Work = Callable[["DictConfig", Processes, torch.device], Row]
+Rows = list[dict[str, Any]]
+Work = Callable[["DictConfig", Processes, torch.device], Rows]
 
 _SHARING = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
 
 
-def by_processes(cfg: DictConfig, work: Work) -> Row:
+def by_processes(cfg: DictConfig, work: Work) -> Rows:
     """Does an evaluation, in as many processes as were asked for or have been started.
 
     Args:
@@ -37,7 +37,7 @@ def by_processes(cfg: DictConfig, work: Work) -> Row:
             its device.
 
     Returns:
-        What it returned in the first process, in this one; in others of one command that row, too.
+        What it returned in the first process, in this one; in others of one command that, too.
 
     Raises:
         ZooError: The processes cannot be started, or one of them failed.
@@ -47,12 +47,12 @@ def by_processes(cfg: DictConfig, work: Work) -> Row:
         return work(cfg, ALONE, pick_device(str(cfg.device)))
     fabric = _fabric(cfg)
     in_process: Callable[..., Any] = _in_process  # Fabric hands the arguments on
-    row, problem = fabric.launch(in_process, work, cfg)
+    rows, problem = fabric.launch(in_process, work, cfg)
     if problem is not None:
         if fabric.global_rank > 0:
-            return {"status": "failed"}  # which the first process says
+            return [{"status": "failed"}]  # which the first process says
         raise problem
-    return row  # type: ignore[no-any-return]
+    return rows  # type: ignore[no-any-return]
 
 
 def where(trainer: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,21 +122,23 @@ def _shown(strategy: Any) -> str:
     return str(target or strategy)
 
 
-def _in_process(fabric: Fabric, work: Work, cfg: DictConfig) -> tuple[Row | None, Exception | None]:
+def _in_process(
+    fabric: Fabric, work: Work, cfg: DictConfig
+) -> tuple[Rows | None, Exception | None]:
     """Does the work in one of the processes; all of them know of the failure of one."""
     processes = Processes(fabric.global_rank, fabric.world_size)
     show(wanted(cfg))
     try:
         with _unheard() if processes.rank else contextlib.nullcontext():
-            row = _together(processes, lambda: work(cfg, processes, fabric.device))
+            rows = _together(processes, lambda: work(cfg, processes, fabric.device))
     except Exception as error:
         if not isinstance(error, (ZooError, OSError)):
             traceback.print_exc()
         return None, portable(error)
-    return row, None
+    return rows, None
 
 
-def _together(processes: Processes, work: Callable[[], Row]) -> Row:
+def _together(processes: Processes, work: Callable[[], Rows]) -> Rows:
     """Ends in all processes alike: one that has failed meets the others at what they share."""
     if processes.size == 1:
         return work()
@@ -147,7 +149,7 @@ def _together(processes: Processes, work: Callable[[], Row]) -> Row:
             raise
         problem = error
 
-        def fail() -> Row:
+        def fail() -> Rows:
             raise problem
 
         return processes.collect(fail)[0]
