@@ -46,7 +46,8 @@ def by_processes(cfg: DictConfig, work: Work) -> Row:
     if trainer is None and started() == 1:
         return work(cfg, ALONE, pick_device(str(cfg.device)))
     fabric = _fabric(cfg)
-    row, problem = fabric.launch(_in_process, work, cfg)
+    in_process: Callable[..., Any] = _in_process  # Fabric hands the arguments on
+    row, problem = fabric.launch(in_process, work, cfg)
     if problem is not None:
         if fabric.global_rank > 0:
             return {"status": "failed"}  # which the first process says
@@ -137,7 +138,7 @@ def _in_process(fabric: Fabric, work: Work, cfg: DictConfig) -> tuple[Row | None
 
 def _together(processes: Processes, work: Callable[[], Row]) -> Row:
     """Ends in all processes alike: one that has failed meets the others at what they share."""
-    if processes.count == 1:
+    if processes.size == 1:
         return work()
     try:
         row = work()
