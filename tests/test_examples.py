@@ -43,10 +43,10 @@ def test_every_pixel_of_the_shapes_has_its_class() -> None:
     images, labels = module.shapes(64, torch.Generator().manual_seed(0))
     assert images.shape == (64, 3, 48, 48) and labels.shape == (64, 48, 48)
     share = torch.bincount(labels.flatten(), minlength=4) / labels.numel()
-    assert share.min() > 0.03 and share[0] > share[1:].max()
+    assert share.min() > 0.02 and share[0] > share[1:].max()
     assert module.mean_iou(labels, labels) == 100
     assert module.mean_iou(torch.zeros_like(labels), labels) == pytest.approx(
-        25 * share[0], rel=1e-5
+        25 * float(share[0]), rel=1e-5
     )
 
 

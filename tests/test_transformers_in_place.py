@@ -106,6 +106,23 @@ class _Pairs(torch.utils.data.Dataset[Any]):
         return {"pixel_values": torch.randn(3, 32, 32), "labels": i % 7, "name": "not an argument"}
 
 
+@pytest.mark.parametrize("method", ["tome", "topk"])
+@pytest.mark.parametrize("policy", ["merged", "nearest", "zero", "knn"])
+def test_every_patch_gets_a_row_as_the_policy_says(policy: str, method: str) -> None:
+    m, x = model("dinov2"), inputs("dinov2")["pixel_values"]
+    wrapped = zoo.wrap(m, method, TWO).eval()
+    with torch.no_grad():
+        norm = {"norm": True, "intermediates_only": True, "output_fmt": "NLC", "restore": policy}
+        last = wrapped.forward_intermediates(x, 1, **norm)[0]
+        states = wrapped.forward_intermediates(x, None, **{**norm, "norm": False})
+        zoo.attach(m, method, TWO, restore=policy)
+        found = m(x, output_hidden_states=True)
+    assert torch.allclose(found.last_hidden_state[:, 1:], last, atol=1e-6)
+    assert len(found.hidden_states) == 5 and found.hidden_states[0].shape[1] == 17
+    for ours, expected in zip(found.hidden_states[1:], states, strict=True):
+        assert torch.allclose(ours[:, 1:], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["tome", "dtem"])
 def test_a_trainer_trains_it(method: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")

@@ -56,8 +56,9 @@ def attach(
         schedule: See `zoo.wrap`.
         tower: Name of the tower in a model that has several, such as "vision_model".
         restore: How hidden states are handed out by a model of Hugging Face. "none": one row per
-            token that is left; "merged": one row per patch, that of the token which stands for it.
-            Whoever counts on one feature per patch needs the latter. None is "none", and refuses a
+            token that is left; "merged": one row per patch, that of the token which stands for it;
+            "nearest", "zero", "knn": likewise, see `reduction.functional.restoring`. Whoever counts
+            on one feature per patch needs one of these. None is "none", and refuses a
             surrounding model that may count on them.
         last_block: See `zoo.wrap`.
         linear: See `zoo.wrap`.

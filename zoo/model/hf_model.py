@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reduction.assignment import unmerge
 from reduction.eager import traced
+from reduction.functional.restoring import POLICIES, Change, restored
 from reduction.tokens import Tokens
 from zoo.errors import ZooError
 from zoo.model.empty import for_any_batch
 from zoo.model.reduced import ReducedViT
 from zoo.model.stream import Outflow, flow, own_answer
 
-RESTORE = ("none", "merged")
+RESTORE = ("none", *POLICIES)
 _WHY_NO_MAPS = (
     "output_attentions is not possible here: the maps of a reduced model have another size in "
     "every block; zoo.attention_maps(model, pixel_values) shows them with the tokens they are over"
@@ -32,8 +32,8 @@ class ReducedHfModel(ReducedViT):
     `ReducedViT` for everything else; `tensors()` is the same model with images in and logits out.
     """
 
-    #: "merged" hands out hidden states with one row per patch: that of the token which stands for
-    #: it, zero where it was dropped.
+    #: "none" hands out hidden states as long as the tokens that are left; a policy of
+    #: `reduction.functional.restoring` gives one row per patch.
     restore = "none"
 
     def forward(self, *args: Any, return_info: bool | str = False, **kwargs: Any) -> Any:
@@ -81,6 +81,11 @@ class ReducedHfModel(ReducedViT):
         wanted = _flag(options, config, "output_hidden_states")
         training = self.training or m.training
         whole = return_info or training or wanted or not tower.part  # type: ignore[attr-defined]
+        changes: list[tuple[int, Change]] = []
+
+        def note(block: int, before: Tokens, behind: Tokens) -> None:
+            changes.append((block, (before, behind)))
+
         with self.linear():
             out = flow(
                 self,
@@ -89,8 +94,9 @@ class ReducedHfModel(ReducedViT):
                 trace=bool(wanted) or return_info == "trace",
                 last_block="full" if whole else self.runtime.last_block,
                 options=options,
+                note=note if self.restore == "knn" else None,
             )
-            answer = self._answer(out, {**options, "pixel_values": images}, wanted)
+            answer = self._answer(out, {**options, "pixel_values": images}, wanted, changes)
         as_dict = options.get("return_dict")
         as_dict = getattr(config, "return_dict", True) if as_dict is None else as_dict
         answer = answer if as_dict else answer.to_tuple()
@@ -103,22 +109,31 @@ class ReducedHfModel(ReducedViT):
         if not traced():
             self.tower.check_images(self.backbone, images, **options)  # type: ignore[call-arg]
 
-    def _answer(self, out: Outflow, options: dict[str, Any], wanted: Any) -> Any:
+    def _answer(
+        self,
+        out: Outflow,
+        options: dict[str, Any],
+        wanted: Any,
+        changes: Sequence[tuple[int, Change]],
+    ) -> Any:
         m, tower = self.backbone, self.tower
         own = own_answer(self, out.t, out.memories)
         t = out.t._replace(x=tower.norm(m, out.t.x))
-        answer = tower.answer(m, t, self._shown(t), own, options)  # type: ignore[attr-defined]
+
+        def shown(state: Tokens, block: int) -> Tensor:
+            """Features behind a block as they are handed out; -1 is what enters the first."""
+            if self.restore == "none":
+                return state.x
+            so_far = [change for i, change in changes if i <= block]
+            rows = restored(state, out.info.grid, self.restore, so_far)
+            return torch.cat([state.x[:, : state.prefix], rows], dim=1)
+
+        answer = tower.answer(m, t, shown(t, self.depth), own, options)  # type: ignore[attr-defined]
         if wanted:
             assert out.entered is not None
-            states = [self._shown(state) for state in (out.entered, *out.info.trace)]
-            answer["hidden_states"] = tuple(_selected(states, wanted))
+            states = enumerate((out.entered, *out.info.trace), start=-1)
+            answer["hidden_states"] = tuple(_selected([shown(s, i) for i, s in states], wanted))
         return answer
-
-    def _shown(self, t: Tokens) -> Tensor:
-        """Features as they are handed out."""
-        if self.restore == "none":
-            return t.x
-        return torch.cat([t.x[:, : t.prefix], unmerge(t)], dim=1)
 
     def tensors(self) -> ReducedViT:
         """The same model, parts and weights shared, with images in and logits or features out."""
