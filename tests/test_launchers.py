@@ -158,15 +158,15 @@ def test_a_sweep_in_other_processes_loses_no_row(tmp_path, launcher):
     run = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=500, env=environment
     )
-    assert run.returncode == 1, run.stderr  # tome cannot remove 40 of 64
-    assert run.stdout.count("top-1") == 7
+    assert run.returncode == 1, run.stderr  # nothing can remove 40 of 64 in every block
+    assert run.stdout.count("top-1") == 5
     assert "[weights=vit_digits reducer=tome schedule.r=40" in run.stderr
-    assert "error: 1 job of the sweep failed" in run.stderr
+    assert "error: 3 jobs of the sweep failed" in run.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 8 and len({row["run_id"] for row in rows}) == 8
     assert len({row["command"] for row in rows}) == 8
     assert all(row["command"].startswith("python -m zoo eval weights=") for row in rows)
-    assert sorted(row["status"] for row in rows) == ["failed", *["ok"] * 7]
+    assert sorted(row["status"] for row in rows) == ["failed"] * 3 + ["ok"] * 5
     [own] = tmp_path.glob("outputs/eval-sweep/*/*/rows.jsonl")
     assert len(own.read_text().splitlines()) == 8
 
