@@ -63,7 +63,7 @@ def parse_schedule(text: str) -> dict[str, Any]:
     return {"name": name, **arguments}
 
 
-def plain_backbone(name: str, seed: int = 0) -> nn.Module:
+def plain_backbone(name: str, seed: int = 0, **arguments: Any) -> nn.Module:
     """timm's model with random weights, in evaluation mode.
 
     Weights do not change the time, but their scale decides whether tokens differ at all: biases and
@@ -72,7 +72,7 @@ def plain_backbone(name: str, seed: int = 0) -> nn.Module:
     import zoo.models  # noqa: F401  (registers this package's own architectures)
 
     torch.manual_seed(seed)
-    model = timm.create_model(backbone_name(name))
+    model = timm.create_model(backbone_name(name), **arguments)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

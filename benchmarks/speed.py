@@ -5,6 +5,7 @@
     python -m benchmarks.speed --mode training --batch 8 --linear auto
     python -m benchmarks.speed --device cuda --dtype float32 bfloat16 --cuda-graphs
     python -m benchmarks.speed --suite acceptance       # every target next to what was measured
+    python -m benchmarks.speed --suite modes            # bfloat16, batch 1, compiled, exported
 
 Dense is measured twice: timm's model untouched, and in this package's wrapper with the very kernels
 and options that the reduced models get. Efficiency is (dense time / reduced time) over (dense GMACs
@@ -41,8 +42,10 @@ from reduction.functional import kernels
 from zoo.adapters import fast_linear
 from zoo.errors import ZooError
 from zoo.measure.describe import describe
+from zoo.measure.device import pick_device
 from zoo.model.reduced import ReducedViT
 from zoo.model.runtime import Runtime
+from zoo.report.readings import precision
 from zoo.results.rows import append_row, new_row
 from zoo.run.evaluate import count_costs
 
@@ -55,10 +58,22 @@ TIMM, DENSE = "timm", "dense"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line."""
     options = parser().parse_args(arguments)
+    options.batch = [size for sizes in options.batch or () for size in sizes]
+    options.methods = [] if options.reducers == USUAL else options.reducers.split(",")
     if options.allocator == "keep" and not keep_pages():
         print("this C library cannot be told to keep pages: --allocator default", file=sys.stderr)
         options.allocator = "default"
     try:
+        if options.suite == "modes":
+            from benchmarks import modes
+
+            options.out = options.out or modes.ROWS
+            return modes.run(options)
+        options.batch, options.dtype = options.batch or [16], options.dtype or ["float32"]
+        options.out = options.out or Path("results/local/speed.jsonl")
+        pick_device(options.device, "--device")
+        if "int8" in options.dtype:
+            raise ZooError("--dtype int8 is for --suite modes, which quantises for OpenVINO")
         if options.suite:
             from benchmarks.acceptance import run
 
@@ -88,10 +103,10 @@ def parser() -> argparse.ArgumentParser:
     add("--backbone", nargs="+", default=["deit_small"], help="timm names, deit_small, deit_base")
     add("--reducers", default=USUAL, help="names with commas, or all")
     add("--schedule", nargs="+", default=[], help="for all methods, e.g. constant_r:r=13")
-    add("--batch", nargs="+", type=int, default=[16])
+    add("--batch", nargs="+", type=_numbers, help="16 if not given; 1 16 or 1,16")
     add("--mode", choices=("inference", "training"), default="inference")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", nargs="+", choices=tuple(tasks.DTYPES), default=["float32"])
+    add("--dtype", nargs="+", choices=(*tasks.DTYPES, "int8"), help="float32 if not given")
     add("--threads", type=int, default=None, help="CPU threads; torch's default if not given")
     add("--compile", action="store_true", help="torch.compile all models")
     add("--cuda-graphs", action="store_true", help="replay recorded graphs (inference on CUDA)")
@@ -104,9 +119,22 @@ def parser() -> argparse.ArgumentParser:
     add("--allocator", choices=("keep", "default"), default="default", help="keep freed memory?")
     add("--no-memory", action="store_true", help="skip the peak memory")
     add("--quick", action="store_true", help="3 rounds, no memory; with a suite: DeiT-S only")
-    add("--suite", choices=("acceptance",))
-    add("--out", type=Path, default=Path("results/local/speed.jsonl"))
+    add("--suite", choices=("acceptance", "modes"))
+    add("--out", type=Path, help="file of rows; results/local/speed.jsonl, of modes its own")
+    modes = usage.add_argument_group("of the suite modes")
+    modes.add_argument("--only", help="backbones with commas, e.g. deit_small,dinov2_small_518")
+    modes.add_argument("--modes", help="with commas: eager, aligned, compile, onnxruntime, ...")
+    modes.add_argument("--minutes", type=float, help="begin no job that would end later")
+    modes.add_argument("--job-seconds", type=float, default=40, help="what rounds are fitted to")
+    modes.add_argument("--list", action="store_true", help="say what is left, and do nothing")
     return usage
+
+
+def _numbers(text: str) -> list[int]:
+    found = [int(part) for part in text.split(",") if part]
+    if not found or min(found) < 1:
+        raise ValueError
+    return found
 
 
 def measure(
@@ -232,7 +260,7 @@ def make_row(
     own = times[name]
     if own.error:
         return new_row(**row, status="failed", error=own.error, bench=settings)
-    against = {n: times[n] for n in (TIMM, DENSE) if not times[n].error}
+    against = {n: times[n] for n in (TIMM, DENSE) if n in times and not times[n].error}
     fastest = faster_dense(against)
     saved = row["gmacs_dense"] / row["gmacs"]["total"]
     if name == DENSE:
@@ -266,9 +294,10 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     settings = first["bench"]
     options = ", ".join(f"{k}={v}" for k, v in (first["runtime"] or {}).items())
     print(
-        f"\n{first['backbone']}, {settings['mode']}, batch {first['batch']}, {first['dtype']}, "
+        f"\n{first['backbone']}, {settings['mode']}, batch {first['batch']}, {precision(first)}, "
         f"{first['device']}, {first['threads']} threads, {settings['rounds']} rounds"
         + (", compiled" if first["compile"] else "")
+        + (f", {engine}" if (engine := first["engine"]) not in (None, "torch") else "")
         + (f", {options}" if options else "")
     )
     for name, ms in settings.get("ms_dense", {}).items():

@@ -1,7 +1,7 @@
-"""The table of efficiencies in docs/performance.md, from the rows of the acceptance suite.
+"""The tables of docs/performance.md and docs/deploy.md, from the rows of the suites.
 
-`python -m benchmarks.table results/speed/acceptance.jsonl` prints it, `--write` puts it into the
-page.
+`python -m benchmarks.table results/speed/acceptance.jsonl` (or `modes.jsonl`) prints what follows
+from them, `--write` puts it into the pages.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import modes_table
 from benchmarks.acceptance import AT_1, AT_16, BASE, METHODS, SMALL
 from benchmarks.models import backbone_name
 from zoo.results.rows import read_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+DEPLOY = PAGE.with_name("deploy.md")
 BEGIN, END = "<!-- efficiencies: python -m benchmarks.table -->", "<!-- end of efficiencies -->"
 
 Row = Mapping[str, Any]
@@ -71,13 +73,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line."""
     usage = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
     usage.add_argument("rows", type=Path)
-    usage.add_argument("--write", action="store_true", help="change docs/performance.md")
+    usage.add_argument("--write", action="store_true", help="change the pages in docs/")
     options = usage.parse_args(arguments)
-    text = table(read_rows(options.rows))
-    if options.write:
-        PAGE.write_text(inserted(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
-    else:
-        print(text)
+    rows = read_rows(options.rows)
+    parts = [(PAGE, table, BEGIN, END)]
+    if modes := modes_table.of_modes(rows):
+        rows = list(modes)
+        parts = [
+            (PAGE, modes_table.modes_table, modes_table.BEGIN, modes_table.END),
+            (
+                DEPLOY,
+                modes_table.deployed_table,
+                modes_table.DEPLOYED,
+                modes_table.END_OF_DEPLOYED,
+            ),
+        ]
+    for page, make, begin, end in parts:
+        text = make(rows)
+        if options.write:
+            old = page.read_text(encoding="utf-8")
+            page.write_text(inserted(old, text, begin, end), encoding="utf-8")
+        else:
+            print(text)
     return 0
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from zoo.measure.throughput import seconds, take_turns
+from zoo.measure.throughput import clocked, take_turns
 
 Step = Callable[[], object]
 
@@ -29,11 +29,13 @@ class Times:
         error: Why there are none.
         beside: What the model that it is compared with took shortly before and after, mean of
             both, one entry per round; empty if it was not run there.
+        cpu: Seconds that all threads of the process computed per call, one entry per round.
     """
 
     seconds: list[float] = field(default_factory=list)
     error: str | None = None
     beside: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -93,7 +95,7 @@ def in_turns(
         try:
             for _ in range(warmup):
                 step()
-            once = seconds(step, 1, device)
+            once = clocked(step, 1, device).wall
             numbers[name] = max(1, min(50, round(min_time / max(once, 1e-9))))
         except Exception as error:  # a failure is a row, not the end of the run
             found[name].error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -105,14 +107,16 @@ def in_turns(
         order = [beside, *(name for pair in pairs for name in (*pair, beside))]
     else:
         order = others
-    turns = take_turns(
+    clocks = take_turns(
         [steps[n] for n in order], [numbers[n] for n in order], rounds, device, untimed=1
     )
+    turns = [[wall for wall, _ in one] for one in clocks]
+    spent = [[cpu for _, cpu in one] for one in clocks]
     marks = [i for i, name in enumerate(order) if name == beside]
     for i, name in enumerate(order):
         if name == beside:
             continue
-        found[name].seconds = turns[i]
+        found[name].seconds, found[name].cpu = turns[i], spent[i]
         if marks:
             before, after = max(m for m in marks if m < i), min(m for m in marks if m > i)
             around = zip(turns[before], turns[after], strict=True)
@@ -121,6 +125,8 @@ def in_turns(
         together = zip(*(turns[i] for i in marks), strict=True)
         found[order[0]].seconds = [statistics.median(round_) for round_ in together]
         found[order[0]].beside = found[order[0]].seconds
+        busy = zip(*(spent[i] for i in marks), strict=True)
+        found[order[0]].cpu = [statistics.median(round_) for round_ in busy]
     return found
 
 

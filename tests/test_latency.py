@@ -18,7 +18,7 @@ def clock(monkeypatch):
     """Seconds per call: linear layers, attention, a fee per block that reduces, and the rest."""
     calls = []
 
-    def run(models, images, rounds, threads=None):
+    def run(models, images, rounds, threads=None, engine=None):
         def seconds(model):
             costs = block_costs(model.anatomy, model.schedule)
             macs = sum(c.linear + c.mlp + 2 * c.attention + 3 * c.reducer for c in costs)

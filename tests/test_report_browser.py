@@ -222,3 +222,30 @@ def test_nothing_sticks_out_and_themes_differ(page, report, width, dark, tmp_pat
     page.screenshot(tmp_path / "page.png", whole=False)
     assert (tmp_path / "page.png").stat().st_size > 20_000
     assert page.complaints() == []
+
+
+def test_speed_ups_are_over_dense_or_over_the_untouched_model(page, tmp_path):
+    speeds = {"batch": 1, "imgs_per_s_dense": 100.0, "imgs_per_s_timm": 80.0}
+    rows = [
+        dense(imgs_per_s=100.0, **speeds),
+        row("tome", r=8, gmacs=2.0, imgs_per_s=160.0, engine="torch", **speeds),
+        row("tome", r=8, gmacs=2.0, hits=None, weights="vit_digits", imgs_per_s=180.0,
+            engine="onnxruntime", task=["throughput"], **speeds),
+    ]  # fmt: skip
+    page.open(write_report(rows, tmp_path).html, 1400, 900)
+    page.wait(DRAWN)
+    cells = "[...document.querySelectorAll('#engines td')].map((c) => c.innerText.split('\\n'))"
+    assert page.evaluate(cells) == [["tome r=8"], ["80 %", "×1.60"], ["90 %", "×1.80"]]
+    heads = "[...document.querySelectorAll('#engines th')].map((c) => c.innerText)"
+    assert page.evaluate(heads)[1:] == [
+        "cpu, float32, batch 1",
+        "cpu, float32, onnxruntime, batch 1",
+    ]
+    own = f"{SHOWN}.map((r) => r.querySelector('.efficiency').innerText)"
+    assert page.evaluate(own) == ["", "80 %"]
+    choose(page, "against", "timm")
+    assert page.evaluate(cells)[1:] == [["100 %", "×2.00"], ["112 %", "×2.25"]]
+    assert page.evaluate(own) == ["", "100 %"]
+    choose(page, "setting", "cpu, float32, onnxruntime, batch 1")
+    assert page.evaluate(own) == ["", "112 %"]
+    assert page.complaints() == []

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from reduction.checks import one_of
 from reduction.errors import UnreachableBudget, ZooError
 from reduction.schedules.base import Schedule
 from reduction.schedules.target import Target
 from zoo.cost.analytic import block_costs
 from zoo.measure.device import pick_device
+from zoo.measure.engines import ENGINES, Engine
 from zoo.measure.progress import counter
 from zoo.measure.throughput import interleaved
 from zoo.model.anatomy import Anatomy
@@ -36,6 +38,7 @@ class Measured(NamedTuple):
         batch: Images per batch.
         threads: CPU threads.
         device: Where.
+        engine: What ran both.
     """
 
     ms: float
@@ -44,9 +47,11 @@ class Measured(NamedTuple):
     batch: int
     threads: int
     device: str
+    engine: str = "torch"
 
     def __str__(self) -> str:
         where = self.device if self.device != "cpu" else f"{self.threads} threads"
+        where += "" if self.engine == "torch" else f" in {self.engine}"
         return (
             f"measured {self.ms:.2f} ms against {self.ms_dense:.2f} dense "
             f"({self.ms_dense / self.ms:.2f}x) at batch {self.batch} on {where}"
@@ -70,6 +75,8 @@ class TargetTime(Target):
         tolerance: Relative miss that needs no further correction.
         family: See `TargetGmacs`.
         blocks: See `TargetGmacs`.
+        engine: What runs both models, see `zoo.measure.engines.ENGINES`; None is torch. Models are
+            exported or compiled for every schedule that is tried.
 
     Raises:
         ZooError: If a number is out of range.
@@ -84,7 +91,9 @@ class TargetTime(Target):
         tolerance: float = 0.03,
         family: str | None = None,
         blocks: Sequence[int] | None = None,
+        engine: str | None = None,
     ) -> None:
+        one_of("engine", engine or "torch", ENGINES)
         for name, value in (("batch", batch), ("rounds", rounds), ("threads", threads or 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ZooError(f"{self.name}.{name} must be a whole number from 1, got {value!r}")
@@ -93,7 +102,7 @@ class TargetTime(Target):
         if not 0 < tolerance < 1:
             raise ZooError(f"{self.name}.tolerance must be in (0, 1), got {tolerance!r}")
         self.batch, self.rounds, self.threads = batch, rounds, threads
-        self.device, self.tolerance = device, tolerance
+        self.device, self.tolerance, self.engine = device, tolerance, engine
         self._set_family(family, blocks)
         self.measured: Measured | None = None
 
@@ -230,6 +239,9 @@ class _Clock:
         self.anatomy, self.target, self.last_block = anatomy, target, last_block
         self.whole = sum(c.linear + c.mlp + c.attention for c in block_costs(anatomy, None))
         self.device = pick_device(target.device, "schedule.device")
+        self.engine = Engine(
+            target.engine or "torch", self.device, threads=target.threads, option="schedule.engine"
+        )
         self.backbone = copy.deepcopy(anatomy.backbone).eval().to(self.device, target.dtype)
         self.plain = ReducedViT(self.backbone)
         self.dense = float("nan")
@@ -246,7 +258,7 @@ class _Clock:
         size = self.anatomy.tower.input_size(self.backbone)
         images = torch.randn(target.batch, *size, device=self.device)
         models = [reduced.to(self.device, target.dtype), self.plain]
-        times, threads = interleaved(models, images, target.rounds, target.threads)
+        times, threads = interleaved(models, images, target.rounds, target.threads, self.engine)
         ratios = [a / b for a, b in zip(*times, strict=True)]
         found = Measured(
             1e3 * statistics.median(times[0]),
@@ -255,6 +267,7 @@ class _Clock:
             target.batch,
             threads,
             str(self.device),
+            self.engine.name,
         )
         self.timed()
         self.dense = found.ms_dense

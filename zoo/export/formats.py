@@ -111,12 +111,25 @@ def to_openvino(
     Raises:
         ZooError: If a package is missing, or the graph cannot be captured.
     """
+    needed("openvino", "openvino")
+    source = to_onnx(model, images, folder)
+    path = onnx_to_openvino(source, folder, calibration)
+    source.unlink()
+    return path
+
+
+def onnx_to_openvino(
+    source: Path, folder: Path, calibration: Iterable[Tensor] | None = None
+) -> Path:
+    """As `to_openvino`, from a graph that `to_onnx` wrote.
+
+    Raises:
+        ZooError: If a package is missing.
+    """
     openvino = needed("openvino", "openvino")
     path = folder / "model.xml"
     with _quietly():
-        source = to_onnx(model, images, folder)
         graph = openvino.convert_model(str(source))
-        source.unlink()
         if calibration is not None:
             nncf = needed("nncf", "openvino")
             batches = [batch.numpy() for batch in calibration]

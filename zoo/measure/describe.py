@@ -33,12 +33,18 @@ def describe(model: ReducedViT) -> dict[str, Any]:
     }
 
 
-def dense_of(model: ReducedViT) -> nn.Module:
-    """The same weights with nothing reduced, run with the run-time options of the model."""
-    if model.runtime == Runtime() and model.tower.tensors:
+def dense_of(model: ReducedViT, same_kernels: bool = False) -> nn.Module:
+    """The same weights with nothing reduced, run with the run-time options of the model.
+
+    Args:
+        model: With any reducer.
+        same_kernels: With the attention kernels, too, that the reduced blocks of the model get.
+    """
+    runtime = model.runtime._replace(own_kernels=True) if same_kernels else model.runtime
+    if runtime == Runtime() and model.tower.tensors:
         return model.unwrap()
     kind = type(model) if model.tower.tensors else ReducedViT
-    return kind(model.backbone).set_runtime(**model.runtime._asdict()).eval()
+    return kind(model.backbone).set_runtime(**runtime._asdict()).eval()
 
 
 def method_name(model: ReducedViT) -> str:

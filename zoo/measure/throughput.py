@@ -10,18 +10,18 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
-from zoo.measure.device import like_weights
+from zoo.measure.engines import Engine
 from zoo.measure.progress import bar
 from zoo.model.answers import check_finite
-from zoo.model.attached import as_tensors
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Throughput:
         spread: Interquartile range of the rounds over their median; above 0.1 the machine was busy.
         batch: Batch size that fitted into memory.
         threads: CPU threads used.
-        imgs_per_s_dense: The same for the dense model; None where none was given.
+        cpu_ms: Milliseconds that all threads of the process computed per batch, median likewise.
+        imgs_per_s_dense: Images per second of the dense model; None where none was given.
+        imgs_per_s_timm: Likewise of the model as its library has it.
         peak_mem_mb: Peak memory on the accelerator in MiB, of the model alone; None on a CPU.
         peak_mem_mb_dense: The same for the dense model.
     """
@@ -44,7 +46,9 @@ class Throughput:
     spread: float
     batch: int
     threads: int
+    cpu_ms: float | None = None
     imgs_per_s_dense: float | None = None
+    imgs_per_s_timm: float | None = None
     peak_mem_mb: float | None = None
     peak_mem_mb_dense: float | None = None
 
@@ -78,19 +82,59 @@ def measure(
         NotFinite: A model answers random images with NaN or infinity.
         ZooError: A number is out of range, or not even one image fits into memory.
     """
+    models = [m.eval().to(device) for m in (model, dense) if m is not None]
+    engine = Engine("torch", torch.device(device), dtype)
+    [found] = measure_each(
+        {engine: models}, input_size=input_size, batch=batch, rounds=rounds, min_time=min_time,
+        threads=threads, device=device,
+    ).values()  # fmt: skip
+    return found
+
+
+def measure_each(
+    candidates: Mapping[Engine, Sequence[nn.Module]],
+    *,
+    input_size: Sequence[int] = (3, 224, 224),
+    batch: int = 32,
+    rounds: int = 10,
+    min_time: float = 0.2,
+    threads: int | None = None,
+    device: str | torch.device = "cpu",
+) -> dict[Engine, Throughput]:
+    """Measure models in several engines, all of them in turns in this process.
+
+    Args:
+        candidates: For each engine the model, its dense form, and the latter as its library has it;
+            the last two may be left out, or be one. In evaluation mode, on the device.
+        input_size: See `measure`.
+        batch: See `measure`.
+        rounds: See `measure`.
+        min_time: See `measure`.
+        threads: See `measure`.
+        device: See `measure`.
+
+    Raises:
+        NotFinite: A model answers random images with NaN or infinity.
+        ZooError: A number is out of range, a model cannot be run by an engine, or not even one
+            image fits into memory.
+    """
     for name, value in (("batch", batch), ("rounds", rounds), ("threads", threads or 1)):
         if int(value) != value or value < 1:
             raise ZooError(f"throughput.{name} must be a whole number from 1, got {value}")
     if not min_time > 0:
         raise ZooError(f"throughput.min_time must be above 0 seconds, got {min_time}")
     device = torch.device(device)
-    models = [as_tensors(m.eval().to(device)) for m in (model, dense) if m is not None]
+    # One that stands in two places runs once.
+    places = list(dict.fromkeys((e, m) for e, models in candidates.items() for m in models))
     with _threads(threads), torch.inference_mode():
+        starts = [engine.start(m) for engine, m in places]
         while True:
             images = torch.randn(batch, *input_size, device=device)
-            steps = [_step(m, like_weights(images, m, device), device, dtype) for m in models]
             try:
-                _check_answers(steps)
+                steps = [start(images) for start in starts]
+                for engine, models in candidates.items():
+                    kinds = zip(("the model", "the dense model"), models, strict=False)
+                    _check_answers({who: steps[places.index((engine, m))] for who, m in kinds})
                 peaks = [_peak_memory(step, device) for step in steps]
                 times = _rounds(steps, rounds, min_time, device)
                 break
@@ -103,22 +147,35 @@ def measure(
                 del images, steps
                 torch.cuda.empty_cache()
         used_threads = torch.get_num_threads()
-    median = statistics.median(times[0])
-    quartiles = statistics.quantiles(times[0], n=4) if len(times[0]) > 1 else [median] * 3
-    return Throughput(
-        imgs_per_s=batch / median,
-        ms=1e3 * median,
-        spread=(quartiles[2] - quartiles[0]) / median,
-        batch=batch,
-        threads=used_threads,
-        imgs_per_s_dense=batch / statistics.median(times[1]) if dense is not None else None,
-        peak_mem_mb=peaks[0],
-        peak_mem_mb_dense=peaks[1] if dense is not None else None,
-    )
+
+    def summary(engine: Engine, models: Sequence[nn.Module]) -> Throughput:
+        own, *others = [places.index((engine, m)) for m in models]
+        walls = [[wall for wall, _ in times[i]] for i in (own, *others)]
+        median = statistics.median(walls[0])
+        quartiles = statistics.quantiles(walls[0], n=4) if len(walls[0]) > 1 else [median] * 3
+        rates = [batch / statistics.median(wall) for wall in walls[1:]] + [None, None]
+        return Throughput(
+            imgs_per_s=batch / median,
+            ms=1e3 * median,
+            spread=(quartiles[2] - quartiles[0]) / median,
+            batch=batch,
+            threads=used_threads,
+            cpu_ms=1e3 * statistics.median(cpu for _, cpu in times[own]),
+            imgs_per_s_dense=rates[0],
+            imgs_per_s_timm=rates[1],
+            peak_mem_mb=peaks[own],
+            peak_mem_mb_dense=peaks[others[0]] if others else None,
+        )
+
+    return {engine: summary(engine, models) for engine, models in candidates.items()}
 
 
 def interleaved(
-    models: Sequence[nn.Module], images: Tensor, rounds: int, threads: int | None = None
+    models: Sequence[nn.Module],
+    images: Tensor,
+    rounds: int,
+    threads: int | None = None,
+    engine: Engine | None = None,
 ) -> tuple[list[list[float]], int]:
     """Time models in turns on the same images.
 
@@ -127,47 +184,42 @@ def interleaved(
         images: One batch.
         rounds: Turns that each takes; their order alternates.
         threads: CPU threads; None leaves torch's setting.
+        engine: What runs them; None is torch.
 
     Returns:
         Seconds per call, one list per model with one entry per round, and the threads used.
 
     Raises:
         NotFinite: A model answers an image with NaN or infinity.
+        ZooError: A model cannot be run by the engine.
     """
     device = images.device
+    engine = engine or Engine("torch", device)
     with _threads(threads), torch.inference_mode():
-        models = [as_tensors(m) for m in models]
-        steps = [_step(m, like_weights(images, m, device), device, torch.float32) for m in models]
-        _check_answers(steps)
-        return _rounds(steps, rounds, 0.0, device), torch.get_num_threads()
+        steps = [engine.start(m)(images) for m in models]
+        _check_answers(dict(zip(("the model", "the dense model"), steps, strict=False)))
+        times = _rounds(steps, rounds, 0.0, device)
+        return [[wall for wall, _ in one] for one in times], torch.get_num_threads()
 
 
-def _step(
-    model: nn.Module, images: Tensor, device: torch.device, dtype: torch.dtype
-) -> Callable[[], object]:
-    def step() -> object:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return model(images)
-
-    return step
-
-
-def _check_answers(steps: Sequence[Callable[[], object]]) -> None:
-    """Refuse models that are fast at nothing: the first is the one measured, the second dense."""
-    for step, who in zip(steps, ("the model", "the dense model"), strict=False):
+def _check_answers(steps: Mapping[str, Callable[[], object]]) -> None:
+    """Refuse models that are fast at nothing."""
+    for who, step in steps.items():
         answers = step()
+        if isinstance(answers, np.ndarray):
+            answers = torch.from_numpy(answers)
         if isinstance(answers, Tensor):
             check_finite(answers, who=who, name=lambda _: "random numbers")
 
 
 def _rounds(
     steps: Sequence[Callable[[], object]], rounds: int, min_time: float, device: torch.device
-) -> list[list[float]]:
+) -> list[list[Clocked]]:
     """Seconds per call: one list per step, one entry per round."""
     numbers = []
     for step in steps:
-        seconds(step, 2, device)  # the first calls allocate, choose kernels, compile
-        numbers.append(max(1, math.ceil(min_time / seconds(step, 1, device))))
+        clocked(step, 2, device)  # the first calls allocate, choose kernels, compile
+        numbers.append(max(1, math.ceil(min_time / clocked(step, 1, device).wall)))
     return take_turns(steps, numbers, rounds, device)
 
 
@@ -177,7 +229,7 @@ def take_turns(
     rounds: int,
     device: torch.device,
     untimed: int = 0,
-) -> list[list[float]]:
+) -> list[list[Clocked]]:
     """Time warm candidates in turns, forwards and backwards.
 
     Args:
@@ -191,20 +243,34 @@ def take_turns(
     Returns:
         Seconds per call: one list per step, one entry per round.
     """
-    times: list[list[float]] = [[] for _ in steps]
+    times: list[list[Clocked]] = [[] for _ in steps]
     turn = list(zip(steps, numbers, times, strict=True))
     for _ in bar(range(rounds), "throughput"):
         for step, number, found in turn:
             for _ in range(untimed):
                 step()
-            found.append(seconds(step, number, device) / number)
+            wall, cpu = clocked(step, number, device)
+            found.append(Clocked(wall / number, cpu / number))
         turn.reverse()
     return times
 
 
-def seconds(step: Callable[[], object], number: int, device: torch.device) -> float:
-    """Seconds that so many calls take: events on CUDA, else the clock on the wall."""
+class Clocked(NamedTuple):
+    """What calls took.
+
+    Attributes:
+        wall: Seconds by events on CUDA, else by the clock on the wall.
+        cpu: Seconds that all threads of the process computed meanwhile.
+    """
+
+    wall: float
+    cpu: float
+
+
+def clocked(step: Callable[[], object], number: int, device: torch.device) -> Clocked:
+    """Seconds that so many calls take."""
     _synchronize(device)
+    busy = time.process_time()
     if device.type == "cuda":
         event: Any = torch.cuda.Event  # which has no types
         begin, end = (event(enable_timing=True) for _ in range(2))
@@ -213,12 +279,12 @@ def seconds(step: Callable[[], object], number: int, device: torch.device) -> fl
             step()
         end.record()
         _synchronize(device)
-        return float(begin.elapsed_time(end)) / 1e3
+        return Clocked(float(begin.elapsed_time(end)) / 1e3, time.process_time() - busy)
     start = time.perf_counter()
     for _ in range(number):
         step()
     _synchronize(device)
-    return time.perf_counter() - start
+    return Clocked(time.perf_counter() - start, time.process_time() - busy)
 
 
 def _peak_memory(step: Callable[[], object], device: torch.device) -> float | None:

@@ -54,7 +54,7 @@ _MEANINGS = {
     "Agreement": "images on which it answers as the dense model does",
     "KL": "divergence of the answers from the dense model's, in nats; 0 is the same",
     "Cosine": "of the features before the classifier with the dense model's; 1 is the same",
-    "Speed-up": "throughput against the dense model's, same batch size",
+    "Speed-up": "throughput against the dense model's, same engine and batch size",
     "Efficiency": "speed-up over what the GMACs promise; 100 % is all of it",
     "Memory": "peak on the device",
     **{metric.column: metric.meaning for metric in METRICS},

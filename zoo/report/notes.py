@@ -109,6 +109,10 @@ def environment(rows: Iterable[Mapping[str, Any]]) -> str:
                 facts[f"{package} {{}}"][str(version)] = None
         if row.get("device"):
             facts["{}"][hardware(row)] = None
+        machine = row.get("machine")
+        if isinstance(machine, Mapping) and machine.get("name"):
+            amx = any(str(flag).startswith("amx") for flag in machine.get("isa") or ())
+            facts["{}"][f"{machine['name']} ({'with' if amx else 'without'} AMX)"] = None
         for key, pattern in (("threads", "{} threads"), ("seed", "seed {}")):
             if row.get(key) is not None:
                 facts[pattern][str(row[key])] = None

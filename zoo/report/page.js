@@ -261,6 +261,8 @@
     fill($("setting"), Object.keys(view.speed).map((name) => [name, name]), $("setting").value);
     $("setting-field").hidden = Object.keys(view.speed).length < 2;
     const members = view.entries.map((id) => data.entries[id]);
+    $("against-field").hidden = !members.some((e) => Object.values(e.speeds).some((s) => s.timm));
+    if ($("against-field").hidden) $("against").value = "dense";
     const measured = Object.keys(METRICS).filter((name) => members.some((e) => (e.scores[name] ?? null) !== null));
     // The one that the view goes by first, unless another was chosen.
     measured.sort((a, b) => (b === view.metric) - (a === view.metric));
@@ -372,15 +374,37 @@
       if (old) continue;
       const speed = entry.speeds[setting] ?? (everything ? Object.values(entry.speeds)[0] : null) ?? null;
       cell(row.querySelector(".rate"), speed?.rate, speed?.text);
-      cell(row.querySelector(".up"), speed?.up, speed?.uptext);
-      cell(row.querySelector(".efficiency"), speed?.efficiency, speed?.efftext);
+      const gain = over(speed);
+      cell(row.querySelector(".up"), gain?.up, gain?.uptext);
+      cell(row.querySelector(".efficiency"), gain?.efficiency, gain?.efftext);
       cell(row.querySelector(".memory"), speed?.memory, speed?.memtext);
     }
+    showEngines(records.filter((row) => !row.hidden && !row.matches(".failure, .old")).map((row) => data.entries[row.dataset.entry]));
     hideEmptyColumns();
     const runs = records.filter((row) => !row.matches(".failure, .guest")).length;
     const lost = failures.size ? ` and ${failures.size} failed` : "";
     $("count").textContent = `${shown} of ${Math.max(runs, shown)}${lost}; click ▸ for the whole row`;
     $("everything-field").hidden = runs === view.entries.length;
+  }
+
+  // What a speed-up is over: the dense model run alike, or the library's own.
+  const over = (speed) => ($("against").value === "timm" ? speed?.timm : speed) ?? null;
+
+  // One column per setting, where there are several: what the arithmetic promises, and what is kept of it.
+  function showEngines(entries) {
+    const settings = Object.keys(view.speed).filter((name) => entries.some((e) => over(e.speeds[name])?.efftext));
+    const rows = entries.filter((e) => settings.some((name) => over(e.speeds[name])?.efftext));
+    $("engines").hidden = settings.length < 2;
+    if ($("engines").hidden) return;
+    $("engines-sub").textContent = `speed-up over what the GMACs promise, and in small the speed-up, over ${$("against").selectedOptions[0].textContent}`;
+    const table = $("engines").querySelector("table");
+    const head = (text, word) => make("th", { scope: "col", className: word ? "word" : "", textContent: text });
+    table.tHead.replaceChildren(make("tr", {}, head("Method", true), ...settings.map((name) => head(name))));
+    table.tBodies[0].replaceChildren(...rows.map((e) => make("tr", {}, make("td", { className: "word", textContent: e.name }),
+      ...settings.map((name) => {
+        const gain = over(e.speeds[name]);
+        return gain?.efftext ? make("td", {}, gain.efftext, make("small", { textContent: gain.uptext })) : make("td");
+      }))));
   }
 
   // A failed run belongs to the chips of its method; the arguments in their names are not known.
@@ -556,7 +580,7 @@
   $("view").addEventListener("change", showView);
   $("method").addEventListener("change", () => { if ($("method").value !== "?") only($("method").value); });
   $("setting").addEventListener("change", () => { redraw(); filterTable(); });
-  $("everything").addEventListener("change", filterTable);
+  for (const id of ["everything", "against"]) $(id).addEventListener("change", filterTable);
   for (const id of ["weights", "metric"]) $(id).addEventListener("change", () => { redraw(); filterTable(); });
   for (const id of ["bars", "near"]) $(id).addEventListener("change", redraw);
   dark.addEventListener("change", showMethods);

@@ -116,6 +116,7 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "runs": ", ".join(runs_in_words(entry)) if len(entry.runs) > 1 else None,
         "search": _search(entry),
         "method": method_of(entry),
+        "name": entry.label,
         "short": _clip(f"{entry.name} {entry.budget}" if entry.control else entry.title, 24),
         "control": entry.control,
         "guest": entry.guest,
@@ -134,6 +135,14 @@ def _entry(entry: Entry) -> dict[str, Any]:
                 "uptext": _times(entry, speed),
                 "efficiency": None if entry.is_reference else speed.efficiency,
                 "efftext": "" if entry.is_reference else format_share(speed.efficiency),
+                "timm": None
+                if entry.is_reference or speed.timm is None
+                else {
+                    "up": speed.over_timm,
+                    "uptext": format_times(speed.over_timm),
+                    "efficiency": speed.efficiency_over_timm,
+                    "efftext": format_share(speed.efficiency_over_timm),
+                },
                 "memory": speed.memory,
                 "memtext": format_memory(speed.memory),
             }

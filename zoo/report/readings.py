@@ -24,13 +24,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Speed:
-    """Throughput of one entry in one setting; `dense` is the unreduced model's, if known."""
+    """Throughput of one entry in one setting.
+
+    `dense` is the unreduced model's, run alike; `timm` that of the model as its library has it.
+    """
 
     rate: float
     dense: float | None
     row: Row
     memory: float | None = None  # MiB at most
     memory_dense: float | None = None
+    timm: float | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -40,10 +44,21 @@ class Speed:
     @property
     def efficiency(self) -> float | None:
         """The speed-up over what the arithmetic promises: 1 is all of it."""
+        return self._part(self.speedup)
+
+    @property
+    def over_timm(self) -> float | None:
+        """How many times faster than the model as its library has it."""
+        return self.rate / self.timm if self.timm else None
+
+    @property
+    def efficiency_over_timm(self) -> float | None:
+        """As `efficiency`, of the speed-up over the untouched model."""
+        return self._part(self.over_timm)
+
+    def _part(self, speedup: float | None) -> float | None:
         whole, total = number(self.row.get("gmacs_dense")), total_gmacs(self.row)
-        if self.speedup is None or not whole or not total:
-            return None
-        return self.speedup * total / whole
+        return speedup * total / whole if speedup is not None and whole and total else None
 
 
 def speeds(row: Row) -> dict[str, Speed]:
@@ -57,8 +72,18 @@ def speeds(row: Row) -> dict[str, Speed]:
             keys = ("imgs_per_s_dense", "peak_mem_mb", "peak_mem_mb_dense")
             dense, memory, memory_dense = (number(part.get(key)) for key in keys)
             one = {**row, "batch": part.get("batch")}
-            found[setting(one)] = Speed(rate, dense, one, memory, memory_dense)
+            timm = number(part.get("imgs_per_s_timm")) or _timm_beside(one)
+            found[setting(one)] = Speed(rate, dense, one, memory, memory_dense, timm)
     return found
+
+
+def _timm_beside(row: Row) -> float | None:
+    """What rows of benchmarks say of timm's own model."""
+    bench = row.get("bench")
+    both = bench.get("ms_dense") if isinstance(bench, Mapping) else None
+    ms = number(both.get("timm")) if isinstance(both, Mapping) else None
+    batch = number(row.get("batch"))
+    return 1e3 * batch / ms if ms and batch else None
 
 
 def fidelity(row: Mapping[str, Any]) -> dict[str, float]:
@@ -95,9 +120,14 @@ def precision(row: Mapping[str, Any]) -> str:
 
 
 def hardware(row: Mapping[str, Any]) -> str:
-    """Device, precision and compiler of a run."""
+    """Device, precision and engine of a run; torch is not named."""
     parts = [row.get("device") or "unknown device", precision(row) if row.get("dtype") else None]
-    return ", ".join([str(p) for p in parts if p] + ["compiled"] * bool(row.get("compile")))
+    engine = row.get("engine")
+    if row.get("compile") or engine == "compile":
+        parts.append("compiled")
+    elif engine not in (None, "torch"):
+        parts.append(engine)
+    return ", ".join(str(p) for p in parts if p)
 
 
 def _benchmark(settings: Any) -> list[str]:

@@ -14,6 +14,7 @@ from zoo.report.entry import Comparison, Entry, View
 from zoo.report.links import links_of
 from zoo.report.notes import CONVENTION, environment
 from zoo.report.quality import METRICS, shown
+from zoo.report.readings import Speed
 from zoo.report.selection import as_console, as_markdown, sections
 from zoo.report.words import (
     describe_budget,
@@ -71,6 +72,7 @@ _SPREAD: dict[str, tuple[tuple[str, Any], ...]] = {
 _WORDS = ("Method", "Budget", "Weights")  # columns of words, aligned left
 _DERIVED = (
     *("budget", "control", "gmacs_saved_percent", "top1_delta", "speedup", "efficiency"),
+    *("speedup_timm", "efficiency_timm"),
     *("current", "pareto", "pareto_untrained", "runs", "top1_mean", "top1_spread"),
 )
 
@@ -111,12 +113,13 @@ def csv_table(comparison: Comparison) -> str:
         if entry:
             speed = entry.speeds[next(iter(entry.speeds))] if entry.speeds else None
             derived += [entry.control, entry.saved, entry.delta]
-            derived += [speed and speed.speedup, speed and speed.efficiency, True]
+            derived += [speed and speed.speedup, speed and speed.efficiency]
+            derived += [speed and speed.over_timm, speed and speed.efficiency_over_timm, True]
             derived += [id(entry) in front for front in fronts]
             count = entry.count if entry.runs or entry.quality else None
             derived += [count, entry.top1, entry.spread]
         else:
-            derived += [None, None, None, None, None, False, False, False, None, None, None]
+            derived += [*[None] * 7, False, False, False, None, None, None]
         values = [value for key in FIELDS for value in _flat(key, row.get(key))]
         values += [row.get(key) for key in extra]
         writer.writerow([_cell(value) for value in [*values, *derived]])
@@ -211,7 +214,36 @@ def _markdown_view(view: View) -> list[str]:
         cells = [method, budget, error, *[""] * len(columns)]
         lines.append("| " + " | ".join(cells[: len(columns)]) + " |")
     notes = [f"- {_md(note)}" for note in view.notes]
-    return [*lines, "", *notes, *([""] if notes else [])]
+    return [*lines, "", *notes, *([""] if notes else []), *_markdown_engines(view)]
+
+
+def _markdown_engines(view: View) -> list[str]:
+    """Efficiency in every setting, where there are several."""
+    found = [
+        name
+        for name in view.settings
+        if any(name in e.speeds and e.speeds[name].efficiency for e in view.entries if not e.dense)
+    ]
+    if len(found) < 2:
+        return []
+    lines = ["| Method | Budget | " + " | ".join(map(_md, found)) + " |"]
+    lines.append("|:--|:--|" + "--:|" * len(found))
+    for entry in view.entries:
+        cells = [_efficiencies(entry.speeds.get(name)) for name in found]
+        if not entry.is_reference and any(cells):
+            lines.append("| " + " | ".join([_md(entry.title), _md(entry.budget), *cells]) + " |")
+    about = (
+        "Efficiency (speed-up over what the GMACs promise) against the dense model run alike, and "
+        "behind the stroke against the library's own model, untouched."
+    )
+    return [about, "", *lines, ""]
+
+
+def _efficiencies(speed: Speed | None) -> str:
+    if speed is None or speed.efficiency is None:
+        return ""
+    texts = [format_share(speed.efficiency), format_share(speed.efficiency_over_timm)]
+    return " / ".join(text for text in texts if text)
 
 
 def _md(text: str) -> str:

@@ -331,7 +331,10 @@ def summary_line(row: Mapping[str, Any]) -> str:
     parts += _on_features(row)
     parts += _selected(row)
     if (rate := number(row.get("imgs_per_s"))) is not None:
-        parts.append(f"{format_rate(rate)} img/s")
+        engine, dense = row.get("engine"), number(row.get("imgs_per_s_dense"))
+        where = f" in {engine}" if engine not in (None, "torch") and not row.get("compile") else ""
+        where += f" ({rate / dense:.2f}x)" if where and dense and not is_dense(row) else ""
+        parts.append(f"{format_rate(rate)} img/s{where}")
     if isinstance(visual := row.get("visual"), Mapping):
         parts.append(f"pictures: {visual.get('page')}")
     return " | ".join(parts)

@@ -87,16 +87,17 @@ def add_controls(config: DictConfig, rows: Path) -> None:
         try:
             if error is not None:
                 raise error
-            from zoo.run.evaluate import evaluate
+            from zoo.run.evaluate import evaluate_each
 
             with noted(quiet=True) as notes:
-                row = evaluate(job.cfg)
-            for note in notes:
-                add_note(row, note)
+                found = evaluate_each(job.cfg)
+            for row in found:
+                for note in notes:
+                    add_note(row, note)
         except Exception as problem:
             message = explain(problem) or f"{type(problem).__name__}: {problem}"
             print(f"error: {message} [{' '.join(job.overrides)}]", file=sys.stderr)
-            row = new_row(
+            failed = new_row(
                 status="failed",
                 error=message,
                 task=list(job.cfg.task) if not isinstance(job.cfg.task, str) else [job.cfg.task],
@@ -105,11 +106,14 @@ def add_controls(config: DictConfig, rows: Path) -> None:
                 dataset=job.cfg.data.name,
                 weights=None if job.cfg.weights is None else str(job.cfg.weights),
             )
+            found = [failed]
         else:
-            print(summary_line(row), flush=True)
-        row["command"] = shlex.join([*program, *job.overrides])
-        for path in (str(job.cfg.results), rows):
-            append_row(path, row)
+            for row in found:
+                print(summary_line(row), flush=True)
+        for row in found:
+            row["command"] = shlex.join([*program, *job.overrides])
+            for path in (str(job.cfg.results), rows):
+                append_row(path, row)
 
 
 def _alone(job: Job) -> Job:

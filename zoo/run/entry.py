@@ -147,17 +147,14 @@ def job(kind: str, cfg: DictConfig) -> Row:
             announce(partial(_died, cfg))
         if kind == "train":
             os.makedirs(str(cfg.output_dir), exist_ok=True)
-        if kind == "train":
-            from zoo.run.train import train as work
-        else:
-            from zoo.run.evaluate import evaluate as work
+        work = _work(kind)
         with noted(quiet=sweep) as notes:
             if sweep and sweeps_reducers(overrides):
-                row, more = without_class_token(work, cfg, overrides)
+                rows, more = without_class_token(work, cfg, overrides)
             else:
-                row = work(cfg)
+                rows = work(cfg)
     except Skipped as reason:
-        row = _failed_row(cfg, str(reason), status="skipped")
+        rows = [_failed_row(cfg, str(reason), status="skipped")]
     except Exception as error:
         message = explain(error)
         if is_first_process(kind == "train" or cfg.get("trainer") is not None):
@@ -175,32 +172,46 @@ def job(kind: str, cfg: DictConfig) -> Row:
         return {"status": "failed"}
     finally:
         os.environ[_FULL_ERROR] = "1"
-    row["command"] = " ".join([command_line(), *map(shlex.quote, more)])
-    for note in notes if kind == "eval" else []:
-        add_note(row, note)
+    for row in rows:
+        row["command"] = " ".join([command_line(), *map(shlex.quote, more)])
+        for note in notes if kind == "eval" else []:
+            add_note(row, note)
     if not is_first_process(kind == "train" or cfg.get("trainer") is not None):
-        return row
+        return rows[0]
     from zoo.report.words import summary_line
 
-    # First the row, then what is said about it: whoever reads along may have gone.
-    try:
-        path = _record(row, cfg)
-    except Exception as error:
-        # The disk filled up, or the folder went away: what was measured is still on the screen.
-        print(f"{summary_line(row)}\n{json.dumps(row)}", flush=True)
-        if elsewhere(HydraConfig.get()):  # the end of this process would tell the sweep nothing
-            raise
-        raise SystemExit(complain(explain(error) or str(error))) from error
     remarks = [text.lstrip("+") for text in more] + (notes if sweep else [])
-    if aloud:
-        say(" | ".join([summary_line(row), *remarks]))
+    path = ""
+    for row in rows:
+        # First the row, then what is said about it: whoever reads along may have gone.
+        try:
+            path = _record(row, cfg)
+        except Exception as error:
+            # The disk filled up, or the folder went away: what was measured is still on the screen.
+            print(f"{summary_line(row)}\n{json.dumps(row)}", flush=True)
+            if elsewhere(HydraConfig.get()):  # the end of this process would tell the sweep nothing
+                raise
+            raise SystemExit(complain(explain(error) or str(error))) from error
+        if aloud:
+            say(" | ".join([summary_line(row), *remarks]))
     if not sweep:
-        print(f"row: {path}", flush=True)
-    if row.get("status") == "failed":  # it ran, and what it measured is no number
+        print(f"{'row' if len(rows) == 1 else 'rows'}: {path}", flush=True)
+    if rows[0].get("status") == "failed":  # it ran, and what it measured is no number
         if not sweep:
-            raise SystemExit(complain(str(row["error"])))
+            raise SystemExit(complain(str(rows[0]["error"])))
         State.failed_jobs += 1
-    return row
+    return rows[0]
+
+
+def _work(kind: str) -> Callable[[DictConfig], list[Row]]:
+    """What does a run of a kind; it may give several rows, the first of which stands for it."""
+    if kind == "train":
+        from zoo.run.train import train
+
+        return lambda cfg: [train(cfg)]
+    from zoo.run.evaluate import evaluate_each
+
+    return evaluate_each
 
 
 def _died(cfg: DictConfig, text: str) -> bool:

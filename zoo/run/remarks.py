@@ -26,8 +26,8 @@ def sweeps_reducers(typed: Sequence[str]) -> bool:
 
 
 def without_class_token(
-    work: Callable[[DictConfig], Row], cfg: DictConfig, typed: Sequence[str]
-) -> tuple[Row, list[str]]:
+    work: Callable[[DictConfig], list[Row]], cfg: DictConfig, typed: Sequence[str]
+) -> tuple[list[Row], list[str]]:
     """Does a job of a sweep over reducers; on a model without class token as far as that goes.
 
     A method that ranks by the class token takes another score there, if it has one and the command
@@ -39,7 +39,7 @@ def without_class_token(
         typed: The overrides of the sweep.
 
     Returns:
-        The row, and what has to be typed beside the overrides to get it.
+        The rows, and what has to be typed beside the overrides to get it.
 
     Raises:
         Skipped: The method needs a class token.
@@ -60,10 +60,11 @@ def without_class_token(
             plus = "" if name in cfg.reducer else "+"
             more.append(f"{plus}reducer.{name}={value}")
             OmegaConf.update(cfg, f"reducer.{name}", value, force_add=True)
-    row = work(cfg)
+    rows = work(cfg)
     words = ", ".join(text.lstrip("+").removeprefix("reducer.") for text in more)
-    add_note(row, f"{words}, as the model has no class token")
-    return row, more
+    for row in rows:
+        add_note(row, f"{words}, as the model has no class token")
+    return rows, more
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ Options = Mapping[str, Union[Kind, "Options"]]
 
 CONTROLS = ("dense", "resolution")
 RELEVANCE = ("class", "crop")
+ENGINES = ("torch", "compile", "onnxruntime", "openvino")
 
 _SHARE = real(0, 1)
 _POSITIVE = real(above=0)
@@ -364,6 +365,12 @@ EVAL: Options = {
         "rounds": whole(1, 10**6),
         "min_time": real(above=0, high=3600),
         "threads": _THREADS,
+        "engine": maybe(
+            either(
+                choice(*ENGINES),
+                list_of(choice(*ENGINES), f"a list of {', '.join(ENGINES)}"),
+            )
+        ),
     },
 }
 

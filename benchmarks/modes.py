@@ -1,0 +1,440 @@
+"""The suite `modes`: reducers in the modes that people run, against dense in the same mode.
+
+    python -m benchmarks.speed --suite modes                    # all jobs; again: those left
+    python -m benchmarks.speed --suite modes --minutes 25
+    python -m benchmarks.speed --suite modes --only deit_small,dinov2_small_518 --batch 1,16
+    python -m benchmarks.speed --suite modes --only deit_small --modes aligned,onnxruntime --list
+
+A job is one backbone in one mode, precision, batch size and number of threads, with all methods at
+0.6 of the dense GMACs. Its rows are written when it ends, and a job whose rows are there is not
+done again. The jobs with a target come first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import zoo
+from benchmarks import tasks
+from benchmarks.models import plain_backbone, reduced
+from benchmarks.speed import DENSE, TIMM, make_row, print_table
+from benchmarks.timing import Step, in_turns, is_out_of_memory, release
+from zoo.errors import NoClassToken, ZooError
+from zoo.measure.describe import describe
+from zoo.measure.device import pick_device
+from zoo.measure.engines import EXPORTED, Engine, Graphs
+from zoo.measure.machine import in_words, machine
+from zoo.model.reduced import ReducedViT
+from zoo.results.rows import append_row, new_row, readable_rows
+
+ROWS = Path("results/speed/modes.jsonl")
+METHODS = ("tome", "topk", "evit", "pitome", "diffrate", "token_pooling")
+FRACTION, ALIGNED = 0.6, 32
+#: Name on the command line: timm's name, its arguments, and what the table calls it.
+MODELS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
+    "deit_small": ("deit_small_patch16_224", {}, "DeiT-S"),
+    "deit_base": ("deit_base_patch16_224", {}, "DeiT-B"),
+    "vit_large": ("vit_large_patch16_224", {}, "ViT-L/16"),
+    "dinov2_small": ("vit_small_patch14_dinov2", {"img_size": 224}, "DINOv2-S/14, 224 px"),
+    "dinov2_small_518": ("vit_small_patch14_dinov2", {}, "DINOv2-S/14, 518 px"),
+    "dinov2_base": ("vit_base_patch14_dinov2", {"img_size": 224}, "DINOv2-B/14, 224 px"),
+    "dinov2_base_518": ("vit_base_patch14_dinov2", {}, "DINOv2-B/14, 518 px"),
+    "siglip_base": ("vit_base_patch16_siglip_224", {}, "SigLIP-B/16"),
+}
+PRECISIONS = ("float32", "bfloat16", "int8")
+#: Mode: the engine, and where it can be measured.
+MODES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "eager": ("torch", ("cpu", "cuda")),
+    "aligned": ("torch", ("cpu", "cuda")),  # lengths in multiples of 32, weights packed in bfloat16
+    "compile": ("compile", ("cpu", "cuda")),
+    "graphs": ("torch", ("cuda",)),  # recorded and replayed
+    "onnxruntime": ("onnxruntime", ("cpu",)),
+    "openvino": ("openvino", ("cpu",)),
+}
+
+
+class Job(NamedTuple):
+    """One comparison.
+
+    Attributes:
+        model: A key of `MODELS`.
+        precision: "float32", "bfloat16" (weights and images cast once) or "int8" (OpenVINO).
+        mode: A key of `MODES`.
+        align: What lengths behind a reduction are multiples of.
+        threads: CPU threads.
+        batch: Images per batch.
+        device: "cpu" or "cuda".
+    """
+
+    model: str
+    precision: str
+    mode: str
+    align: int
+    threads: int
+    batch: int
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        where = f"{self.threads} threads" if self.device == "cpu" else self.device
+        where = where.replace("1 threads", "1 thread")
+        align = f"align {self.align}, " if self.align > 1 else ""
+        return f"{self.model} {self.precision} {self.mode}, {align}batch {self.batch}, {where}"
+
+    @property
+    def packed(self) -> bool:
+        """Whether linear layers run on packed weights, dense ones too."""
+        return self.mode == "aligned" and self.precision == "bfloat16" and self.device == "cpu"
+
+
+#: So many of the lines below have a target, or stand in docs/deploy.md.
+_EARLY = 12
+# Jobs in this order; what stands in none of the lines comes last. A line: models, precisions,
+# modes, alignments, batch sizes; empty is any.
+_FIRST: tuple[tuple[str, str, str, str, str], ...] = (
+    ("deit_small", "bfloat16", "aligned", "32", "1 16"),
+    ("deit_small", "float32", "eager", "1", "16"),
+    ("deit_small", "float32", "aligned", "32", "1"),
+    ("dinov2_small_518", "bfloat16", "aligned", "32", "1"),
+    ("deit_small", "float32", "onnxruntime", "32", "1"),
+    ("deit_small", "bfloat16", "openvino", "32", "1 16"),
+    ("deit_base", "bfloat16", "aligned", "32", "1 16"),
+    ("deit_base", "float32", "aligned", "32", "1"),
+    ("vit_large", "bfloat16", "aligned", "32", "1"),
+    ("dinov2_small_518", "float32 bfloat16", "onnxruntime openvino", "32", "1"),
+    ("dinov2_base_518", "bfloat16", "aligned", "32", "1"),
+    ("deit_base", "float32", "eager", "1", "16"),
+    ("deit_small", "", "eager", "", ""),
+    ("deit_small", "float32", "aligned", "", ""),
+    ("deit_small", "float32", "onnxruntime", "", ""),
+    ("dinov2_small_518", "", "eager onnxruntime openvino", "", "1"),
+    ("deit_small", "int8 float32", "openvino", "", ""),
+    ("deit_base dinov2_small siglip_base", "", "eager aligned", "", ""),
+    ("deit_base", "", "onnxruntime openvino", "", ""),
+    ("", "", "eager aligned", "", "1"),
+    ("deit_small", "", "compile graphs", "", ""),
+    ("", "", "onnxruntime openvino", "", "1"),
+)
+
+
+def jobs(device: str = "cpu") -> list[Job]:
+    """All jobs on a device, the most important first."""
+    found = []
+    threads = (1, 2) if device == "cpu" else (1,)
+    for model, precision, (mode, (_, places)) in itertools.product(
+        MODELS, PRECISIONS, MODES.items()
+    ):
+        if device not in places or not _possible(precision, mode):
+            continue
+        aligns = {"aligned": (ALIGNED,), "openvino": (ALIGNED,), "onnxruntime": (ALIGNED, 1)}
+        for align, t, batch in itertools.product(aligns.get(mode, (1,)), threads, (1, 16)):
+            found.append(Job(model, precision, mode, align, t, batch, device))
+    return sorted(found, key=_place)
+
+
+def _possible(precision: str, mode: str) -> bool:
+    """Whether an engine computes in a precision."""
+    if precision == "int8":
+        return mode == "openvino"
+    return precision == "float32" or mode != "onnxruntime"
+
+
+def _place(job: Job) -> tuple[Any, ...]:
+    own = (job.model, job.precision, job.mode, str(job.align), str(job.batch))
+
+    def fits(line: Sequence[str]) -> bool:
+        pairs = zip(own, line, strict=True)
+        return all(not wanted or value in wanted.split() for value, wanted in pairs)
+
+    place = next((i for i, line in enumerate(_FIRST) if fits(line)), len(_FIRST))
+    # Of what has a target everything on one thread first; but exported models are dear to make.
+    exported, early = MODES[job.mode][0] in EXPORTED, place < _EARLY
+    own_threads = 1 if exported else job.threads
+    return (not early, own_threads if early else 1, place, job.model, job.threads, job.batch)
+
+
+def target(job: Job, method: str) -> float | None:
+    """The efficiency against dense with the same kernels that is aimed at; None for none."""
+    merges, prunes = method in ("tome", "pitome", "diffrate"), method in ("topk", "evit")
+    if not (merges or prunes) or job.device != "cpu":
+        return None
+    kind, large = (job.precision, job.mode, job.batch), job.model in ("deit_base", "vit_large")
+    if job.model.endswith("_518"):
+        if kind != ("bfloat16", "aligned", 1):
+            return None
+        return 1.0 if prunes else 0.85 if method == "pitome" else 0.95
+    if job.model != "deit_small" and not large:
+        return None
+    pair = {
+        ("float32", "eager", 16): (1.0, 1.0),
+        ("float32", "aligned", 1): (0.82, 0.90),
+        ("bfloat16", "aligned", 16): (0.92, 1.0),
+        ("bfloat16", "aligned", 1): (0.77, 0.82) if large else (0.68, 0.79),
+        ("float32", "onnxruntime", 1): (0.90, 0.94),
+        ("bfloat16", "openvino", 1): (0.82, 0.88),
+        ("bfloat16", "openvino", 16): (0.92, 0.97),
+    }.get(kind)
+    return None if pair is None else pair[0] if merges else pair[1]
+
+
+def target_over_timm(job: Job, method: str) -> float | None:
+    """The speed-up over timm's untouched model that is aimed at; None for none."""
+    if (job.precision, job.mode, job.batch) != ("bfloat16", "aligned", 1):
+        return None
+    known = target(job, method) is not None and not job.model.endswith("_518")
+    return None if not known else 1.40 if method in ("tome", "pitome", "diffrate") else 1.58
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what is left; returns the exit code.
+
+    Raises:
+        ZooError: If there is no such device, or a name on the command line is unknown.
+    """
+    device = str(options.device)
+    pick_device(device, "--device")
+    chosen = select(jobs(device), options)
+    done = done_jobs(options.out)
+    left = [job for job in chosen if str(job) not in done]
+    print(f"{in_words(machine())}; {len(chosen)} jobs, {len(chosen) - len(left)} done before")
+    if options.list:
+        print("\n".join(f"left: {job}" for job in left))
+        return 0
+    end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    bench, longest = Bench(options), 0.0
+    while left and time.monotonic() + longest < end:
+        job = left.pop(0)
+        start = time.monotonic()
+        rows = bench.rows(job)
+        print_table(rows)
+        for row in rows:
+            append_row(options.out, row)
+        took = time.monotonic() - start
+        longest = max(took, 0.8 * longest)  # the next one may take as long
+        print(f"{job}: {took:.0f} s; {len(left)} left", flush=True)
+    print("\n".join(f"left: {job}" for job in left) or "nothing is left")
+    print(f"rows: {options.out}; python -m benchmarks.table {options.out} --write")
+    return 0
+
+
+def select(found: Sequence[Job], options: argparse.Namespace) -> list[Job]:
+    """The jobs that the command line asks for.
+
+    Raises:
+        ZooError: A name is none, or nothing is left of all.
+    """
+    wanted = {
+        "model": ("--only", _names("--only", options.only, MODELS)),
+        "mode": ("--modes", _names("--modes", options.modes, MODES)),
+        "precision": ("--dtype", set(options.dtype or PRECISIONS)),
+        "batch": ("--batch", set(options.batch or (1, 16))),
+        "threads": ("--threads", {options.threads} if options.threads else {1, 2}),
+    }
+    kept = [job for job in found if all(getattr(job, k) in v for k, (_, v) in wanted.items())]
+    if not kept:
+        raise ZooError(
+            "no job of the suite is all of that; batches are 1 and 16, threads 1 and 2, "
+            "bfloat16 is not for onnxruntime, int8 for openvino alone, and CUDA knows eager, "
+            "aligned, compile and graphs"
+        )
+    return kept
+
+
+def _names(option: str, given: str | None, known: Mapping[str, Any]) -> set[str]:
+    names = set(given.split(",")) if given else set(known)
+    if unknown := sorted(names - set(known)):
+        raise ZooError(f"{option} {unknown[0]}: expected one of {', '.join(known)}")
+    return names
+
+
+def done_jobs(path: Path) -> set[str]:
+    """Jobs whose rows are in a file already."""
+    rows = readable_rows([path]) if Path(path).is_file() else []
+    return {str((row.get("bench") or {}).get("job")) for row in rows}
+
+
+class Bench:
+    """Builds models once for as many jobs as follow each other with the same ones.
+
+    Args:
+        options: Of the command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self._ready: Job | None = None
+        self._running: Job | None = None
+        self._models: dict[str, ReducedViT] = {}
+        self._broken: dict[str, Exception] = {}
+        self._engine: Engine | None = None
+        self._graphs = Graphs()
+
+    def rows(self, job: Job) -> list[dict[str, Any]]:
+        """Does one job.
+
+        Returns:
+            One row per method, the dense model first; failures are rows, too.
+        """
+        device = torch.device(job.device)
+        if job.device == "cpu":
+            torch.set_num_threads(job.threads)
+        exported = MODES[job.mode][0] in EXPORTED
+        alike = job._replace(batch=0)
+        if exported:  # from the same graphs, in whatever engine, precision and number of threads
+            alike = alike._replace(mode="", precision="", threads=0)
+        if self._ready != alike:
+            self._prepare(job, device, exported)
+            self._ready = alike
+        if self._running != (running := job._replace(batch=0)):
+            self._engine = None  # what it opened has gone before the next one opens
+            precision = job.precision if exported else None
+            self._engine = Engine(
+                MODES[job.mode][0], device, threads=job.threads, precision=precision,
+                graphs=self._graphs, option="--modes",
+            )  # fmt: skip
+            self._running = running
+        steps = dict(self._steps(job, device))
+        batch = job.batch
+        rounds = self._rounds(steps)
+        try:
+            times = in_turns(
+                steps, device, rounds, warmup=1, min_time=self.options.min_time, beside=DENSE
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            release(device)
+            failed = "does not fit into memory"
+            return [new_row(status="failed", error=failed, method="none", bench={"job": str(job)})]
+        if exported:
+            times[TIMM] = times[DENSE]  # one graph
+        half = job.precision == "bfloat16"
+        common = {
+            "batch": batch,
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "dtype": "int8" if job.precision == "int8" else "float32",
+            "weights_dtype": "bfloat16" if half else None,
+            "compile": False,
+            "engine": MODES[job.mode][0],
+            "machine": machine(),
+            "seed": 0,
+        }
+        settings = {
+            "suite": "modes",
+            "job": str(job),
+            **job._asdict(),
+            "mode": "inference",
+            "kind": job.mode,
+            "rounds": rounds,
+            "cuda_graphs": job.mode == "graphs",
+        }
+        found = []
+        for name, model in self._models.items():
+            if name == TIMM:
+                continue
+            aims = {
+                "target": target(job, name), "target_over_timm": target_over_timm(job, name)
+            }  # fmt: skip
+            row = make_row(name, model, times, {}, common, settings | aims)
+            if (own := times[name]).cpu:
+                row["cpu_ms"] = 1e3 * sorted(own.cpu)[len(own.cpu) // 2]
+            if TIMM in times and not times[TIMM].error:
+                row["imgs_per_s_timm"] = batch / times[TIMM].median
+            if DENSE in times and not times[DENSE].error:
+                row["imgs_per_s_dense"] = batch / times[DENSE].median
+            if self._engine is not None and self._engine.version is not None:
+                row["kernels"] = {self._engine.name: self._engine.version}
+            found.append(row)
+        dense = describe(self._models[DENSE])
+        for name, error in self._broken.items():
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            row = {"method": name, "backbone": dense["backbone"], "img_size": dense["img_size"]}
+            found.append(new_row(status="failed", error=text, **row, **common, bench=settings))
+        return found
+
+    def _prepare(self, job: Job, device: torch.device, exported: bool) -> None:
+        self._models, self._broken, self._engine, self._running = {}, {}, None, None
+        self._graphs = Graphs()
+        gc.collect()
+        name, arguments, _ = MODELS[job.model]
+        half = job.precision == "bfloat16" and not exported  # there the runtime casts
+        kind = torch.bfloat16 if half else torch.float32
+        plain = plain_backbone(name, **arguments)
+        runtime = {"linear": "packed"} if job.packed else {}
+        self._models = {
+            TIMM: plain, DENSE: reduced(copy.deepcopy(plain), None, own_kernels=True, **runtime)
+        }  # fmt: skip
+        # timm's own model stays as timm makes it; the others share one set of weights.
+        shared = self._models[DENSE].backbone
+        for method in self.options.methods or METHODS:
+            schedule = {"name": "target_gmacs", "fraction": FRACTION, "align": job.align}
+            try:
+                self._models[method] = _with_method(shared, method, schedule, runtime)
+            except (ZooError, ValueError, RuntimeError) as error:
+                self._broken[method] = error
+        for model in self._models.values():
+            model.to(device=device, dtype=kind).eval()
+        if exported:
+            del self._models[TIMM]  # its graph would be that of the dense model
+
+    def _steps(self, job: Job, device: torch.device) -> Iterator[tuple[str, Step]]:
+        """Candidates that can be run; the others are noted as broken."""
+        size = self._models[DENSE].tower.input_size(self._models[DENSE].backbone)
+        images = torch.randn(job.batch, *size, device=device)
+        assert self._engine is not None
+        for name, model in list(self._models.items()):
+            exported = self._engine.name in EXPORTED and name == DENSE
+            runner: nn.Module = model.unwrap() if exported else model
+            try:
+                if job.mode == "graphs":
+                    kind = next(runner.parameters()).dtype
+                    yield name, tasks.cuda_graph(runner, images.to(kind))
+                else:
+                    yield name, _without_gradients(self._engine.start(runner), images)
+            except ZooError as error:
+                if name == DENSE:
+                    raise
+                self._broken[name] = error
+                del self._models[name]
+
+    def _rounds(self, steps: Mapping[str, Step]) -> int:
+        """As many as fit into the seconds of a job, and three at least."""
+        steps[DENSE]()
+        start = time.perf_counter()
+        steps[DENSE]()
+        once = time.perf_counter() - start
+        turns = 1.5 * len(steps) * (once + max(once, self.options.min_time))
+        return max(3, min(self.options.rounds, int(self.options.job_seconds / turns)))
+
+
+def _with_method(
+    backbone: nn.Module, method: str, schedule: Mapping[str, Any], runtime: Mapping[str, Any]
+) -> ReducedViT:
+    """A model with a method; without class token it ranks as it does there."""
+    try:
+        return reduced(backbone, method, schedule, **runtime)
+    except NoClassToken as error:
+        if not error.instead:
+            raise
+        spec = {"name": method, **error.instead}
+        return zoo.wrap(backbone, spec, schedule).eval().set_runtime(**runtime)
+
+
+def _without_gradients(start: Callable[[Tensor], Step], images: Tensor) -> Step:
+    step = start(images)
+
+    def inner() -> object:
+        with torch.inference_mode():
+            return step()
+
+    return inner

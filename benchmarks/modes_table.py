@@ -1,0 +1,125 @@
+"""Tables from the rows of the suite `modes`, for docs/performance.md and docs/deploy.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.modes import METHODS, MODELS, jobs
+from zoo.measure.machine import in_words
+
+BEGIN = "<!-- modes: python -m benchmarks.table results/speed/modes.jsonl --write -->"
+END = "<!-- end of modes -->"
+DEPLOYED = "<!-- deployed: python -m benchmarks.table results/speed/modes.jsonl --write -->"
+END_OF_DEPLOYED = "<!-- end of deployed -->"
+#: What the page on deploying speaks of.
+_ON_DEPLOY = ("deit_small", "dinov2_small_518")
+
+Row = Mapping[str, Any]
+
+
+def of_modes(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the suite."""
+    return [row for row in rows if (row.get("bench") or {}).get("suite") == "modes"]
+
+
+def modes_table(rows: Sequence[Row]) -> str:
+    """Markdown: where it was measured, and a line per job, the jobs in the order of the suite."""
+    found = _by_job(rows)
+    if not found:
+        return "No rows yet: `python -m benchmarks.speed --suite modes` writes them."
+    lines = [_where(rows), ""]
+    head = ["model", "precision, mode", "batch", "threads", "dense ms", "timm ms", *METHODS]
+    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    reached = aimed = 0
+    for job in (*jobs("cpu"), *jobs("cuda")):
+        if (own := found.get(str(job))) is None:
+            continue
+        first = next((row for row in own.values() if _ok(row)), None)
+        both = (first["bench"]["ms_dense"] if first else {}) or {}
+        name = f"{job.precision}, {job.mode}" + (f", {job.align}" if job.align > 1 else "")
+        cells = [MODELS[job.model][2], name, str(job.batch)]
+        cells.append(str(job.threads) if job.device == "cpu" else job.device)
+        cells += [f"{both[key]:.1f}" if key in both else "" for key in ("dense", "timm")]
+        for method in METHODS:
+            row = own.get(method)
+            cells.append(_cell(row))
+            for value, _, aim in _results(row):
+                aimed += aim is not None
+                reached += aim is not None and value >= aim
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"{reached} of {aimed} numbers with a target reach it.", _gpu(rows)]
+    return "\n".join(lines)
+
+
+def deployed_table(rows: Sequence[Row]) -> str:
+    """Markdown: what the exported models of the page on deploying take."""
+    found = _by_job(rows)
+    head = ["model", "runtime", "precision", "threads", "method", "dense ms", "ms", "speed-up"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for job in jobs("cpu"):
+        if job.model not in _ON_DEPLOY or job.mode not in ("onnxruntime", "openvino"):
+            continue
+        if job.align == 1 or job.batch > 1:
+            continue
+        for method, row in found.get(str(job), {}).items():
+            if not _ok(row) or row["method"] == "none":
+                continue
+            dense = row["bench"]["ms_dense"]["dense"]
+            times = row["bench"]["speedup"]
+            cells = [MODELS[job.model][2], job.mode, job.precision, str(job.threads), method]
+            cells += [f"{dense:.1f}", f"{row['ms']:.1f}", f"{times:.2f}x"]
+            lines.append("| " + " | ".join(cells) + " |")
+    if len(lines) == 2:
+        return "No rows yet: `python -m benchmarks.speed --suite modes` writes them."
+    return "\n".join([_where(rows), "", *lines])
+
+
+def _by_job(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """The latest row of each method of each job."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in of_modes(rows):
+        found.setdefault(str(row["bench"]["job"]), {})[str(row["method"])] = row
+    return found
+
+
+def _ok(row: Row) -> bool:
+    return row.get("status") == "ok" and bool(row.get("imgs_per_s"))
+
+
+def _results(row: Row | None) -> list[tuple[float, str, float | None]]:
+    """Number, unit and target: efficiency with the same kernels, and times timm's speed."""
+    if row is None or not _ok(row):
+        return []
+    bench = row["bench"]
+    found = [(bench["efficiency_by_dense"]["dense"], "", bench.get("target"))]
+    if bench.get("speedup_over_timm"):
+        found.append((bench["speedup_over_timm"], "x", bench.get("target_over_timm")))
+    return found
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if not _ok(row):
+        return "failed"
+    return ", ".join(
+        f"{value:.3f}{unit}"
+        + ("" if aim is None else f" ({'≥' if value >= aim else '**<**'} {aim:.2f}{unit})")
+        for value, unit, aim in _results(row)
+    )
+
+
+def _where(rows: Sequence[Row]) -> str:
+    """On which machine, and between which dates."""
+    own = of_modes(rows)
+    machines = dict.fromkeys(in_words(row["machine"]) for row in own if row.get("machine"))
+    days = sorted({str(row["created"])[:10] for row in own})
+    versions = own[-1].get("versions") or {}
+    between = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"On {'; '.join(machines)}; torch {versions.get('torch')}, {between}."
+
+
+def _gpu(rows: Sequence[Row]) -> str:
+    devices = dict.fromkeys(str(r["device"]) for r in of_modes(rows) if r["device"] != "cpu")
+    return f"Rows of a GPU: {', '.join(devices) or 'none'}."
