@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 
 from reduction.functional import kernels
 from zoo.adapters.standalone import as_standalone
@@ -23,12 +22,9 @@ from zoo.cost.sampling import CostSampler, is_adaptive, patch_counts
 from zoo.errors import ZooError
 from zoo.measure.accuracy import top_k
 from zoo.measure.costs import count_costs, sampled_costs
-from zoo.measure.describe import dense_of, describe, method_name
+from zoo.measure.describe import describe, method_name
 from zoo.measure.device import pick_device, pick_dtype
-from zoo.measure.engines import EXPORTED, Engine, Graphs
-from zoo.measure.machine import machine
 from zoo.measure.processes import ALONE, Processes
-from zoo.measure.throughput import measure_each
 from zoo.model.answers import NotFinite
 from zoo.model.runtime import Runtime
 from zoo.results.rows import new_row, wilson_interval
@@ -38,6 +34,7 @@ from zoo.run.features import FEATURE_TASKS, measure_features
 from zoo.run.machines import by_processes
 from zoo.run.outcome import started
 from zoo.run.shares import Share, measured
+from zoo.run.throughput import engines_of, measure_throughput
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -58,10 +55,6 @@ TASKS = (
 )
 # What several processes share out; the rest is about one.
 _SHARED = ("accuracy", "flops", "fidelity", *FEATURE_TASKS)
-_BY_BATCH = (
-    *("batch", "imgs_per_s", "imgs_per_s_dense", "imgs_per_s_timm", "ms", "cpu_ms"),
-    *("peak_mem_mb", "peak_mem_mb_dense"),
-)
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -360,86 +353,6 @@ def _costs_of(model: ReducedViT, parts: Sequence[_Counted]) -> dict[str, Any]:
         for grid, tokens in part.tokens:
             sampler.add_counts(grid, tokens)
     return sampled_costs(sampler.profile())
-
-
-def engines_of(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> list[Engine]:
-    """The engines that a throughput is measured in; what cannot be is refused.
-
-    Raises:
-        ZooError: One is unknown, not installed, or cannot do what is asked.
-    """
-    given = cfg.throughput.get("engine")
-    names = list(given) if OmegaConf.is_list(given) else [given] if given is not None else []
-    if not names and given is not None:
-        raise ZooError("throughput.engine is empty; type throughput.engine=torch or leave it out")
-    if names and cfg.compile:
-        raise ZooError(
-            "compile=true and throughput.engine are two ways to say what runs the model; leave out "
-            "compile and add compile to throughput.engine"
-        )
-    names = names or ["compile" if cfg.compile else "torch"]
-    threads, graphs = cfg.throughput.threads, Graphs()
-    return [Engine(name, device, dtype, threads, graphs=graphs) for name in dict.fromkeys(names)]
-
-
-def measure_throughput(
-    cfg: DictConfig, model: ReducedViT, device: torch.device, dtype: torch.dtype
-) -> list[dict[str, Any]]:
-    """Returns images per second, of the model and of its dense counterpart in turns, per engine.
-
-    The fields of a row are those of the first batch size; `by_batch` holds all where there are
-    several.
-    """
-    options = cfg.throughput
-    sizes = list(options.batch) if OmegaConf.is_list(options.batch) else [options.batch]
-    if not sizes:
-        raise ZooError("throughput.batch is empty; type throughput.batch=32 or [1,16]")
-    engines = engines_of(cfg, device, dtype)
-    candidates = {e: _candidates(e, model.to(device), options.get("engine")) for e in engines}
-    found = [
-        measure_each(
-            candidates,
-            input_size=model.tower.input_size(model.backbone),
-            batch=size,
-            rounds=options.rounds,
-            min_time=options.min_time,
-            threads=options.threads,
-            device=device,
-        )
-        for size in sizes
-    ]
-    rows = []
-    for engine in engines:
-        own = [one[engine] for one in found]
-        spread = max(one.spread for one in own)
-        by_batch = [{name: getattr(one, name) for name in _BY_BATCH} for one in own]
-        row = {
-            **by_batch[0],
-            "by_batch": by_batch if len(own) > 1 else None,
-            "threads": own[0].threads,
-            "engine": engine.name,
-            "machine": machine(),
-            "notes": f"spread of the throughput rounds {100 * spread:.0f} %"
-            if spread > 0.1
-            else None,
-        }
-        if engine.version is not None:
-            row["kernels"] = {engine.name: engine.version}
-        rows.append(row)
-    return rows
-
-
-def _candidates(engine: Engine, model: ReducedViT, asked: Any) -> list[nn.Module]:
-    """The model, its dense form, and that as its library has it, as far as they are to be timed."""
-    if as_standalone(model.backbone) is not None:
-        return [model]  # its own reduction: there is no dense model to take turns with
-    timm = model.unwrap().eval() if model.tower.tensors else None
-    # Whoever names engines asks how they compare. An exported graph has no kernels of ours.
-    exported = engine.name in EXPORTED
-    dense = dense_of(model, same_kernels=asked is not None and not exported).eval()
-    if timm is None or (asked is None and dense is not timm):
-        return [model, dense]
-    return [model, dense, timm]
 
 
 def _provenance(cfg: DictConfig, model: ReducedViT) -> dict[str, Any]:
