@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 
 from reduction.functional import kernels
 from zoo.adapters.standalone import as_standalone
@@ -23,12 +22,9 @@ from zoo.cost.sampling import CostSampler, is_adaptive, patch_counts
 from zoo.errors import ZooError
 from zoo.measure.accuracy import top_k
 from zoo.measure.costs import count_costs, sampled_costs
-from zoo.measure.describe import dense_of, describe, method_name
-from zoo.measure.device import pick_dtype
-from zoo.measure.engines import EXPORTED, Engine, Graphs
-from zoo.measure.machine import machine
+from zoo.measure.describe import describe, method_name
+from zoo.measure.device import pick_device, pick_dtype
 from zoo.measure.processes import ALONE, Processes
-from zoo.measure.throughput import measure_each
 from zoo.model.answers import NotFinite
 from zoo.model.runtime import Runtime
 from zoo.results.rows import new_row, wilson_interval
@@ -36,7 +32,9 @@ from zoo.run.build import build_model
 from zoo.run.costs import has_weights, sample_costs
 from zoo.run.features import FEATURE_TASKS, measure_features
 from zoo.run.machines import by_processes
+from zoo.run.outcome import started
 from zoo.run.shares import Share, measured
+from zoo.run.throughput import engines_of, measure_throughput
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -46,15 +44,17 @@ if TYPE_CHECKING:
     from zoo.model.stream import Info
 
 TASKS = (
-    *("accuracy", "flops", "throughput", "fidelity", *FEATURE_TASKS),
-    *("export", "select", "visualize"),
+    "accuracy",
+    "flops",
+    "throughput",
+    "fidelity",
+    *FEATURE_TASKS,
+    "export",
+    "select",
+    "visualize",
 )
 # What several processes share out; the rest is about one.
 _SHARED = ("accuracy", "flops", "fidelity", *FEATURE_TASKS)
-_BY_BATCH = (
-    *("batch", "imgs_per_s", "imgs_per_s_dense", "imgs_per_s_timm", "ms", "cpu_ms"),
-    *("peak_mem_mb", "peak_mem_mb_dense"),
-)
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -70,7 +70,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ZooError: An option has a value that cannot be; the message says what to type.
     """
-    return _rows_of(cfg)[0]
+    # Before processes are started.
+    _check_early(cfg)
+    return by_processes(cfg, _evaluate)
 
 
 def evaluate_each(cfg: DictConfig) -> list[dict[str, Any]]:
@@ -82,25 +84,30 @@ def evaluate_each(cfg: DictConfig) -> list[dict[str, Any]]:
     Raises:
         ZooError: See `evaluate`.
     """
-    several = OmegaConf.is_list(cfg.throughput.get("engine"))
-    return _rows_of(cfg) if several else [evaluate(cfg)]
+    engines = (cfg.get("throughput") or {}).get("engine")
+    if not OmegaConf.is_list(engines) or cfg.get("trainer") is not None or started() > 1:
+        return [evaluate(cfg)]
+    _check_early(cfg)
+    return _rows_of(cfg, ALONE, pick_device(str(cfg.device)))
 
 
-def _rows_of(cfg: DictConfig) -> list[dict[str, Any]]:
-    # Before processes are started.
-    check_tasks(cfg.task)
-    pick_dtype(str(cfg.dtype))
-    return by_processes(cfg, _evaluate)
-
-
-def _evaluate(cfg: DictConfig, processes: Processes, device: torch.device) -> list[dict[str, Any]]:
-    """Does it in one process, or in one of several."""
+def _check_early(cfg: DictConfig) -> None:
+    """Refuses what can be seen before anything is built."""
     tasks, dtype = check_tasks(cfg.task), pick_dtype(str(cfg.dtype))
+    if "throughput" in tasks:
+        engines_of(cfg, pick_device(str(cfg.device)), dtype)
+
+
+def _evaluate(cfg: DictConfig, processes: Processes, device: torch.device) -> dict[str, Any]:
+    """Does it in one process, or in one of several."""
+    return _rows_of(cfg, processes, device)[0]
+
+
+def _rows_of(cfg: DictConfig, processes: Processes, device: torch.device) -> list[dict[str, Any]]:
+    tasks, dtype = check_tasks(cfg.task), pick_dtype(str(cfg.dtype))
+    others: list[dict[str, Any]] = []
     if processes.size > 1:
         _check_shared(tasks, cfg.get("schedule"), processes.size)
-    others: list[dict[str, Any]] = []
-    if "throughput" in tasks:
-        engines_of(cfg, device, dtype)  # refused before anything is measured
     repeatable = bool(cfg.get("deterministic"))
     seed = int(cfg.seed)
     with kernels_chosen(repeatable, cfg.get("schedule")):
@@ -117,7 +124,7 @@ def _evaluate(cfg: DictConfig, processes: Processes, device: torch.device) -> li
             row.update(device=name, dtype=str(cfg.dtype), compile=bool(cfg.compile))
             row.update(weights_dtype=_text(cfg.get("weights_dtype")))
         notes = [row.get("notes")]
-        plain = row | count_costs(model, trace=False)
+        plain = dict(row)
         try:
             for found in _measured(cfg, model, tasks, device, dtype, processes):
                 notes.append(found.pop("notes", None))
@@ -127,11 +134,10 @@ def _evaluate(cfg: DictConfig, processes: Processes, device: torch.device) -> li
             row.update(status="failed", error=str(error))
         chosen = kernels.chosen_kernels() or None
         row.setdefault("kernels", chosen)
+        if others:
+            plain.update(count_costs(model, trace=False), kernels=chosen, task=["throughput"])
     own = row | {"notes": "; ".join(note for note in notes if note) or None}
-    return [
-        new_row(**own),
-        *(new_row(**plain | {"kernels": chosen, "task": ["throughput"]} | one) for one in others),
-    ]
+    return [new_row(**own), *(new_row(**plain | one) for one in others)]
 
 
 def _measured(
@@ -347,86 +353,6 @@ def _costs_of(model: ReducedViT, parts: Sequence[_Counted]) -> dict[str, Any]:
         for grid, tokens in part.tokens:
             sampler.add_counts(grid, tokens)
     return sampled_costs(sampler.profile())
-
-
-def engines_of(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> list[Engine]:
-    """The engines that a throughput is measured in; what cannot be is refused.
-
-    Raises:
-        ZooError: One is unknown, not installed, or cannot do what is asked.
-    """
-    given = cfg.throughput.get("engine")
-    names = list(given) if OmegaConf.is_list(given) else [given] if given is not None else []
-    if not names and given is not None:
-        raise ZooError("throughput.engine is empty; type throughput.engine=torch or leave it out")
-    if names and cfg.compile:
-        raise ZooError(
-            "compile=true and throughput.engine are two ways to say what runs the model; leave out "
-            "compile and add compile to throughput.engine"
-        )
-    names = names or ["compile" if cfg.compile else "torch"]
-    threads, graphs = cfg.throughput.threads, Graphs()
-    return [Engine(name, device, dtype, threads, graphs=graphs) for name in dict.fromkeys(names)]
-
-
-def measure_throughput(
-    cfg: DictConfig, model: ReducedViT, device: torch.device, dtype: torch.dtype
-) -> list[dict[str, Any]]:
-    """Returns images per second, of the model and of its dense counterpart in turns, per engine.
-
-    The fields of a row are those of the first batch size; `by_batch` holds all where there are
-    several.
-    """
-    options = cfg.throughput
-    sizes = list(options.batch) if OmegaConf.is_list(options.batch) else [options.batch]
-    if not sizes:
-        raise ZooError("throughput.batch is empty; type throughput.batch=32 or [1,16]")
-    engines = engines_of(cfg, device, dtype)
-    candidates = {e: _candidates(e, model.to(device), options.get("engine")) for e in engines}
-    found = [
-        measure_each(
-            candidates,
-            input_size=model.tower.input_size(model.backbone),
-            batch=size,
-            rounds=options.rounds,
-            min_time=options.min_time,
-            threads=options.threads,
-            device=device,
-        )
-        for size in sizes
-    ]
-    rows = []
-    for engine in engines:
-        own = [one[engine] for one in found]
-        spread = max(one.spread for one in own)
-        by_batch = [{name: getattr(one, name) for name in _BY_BATCH} for one in own]
-        row = {
-            **by_batch[0],
-            "by_batch": by_batch if len(own) > 1 else None,
-            "threads": own[0].threads,
-            "engine": engine.name,
-            "machine": machine(),
-            "notes": f"spread of the throughput rounds {100 * spread:.0f} %"
-            if spread > 0.1
-            else None,
-        }
-        if engine.version is not None:
-            row["kernels"] = {engine.name: engine.version}
-        rows.append(row)
-    return rows
-
-
-def _candidates(engine: Engine, model: ReducedViT, asked: Any) -> list[nn.Module]:
-    """The model, its dense form, and that as its library has it, as far as they are to be timed."""
-    if as_standalone(model.backbone) is not None:
-        return [model]  # its own reduction: there is no dense model to take turns with
-    timm = model.unwrap().eval() if model.tower.tensors else None
-    # Whoever names engines asks how they compare. An exported graph has no kernels of ours.
-    exported = engine.name in EXPORTED
-    dense = dense_of(model, same_kernels=asked is not None and not exported).eval()
-    if timm is None or (asked is None and dense is not timm):
-        return [model, dense]
-    return [model, dense, timm]
 
 
 def _provenance(cfg: DictConfig, model: ReducedViT) -> dict[str, Any]:

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from omegaconf import DictConfig
 
-Rows = list[dict[str, Any]]
-Work = Callable[["DictConfig", Processes, torch.device], Rows]
+Row = dict[str, Any]
+Work = Callable[["DictConfig", Processes, torch.device], Row]
 
 _SHARING = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
 
 
-def by_processes(cfg: DictConfig, work: Work) -> Rows:
+def by_processes(cfg: DictConfig, work: Work) -> Row:
     """Does an evaluation, in as many processes as were asked for or have been started.
 
     Args:
@@ -37,7 +37,7 @@ def by_processes(cfg: DictConfig, work: Work) -> Rows:
             its device.
 
     Returns:
-        What it returned in the first process, in this one; in others of one command that, too.
+        What it returned in the first process, in this one; in others of one command that row, too.
 
     Raises:
         ZooError: The processes cannot be started, or one of them failed.
@@ -47,12 +47,12 @@ def by_processes(cfg: DictConfig, work: Work) -> Rows:
         return work(cfg, ALONE, pick_device(str(cfg.device)))
     fabric = _fabric(cfg)
     in_process: Callable[..., Any] = _in_process  # Fabric hands the arguments on
-    rows, problem = fabric.launch(in_process, work, cfg)
+    row, problem = fabric.launch(in_process, work, cfg)
     if problem is not None:
         if fabric.global_rank > 0:
-            return [{"status": "failed"}]  # which the first process says
+            return {"status": "failed"}  # which the first process says
         raise problem
-    return rows  # type: ignore[no-any-return]
+    return row  # type: ignore[no-any-return]
 
 
 def where(trainer: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,23 +122,21 @@ def _shown(strategy: Any) -> str:
     return str(target or strategy)
 
 
-def _in_process(
-    fabric: Fabric, work: Work, cfg: DictConfig
-) -> tuple[Rows | None, Exception | None]:
+def _in_process(fabric: Fabric, work: Work, cfg: DictConfig) -> tuple[Row | None, Exception | None]:
     """Does the work in one of the processes; all of them know of the failure of one."""
     processes = Processes(fabric.global_rank, fabric.world_size)
     show(wanted(cfg))
     try:
         with _unheard() if processes.rank else contextlib.nullcontext():
-            rows = _together(processes, lambda: work(cfg, processes, fabric.device))
+            row = _together(processes, lambda: work(cfg, processes, fabric.device))
     except Exception as error:
         if not isinstance(error, (ZooError, OSError)):
             traceback.print_exc()
         return None, portable(error)
-    return rows, None
+    return row, None
 
 
-def _together(processes: Processes, work: Callable[[], Rows]) -> Rows:
+def _together(processes: Processes, work: Callable[[], Row]) -> Row:
     """Ends in all processes alike: one that has failed meets the others at what they share."""
     if processes.size == 1:
         return work()
@@ -149,7 +147,7 @@ def _together(processes: Processes, work: Callable[[], Rows]) -> Rows:
             raise
         problem = error
 
-        def fail() -> Rows:
+        def fail() -> Row:
             raise problem
 
         return processes.collect(fail)[0]
