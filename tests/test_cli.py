@@ -52,7 +52,7 @@ MISTAKES = [
     ("eval rate=0.5", "did you mean"),
     (
         "eval reducer.metric=key",
-        "no reducer is chosen; add reducer=importance_then_similarity|tome",
+        "no reducer is chosen; add reducer=dtome|importance_then_similarity|pixelprune|toma|tome",
     ),
     ("eval backbone=test_vit backbone.args.img_size=96", "+backbone.args.img_size=VALUE"),
     ("eval weights=epoch=3.ckpt", """quote a value that holds =, so: 'weights="epoch=3.ckpt"'"""),
@@ -222,7 +222,7 @@ def test_list(run):
     table = out.split("\n\n")[0].splitlines()
     names = [line.split()[0] for line in table[1:]]
     assert code == 0 and names == zoo.list_methods()
-    assert json.loads(run("list tom* --json")[1])[0]["arxiv"] == "2210.09461"
+    assert json.loads(run("list tome* --json")[1])[0]["arxiv"] == "2210.09461"
     assert run("list --models 'test_vit?'")[1].split() == ["test_vit2", "test_vit3", "test_vit4"]
     assert run("list --models nothing*")[0] == 2
 
@@ -277,7 +277,15 @@ assert not heavy, heavy
 
 def test_completion_of_the_commands(run, monkeypatch):
     monkeypatch.setenv("COMP_LINE", "zoo ")
-    assert run("-sc query=bash")[1].split() == ["train", "eval", "list", "show", "report", "doctor"]
+    assert run("-sc query=bash")[1].split() == [
+        "train",
+        "eval",
+        "list",
+        "show",
+        "report",
+        "calibrate",
+        "doctor",
+    ]
 
 
 def test_help_names_every_group(run):
