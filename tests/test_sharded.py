@@ -100,7 +100,7 @@ def test_a_model_trained_in_shares_is_that_of_ddp_and_an_ordinary_one(tmp_path):
     words = ["weights=vit_digits", "reducer=tome", "schedule.r=4", "trainer.accelerator=cpu"]
     words += ["trainer.devices=2", "trainer.precision=32-true", "trainer.max_epochs=1"]
     words += ["trainer.limit_train_batches=3", "callbacks.ema=null", "logger=none", "threads=1"]
-    words += ["optim.lr=1e-3", "results=rows.jsonl"]
+    words += ["optim=sgd", "optim.lr=0.1", "results=rows.jsonl"]
     states = []
     for name in ("ddp", "fsdp"):
         run([*plain, "train", *words, f"trainer={name}", f"output_dir={name}"], tmp_path)

@@ -186,8 +186,12 @@ class Classifier(pl.LightningModule):
         if total == float("inf"):
             raise ZooError("the data does not say its length; type +trainer.max_steps=N")
         kwargs: dict[str, Any] = {}
-        if str(self.trainer.precision).endswith("-mixed") and _takes(self.make_optimizer, "fused"):
-            kwargs["fused"] = False  # a fused step unscales gradients itself; clipping cannot then
+        # A fused step unscales gradients itself, so that they cannot be clipped; and not every fused
+        # optimiser takes parameters in shares.
+        in_shares = any(hasattr(p, "to_local") for p in self.net.parameters())
+        mixed = str(self.trainer.precision).endswith("-mixed")
+        if (mixed or in_shares) and _takes(self.make_optimizer, "fused"):
+            kwargs["fused"] = False
         optimizer = self.make_optimizer(self.trainable(), **kwargs)
         if learned := list(self.loss.parameters()):
             optimizer.add_param_group({"params": learned})
