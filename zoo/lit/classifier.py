@@ -186,7 +186,7 @@ class Classifier(pl.LightningModule):
         if total == float("inf"):
             raise ZooError("the data does not say its length; type +trainer.max_steps=N")
         kwargs: dict[str, Any] = {}
-        # A fused step unscales gradients itself, so that they cannot be clipped; and not every fused
+        # A fused step unscales gradients itself, so that they cannot be clipped; not every fused
         # optimiser takes parameters in shares.
         in_shares = any(hasattr(p, "to_local") for p in self.net.parameters())
         mixed = str(self.trainer.precision).endswith("-mixed")
