@@ -17,7 +17,6 @@ import torch
 from omegaconf import OmegaConf
 
 from reduction.functional import kernels
-from zoo.adapters.standalone import as_standalone
 from zoo.cost.sampling import CostSampler, is_adaptive, patch_counts
 from zoo.errors import ZooError
 from zoo.measure.accuracy import top_k
