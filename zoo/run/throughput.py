@@ -1,4 +1,4 @@
-"""The task `throughput`: which engines, what is timed beside the model, and fields of rows."""
+"""The task `throughput`: in which engines, what is timed beside the model, the fields of rows."""
 
 from __future__ import annotations
 
