@@ -54,6 +54,11 @@ class Card:
     note: str = ""
     convention: str = "zoo"
 
+    @property
+    def trained(self) -> bool:
+        """Whether it does little of use before something was trained."""
+        return not self.training.startswith(("none", "fine-tuning"))
+
 
 class Reducer(Optioned, Revised, nn.Module):
     """Base of all methods. A subclass writes `assign` and states what it needs.

@@ -49,6 +49,7 @@ FIELDS: dict[str, str] = {
     "status": "'ok', 'failed', or 'skipped': a job of a sweep that cannot be",
     "error": "one line: why a failed run failed, or why a job was skipped",
     "created": "when the row was made, ISO 8601 in UTC",
+    "job": "of eval: a digest of all options that can change a number, which done=skip looks for",
     "command": "the command line that made the row, ready to be pasted",
     "task": "list of what was done: 'train', 'accuracy', 'flops', 'throughput', 'fidelity', 'knn', "
     "'linear_probe', 'retrieval', 'zeroshot', 'export', 'select', 'visualize'",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
+from zoo.run.done import digest, done_before
 from zoo.run.remarks import add_note, noted
 from zoo.run.variants import NOTHING, at_size, nothing_reduced
 
@@ -84,6 +85,12 @@ def add_controls(config: DictConfig, rows: Path) -> None:
     jobs = [_alone(job) for job in saved if "control" in job.cfg]
     program = _program(rows)
     for job, error in missing_controls(jobs):
+        what = digest(job.cfg)
+        if error is None and (earlier := done_before(job.cfg, what)):
+            for row in earlier:
+                print(f"{summary_line(row)} | done before", flush=True)
+                append_row(rows, row)
+            continue
         try:
             if error is not None:
                 raise error
@@ -111,7 +118,7 @@ def add_controls(config: DictConfig, rows: Path) -> None:
             for row in found:
                 print(summary_line(row), flush=True)
         for row in found:
-            row["command"] = shlex.join([*program, *job.overrides])
+            row.update(job=what, command=shlex.join([*program, *job.overrides]))
             for path in (str(job.cfg.results), rows):
                 append_row(path, row)
 

@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 from zoo.measure.progress import say, show, wanted
 from zoo.run import help
 from zoo.run.console import written_out
+from zoo.run.done import digest, done_before
 from zoo.run.messages import explain, unknown_flag
 from zoo.run.outcome import FAILED, INTERRUPTED, USAGE, State, complain, is_first_process
 from zoo.run.overrides import prepare
 from zoo.run.remarks import (
     Skipped,
     add_note,
+    check_trained,
     noted,
     sweeps_reducers,
     without_class_token,
@@ -134,6 +136,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     aloud = speaks(HydraConfig.get())
     overrides, more, notes = _overrides(sweep), list[str](), list[str]()
+    what: str | None = None
     try:
         join_tasks()
         if sweep:
@@ -147,6 +150,12 @@ def job(kind: str, cfg: DictConfig) -> Row:
             announce(partial(_died, cfg))
         if kind == "train":
             os.makedirs(str(cfg.output_dir), exist_ok=True)
+        if kind == "eval":
+            what = digest(cfg)
+            if earlier := done_before(cfg, what):
+                return _taken_over(earlier, aloud)
+            if sweep:
+                check_trained(cfg)
         work = _work(kind)
         with noted(quiet=sweep) as notes:
             if sweep and sweeps_reducers(overrides):
@@ -173,6 +182,7 @@ def job(kind: str, cfg: DictConfig) -> Row:
     finally:
         os.environ[_FULL_ERROR] = "1"
     for row in rows:
+        row["job"] = what
         row["command"] = " ".join([command_line(), *map(shlex.quote, more)])
         for note in notes if kind == "eval" else []:
             add_note(row, note)
@@ -200,6 +210,24 @@ def job(kind: str, cfg: DictConfig) -> Row:
         if not sweep:
             raise SystemExit(complain(str(rows[0]["error"])))
         State.failed_jobs += 1
+    return rows[0]
+
+
+def _taken_over(rows: list[Row], aloud: bool) -> Row:
+    """Rows of an earlier run of this job; a sweep has them in its own file, too."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from zoo.report.words import summary_line
+    from zoo.results.rows import append_row
+    from zoo.run.sweep import sweep_rows_path
+
+    for row in rows:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            State.rows_path = str(sweep_rows_path(HydraConfig.get()))
+            append_row(State.rows_path, row)
+        if aloud:
+            say(f"{summary_line(row)} | done before")
     return rows[0]
 
 
@@ -249,7 +277,8 @@ def _overrides(sweep: bool) -> list[str]:
 
     if not sweep:
         return list(HydraConfig.get().overrides.task)
-    return options(command_words()[1:])
+    params = HydraConfig.get().sweeper.get("params") or {}  # that an experiment brings along
+    return [*(f"{k}={v}" for k, v in params.items()), *options(command_words()[1:])]
 
 
 def _results(cfg: DictConfig) -> str:

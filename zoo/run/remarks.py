@@ -25,6 +25,28 @@ def sweeps_reducers(typed: Sequence[str]) -> bool:
     return any(o.key_or_group == "reducer" and o.is_sweep_override() for o in overrides)
 
 
+def check_trained(cfg: DictConfig) -> None:
+    """Leaves out a method that needs training, where `untrained=skip` and the weights bring none.
+
+    Raises:
+        Skipped: So it is.
+    """
+    from zoo.checkpoint import find, read_config
+
+    reducer = cfg.get("reducer")
+    if cfg.get("untrained", "run") != "skip" or reducer is None:
+        return
+    from hydra.utils import get_class
+
+    cls: Any = get_class(str(reducer._target_)) if "methods" in str(reducer._target_) else None
+    if cls is None or not cls.card.trained:
+        return
+    source = find(str(cfg.weights)) if cfg.get("weights") else None
+    stored = read_config(source)["reducer"] if source is not None and source.is_dir() else None
+    if (stored or {}).get("name") != cls.name:
+        raise Skipped(f"needs training ({cls.card.training}); untrained=run measures it as it is")
+
+
 def without_class_token(
     work: Callable[[DictConfig], list[Row]], cfg: DictConfig, typed: Sequence[str]
 ) -> tuple[list[Row], list[str]]:
@@ -42,14 +64,16 @@ def without_class_token(
         The rows, and what has to be typed beside the overrides to get it.
 
     Raises:
-        Skipped: The method needs a class token.
+        Skipped: The method needs a class token, or cannot keep to the budget.
     """
     from omegaconf import OmegaConf
 
-    from zoo.errors import NoClassToken
+    from zoo.errors import NoClassToken, UnreachableBudget
 
     try:
         return work(cfg), []
+    except UnreachableBudget as error:
+        raise Skipped(str(error)) from error
     except NoClassToken as error:
         chosen = {text.lstrip("+").partition("=")[0] for text in typed}
         names = {"reducer.score", *(f"reducer.{name}" for name in error.instead)}

@@ -91,7 +91,7 @@ class ProgressCallback(Callback):
         from zoo.measure.progress import counter, show, wanted
 
         show(wanted(config))
-        self._bar = counter("jobs", count_jobs(list(config.hydra.overrides.task)))
+        self._bar = counter("jobs", count_jobs(swept(config.hydra)))
         if elsewhere(config.hydra):
             self._follower = Follower(sweep_rows_path(config.hydra), self._bar.update)
             self._follower.start()
@@ -109,15 +109,24 @@ class ProgressCallback(Callback):
             self._bar.close()
 
 
+def swept(hydra: Any) -> list[str]:
+    """The overrides of a whole sweep: what an experiment brings along, then what was typed."""
+    params = hydra.sweeper.get("params") or {}
+    return [*(f"{name}={value}" for name, value in params.items()), *hydra.overrides.task]
+
+
 def count_jobs(overrides: list[str]) -> int:
-    """How many jobs the overrides of a sweep make: the product of the values of each."""
+    """How many jobs the overrides of a sweep make: the product of the values of each.
+
+    Of two for one option the last holds.
+    """
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     # Only with a loader is glob(*) known to stand for something.
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    parsed = parser.parse_overrides(overrides)
-    return math.prod(len(list(o.sweep_iterator())) for o in parsed if o.is_sweep_override())
+    last = {o.get_key_element(): o for o in parser.parse_overrides(overrides)}.values()
+    return math.prod(len(list(o.sweep_iterator())) for o in last if o.is_sweep_override())
 
 
 class ReportCallback(Callback):

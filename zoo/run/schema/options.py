@@ -351,6 +351,8 @@ EVAL: Options = {
         "max_gb": real(above=0, high=1e6),
         "seed": _SEED,
     },
+    "done": choice("again", "skip"),
+    "untrained": choice("run", "skip"),
     "control": maybe(
         either(
             choice(*CONTROLS),

@@ -1,0 +1,106 @@
+"""Tables of results: a sweep that an experiment brings along, whose jobs are done once."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zoo
+from zoo.checkpoint import save_pretrained
+from zoo.cli.main import main
+from zoo.published import config_folder
+from zoo.results.rows import read_rows
+
+Run = Callable[[str], tuple[int, str, str]]
+SWEEP = "eval -m weights=vit_digits reducer=topk,tome schedule.r=4 task=flops resolutions=[0.5]"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Run:
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str) -> tuple[int, str, str]:
+        code = main(shlex.split(line))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def rows() -> list[dict[str, Any]]:
+    return read_rows("results/local/rows.jsonl")
+
+
+def test_a_job_that_is_done_is_not_repeated(run: Run) -> None:
+    assert run(f"{SWEEP} done=skip")[0] == 0
+    first = rows()
+    assert len(first) == 4 and len({row["job"] for row in first}) == 4
+    code, out, _ = run(f"{SWEEP.replace('r=4', 'r=4,8')} done=skip hydra.sweep.dir=sweep")
+    assert code == 0 and out.count("| done before") == 4
+    assert len(rows()) == 6
+    # The report of the sweep has all of them, in the rows that were there.
+    assert {row["run_id"] for row in first} < {r["run_id"] for r in read_rows("sweep/rows.jsonl")}
+    assert len(read_rows("sweep/rows.jsonl")) == 6
+
+
+def test_another_option_is_another_job(run: Run) -> None:
+    one = "eval weights=vit_digits reducer=tome schedule.r=4 task=flops done=skip"
+    for more in ("", " progress=false", " seed=1", " reducer.prop_attn=false"):
+        assert run(one + more)[0] == 0
+    assert len(rows()) == 3
+
+
+def test_other_weights_are_another_job(run: Run) -> None:
+    save_pretrained(zoo.load("vit_digits"), "mine")
+    one = "eval weights=mine reducer=tome schedule.r=4 task=flops done=skip"
+    assert run(one)[0] == 0 and run(one)[0] == 0 and len(rows()) == 1
+    model = zoo.load("mine")
+    model.backbone.head.bias.data += 1
+    save_pretrained(model, "mine")
+    assert run(one)[0] == 0 and len(rows()) == 2
+
+
+def test_without_the_option_jobs_are_run_again(run: Run) -> None:
+    for _ in range(2):
+        assert run("eval weights=vit_digits task=flops")[0] == 0
+    assert len(rows()) == 2 and rows()[0]["job"] == rows()[1]["job"]
+
+
+def test_methods_that_need_training_are_left_out_where_asked(run: Run) -> None:
+    code, _, err = run(
+        "eval -m weights=vit_digits reducer=tome,tokenlearner,atc task=flops control=[] "
+        "untrained=skip"
+    )
+    assert (code, err) == (0, "")
+    assert [row["status"] for row in rows()] == ["ok", "skipped", "ok"]
+    assert "needs training" in rows()[1]["error"]
+
+
+def test_budgets_that_a_method_cannot_keep_are_skipped_in_a_sweep(run: Run) -> None:
+    code, _, err = run(
+        "eval -m weights=vit_digits reducer=tome,topk schedule=target_gmacs schedule.fraction=0.05 "
+        "task=flops control=[]"
+    )
+    assert (code, err) == (0, "") and {row["status"] for row in rows()} == {"skipped"}
+
+
+@pytest.mark.parametrize(
+    "name", sorted(p.stem for p in (config_folder() / "experiment/leaderboard").glob("*.yaml"))
+)
+def test_every_table_is_one_command(run: Run, name: str) -> None:
+    code, out, err = run(
+        f"eval experiment=leaderboard/{name} weights=vit_digits backbone=vit_digits data=digits "
+        "task=flops reducer=tome,tokenlearner schedule.fraction=0.75 results=rows.jsonl"
+    )
+    assert (code, err) == (0, ""), err
+    found = read_rows("rows.jsonl")
+    assert {row["status"] for row in found} == {"ok", "skipped"}
+    assert {row["method"] for row in found} == {"none", "tome", "tokenlearner"}
+
+
+def test_an_experiment_of_training_is_refused_by_eval(run: Run) -> None:
+    code, _, err = run("eval experiment=vit_digits")
+    assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1

@@ -1,0 +1,63 @@
+"""Jobs that were done before: with `done=skip` their rows are taken instead of measuring again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Row = dict[str, Any]
+
+# Options that say where and how loudly something is measured, not what.
+_FREE = ("done", "results", "paths", "progress", "control", "resolutions", "untrained")
+_FREE_OF_FEATURES = ("cache", "folder", "max_gb")
+
+
+def digest(cfg: DictConfig) -> str:
+    """What tells a job of eval from others: all options that can change a number.
+
+    Args:
+        cfg: The composed configuration.
+    """
+    from omegaconf import OmegaConf
+
+    options: Any = OmegaConf.to_container(cfg, resolve=True)
+    options = {k: v for k, v in options.items() if k not in _FREE}
+    features = options.get("features") or {}
+    options["features"] = {k: v for k, v in features.items() if k not in _FREE_OF_FEATURES}
+    text = json.dumps(options, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def done_before(cfg: DictConfig, job: str) -> list[Row]:
+    """Rows of the same job, the last of each engine; empty where it has to be run.
+
+    A job that failed is run again. So is one whose weights have changed since; other images under
+    the same name are not noticed.
+
+    Args:
+        cfg: The composed configuration; its option `done` says whether rows are looked for.
+        job: Its digest.
+    """
+    if cfg.get("done", "again") != "skip":
+        return []
+    from zoo.results.rows import read_rows
+
+    last: dict[Any, Row] = {}
+    for row in read_rows(str(cfg.results), broken=[]):  # a report says which lines are broken
+        if row.get("job") == job:
+            last[row.get("engine")] = row
+    good = [r.get("status") in ("ok", "skipped") and _same_weights(r, cfg) for r in last.values()]
+    return list(last.values()) if all(good) else []
+
+
+def _same_weights(row: Mapping[str, Any], cfg: DictConfig) -> bool:
+    if row.get("weights_sha") is None or cfg.get("weights") is None:
+        return True
+    from zoo.checkpoint import weights_sha256
+
+    return bool(row["weights_sha"] == weights_sha256(str(cfg.weights)))
