@@ -46,7 +46,6 @@ def test_a_model_is_tried_without_data(name: str) -> None:
         ("cait_xxs24_224", "its attention mixes the maps of all heads"),
         ("swin_tiny_patch4_window7_224", "within windows of the raster"),
         ("hiera_tiny_224", "queries pool from stage to stage"),
-        ("gcvit_xxtiny", "queries made of the whole raster"),
         ("samvit_base_patch16_224", "convolutions over it stand behind"),
         ("xcit_nano_12_p16_224", "among channels"),
         ("resnet18", "no one sequence of tokens"),

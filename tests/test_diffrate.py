@@ -304,5 +304,5 @@ def test_both_counts_are_reported(configs: None) -> None:
 
 
 def test_caformer_is_refused() -> None:
-    with hollow(), pytest.raises(UnsupportedModel, match="hierarchical"):
+    with hollow(), pytest.raises(UnsupportedModel, match="in stages"):
         zoo.create_model("caformer_s36", reducer="diffrate")

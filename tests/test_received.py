@@ -57,13 +57,15 @@ def test_attention_goes_through_one_map_only_where_it_may(monkeypatch: pytest.Mo
 
     def fused(**more) -> bool:
         called.clear()
-        out, s = attention(q, k, v, scale=0.5, need=more.pop("need", need), **more)
+        more = {"need": need, "free": True} | more
+        out, s = attention(q, k, v, scale=0.5, **more)
         if not more.get("dropout"):
             assert torch.allclose(out, expected, atol=1e-5)
         assert s.column is None or torch.allclose(s.column, column, atol=1e-6)
         return bool(called)
 
     assert not fused() and fused(need=frozenset()) and fused(dropout=0.5)
+    assert fused(free=False)  # where no token has changed, outputs are the tower's to the last bit
     with kernels.forced("sdpa"):
         assert fused()
     q.requires_grad_()

@@ -116,8 +116,11 @@ def test_images_looked_up_among_themselves_do_not_find_themselves(run: Run, tmp_
     ("line", "message"),
     [
         ("weights=vit_digits task=select", "needs a selector; type selector=NAME"),
-        ("weights=vit_digits selector=scope", "selector has no effect without the select task"),
-        ("weights=vit_digits select.seeds=3", "no effect without the select task"),
+        (
+            "weights=vit_digits selector=scope",
+            "selector has no effect without the select or visualize task",
+        ),
+        ("weights=vit_digits select.seeds=3", "no effect without the select or visualize task"),
         (f"{SMALL} selector=scop", "did you mean scope"),
         (f"{SMALL} selector=scope selector.alpha=-1", "alpha must be 0 or more"),
         (f"{SMALL} selector=scope +selector.beta=1", "beta"),

@@ -63,7 +63,8 @@ def test_other_shapes_are_refused_or_right(name: str) -> None:
     try:
         zoo.wrap(dense, "tome")
     except ZooError as error:
-        assert "\n" not in str(error) and "support" in str(error)
+        assert "\n" not in str(error)
+        assert "is not supported" in str(error) or "takes no reducer" in str(error)
     else:
         check(dense)
 

@@ -31,6 +31,7 @@ def attention(
     policy: Tensor | None = None,
     class_tokens: int = 1,
     drop: Callable[[Tensor], Tensor] | None = None,
+    free: bool = False,
 ) -> tuple[Tensor, Signals]:
     """Attention output and the signals in `need`.
 
@@ -50,6 +51,7 @@ def attention(
         class_tokens: Leading tokens that together act as the class token; "cls_row" is the mean
             of their rows.
         drop: Dropout of attention weights, where somebody watches it; without `fused` only.
+        free: Whether the output may differ from the kernel's in the last bits.
 
     Returns:
         Output `(B, H, N, d)` and the signals.
@@ -67,7 +69,7 @@ def attention(
             column=map_.mean((1, 2)) if "column" in need else None,
             attn=map_ if "attn" in need else None,
         )
-    if "column" in need and not dropout and shares_map(q, k, v, bias):
+    if free and "column" in need and not dropout and shares_map(q, k, v, bias):
         out, column = attention_and_column(q, k, v, scale, bias)
         rest = signals(q, k, scale, bias, need - {"column"}, class_tokens)
         return out, rest._replace(column=column)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reduction.functional.matching import bipartite_matching
 from reduction.tokens import take_rows
 
 #: Neighbours up to which they are found one by one.
@@ -64,3 +65,33 @@ def density_peaks(
     slot = take_rows(squared, centres).argmin(1)
     own = torch.arange(clusters, device=x.device).expand_as(centres)
     return centres, slot.scatter(1, centres, own)
+
+
+@torch.no_grad()
+def pairs_and_clusters(
+    x: Tensor, order: Tensor, first: int, pairs: int, clusters: int, neighbors: int
+) -> tuple[Tensor, Tensor]:
+    """Groups of tokens: the most similar pairs among the first ones, clusters of the others.
+
+    Args:
+        x: Features `(B, N, C)`.
+        order: Indices of the tokens, `(B, N)`.
+        first: How many of them may pair up.
+        pairs: So many pairs.
+        clusters: Of the others.
+        neighbors: See `density_peaks`.
+
+    Returns:
+        Group of each token `(B, N)` and leader of each group `(B, M)`: pairs first.
+    """
+    ahead, rest = order[:, :first], order[:, first:]
+    peaks, member = density_peaks(take_rows(x, rest), clusters, neighbors)
+    slots, leaders = [member + (first - pairs)], [rest.gather(1, peaks)]
+    if first:
+        match = bipartite_matching(take_rows(x, ahead), pairs, 0)
+        place = torch.arange(match.leader.shape[1], device=x.device).expand_as(match.leader)
+        own = torch.zeros_like(ahead).scatter(1, match.leader, place)
+        slots.insert(0, own.scatter(1, match.source, match.target))
+        leaders.insert(0, ahead.gather(1, match.leader))
+    slot = torch.zeros_like(order).scatter(1, order, torch.cat(slots, 1))
+    return slot, torch.cat(leaders, 1)

@@ -23,7 +23,7 @@ from reduction.functional.cells import (
 from reduction.functional.thresholds import grouped
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.entry import AtEmbedding, Embedding
-from reduction.mixins.pixels import Channels, Pixels
+from reduction.mixins.pixels import Pixels
 from reduction.registry import register
 from reduction.tokens import Tokens, take_rows
 
@@ -72,8 +72,8 @@ class APT(Adaptive, Pixels, AtEmbedding, Reducer):
     def __init__(
         self,
         thresholds: Sequence[float] = (5.5,),
-        mean: Channels = None,
-        std: Channels = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.thresholds = [number("thresholds", v) for v in listed("thresholds", thresholds)]

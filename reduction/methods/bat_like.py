@@ -12,11 +12,11 @@ from reduction.base import Card
 from reduction.checks import count, share
 from reduction.counts import Dims, Step
 from reduction.functional.clustering import mean_shares
-from reduction.functional.density import density_peaks
-from reduction.functional.matching import bipartite_matching, split_sizes
+from reduction.functional.density import pairs_and_clusters
+from reduction.functional.matching import split_sizes
 from reduction.mixins.ranking import ScoreReducer
 from reduction.registry import register
-from reduction.tokens import Tokens, take_rows
+from reduction.tokens import Tokens
 
 
 @register("bat_like")
@@ -97,26 +97,10 @@ class BatLike(ScoreReducer):
     def settle(self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step) -> Merge:
         attentive, pairs, clusters = self.split(t.n, step.keep)
         order = torch.cat([kept, rest], dim=1)
-        slot, leader = self._groups(t.patches.detach(), order, attentive, pairs, clusters)
+        x, sizes = t.patches, (attentive, pairs, clusters)
+        slot, leader = pairs_and_clusters(x, order, *sizes, self.neighbors)
         weight = score.to(torch.promote_types(score.dtype, torch.float32)).clamp_min(1e-12)
         return Merge(slot, leader, coef=mean_shares(weight, slot, leader.shape[1]))
-
-    @torch.no_grad()
-    def _groups(
-        self, x: Tensor, order: Tensor, attentive: int, pairs: int, clusters: int
-    ) -> tuple[Tensor, Tensor]:
-        """Group of each token `(B, N)` and leader of each group `(B, M)`: pairs, then clusters."""
-        first, rest = order[:, :attentive], order[:, attentive:]
-        peaks, member = density_peaks(take_rows(x, rest), clusters, self.neighbors)
-        slots, leaders = [member + (attentive - pairs)], [rest.gather(1, peaks)]
-        if attentive:
-            match = bipartite_matching(take_rows(x, first), pairs, 0)
-            place = torch.arange(match.leader.shape[1], device=x.device).expand_as(match.leader)
-            own = torch.zeros_like(first).scatter(1, match.leader, place)
-            slots.insert(0, own.scatter(1, match.source, match.target))
-            leaders.insert(0, first.gather(1, match.leader))
-        slot = torch.zeros_like(order).scatter(1, order, torch.cat(slots, 1))
-        return slot, torch.cat(leaders, 1)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         attentive, pairs, _ = self.split(n, step.keep)

@@ -128,7 +128,7 @@ class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Train
             return self._masked_attention(a, t.policy)
         if "column" not in a.need:
             return None
-        if not a.dropout and a.fused and shares_map(a.q, a.k, a.v, a.bias):
+        if a.free and not a.dropout and a.fused and shares_map(a.q, a.k, a.v, a.bias):
             out, column = attention_and_column(a.q, a.k, a.v, a.scale, a.bias, t.mask)
         else:
             out, _ = a._replace(need=frozenset()).usual()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from reduction.functional.predicting import Predicted, patch_vectors, predicted_
 from reduction.functional.thresholds import held
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.entry import AtInput
-from reduction.mixins.pixels import Channels, Pixels
+from reduction.mixins.pixels import Pixels
 from reduction.registry import register
 
 SCANS = ("pred_2d", "raster", "serpentine")
@@ -71,8 +73,8 @@ class PixelPrune(Adaptive, Pixels, AtInput, Reducer):
         metric: str = "max",
         threshold: float = 0.0,
         anchored: bool = True,
-        mean: Channels = None,
-        std: Channels = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.scan = one_of("scan", scan, SCANS)

@@ -31,6 +31,8 @@ class AttentionInput(NamedTuple):
             only `v` of it is filled. Given where `OwnAttention.rereads` says so.
         drop: Dropout of the attention weights where somebody watches it; see `dropped`.
         x: What queries, keys and values were computed from, `(B, P+N, C)`.
+        free: Whether tokens have changed, so that nothing has to equal the tower's kernel to the
+            last bit.
     """
 
     q: Tensor
@@ -45,6 +47,7 @@ class AttentionInput(NamedTuple):
     again: Callable[[Tokens, bool], AttentionInput] | None = None
     drop: Callable[[Tensor], Tensor] | None = None
     x: Tensor | None = None
+    free: bool = False
 
     def logits(self) -> Tensor:
         """Scaled products of queries and keys with the bias added, `(B, H, P+N, P+N)`."""
@@ -104,6 +107,7 @@ class AttentionInput(NamedTuple):
             policy=policy,
             class_tokens=self.class_tokens,
             drop=self.drop,
+            free=self.free,
         )
 
     def dropped(self, map_: Tensor) -> Tensor:

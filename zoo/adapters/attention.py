@@ -297,6 +297,7 @@ def attend(
     again: Callable[[Tokens, bool], AttentionInput] | None = None,
     shift: Shift | None = None,
     tap: Tap | None = None,
+    free: bool = False,
 ) -> tuple[Tensor, AttentionOutput]:
     """Run an attention module and collect signals.
 
@@ -316,6 +317,7 @@ def attend(
         again: Handed on to `own`, see `AttentionInput`.
         shift: What to add to queries and values; whatever else computes them then waits.
         tap: Gets the attention weights, for which the fused kernel is given up.
+        free: See `AttentionInput`.
 
     Returns:
         Output `(B, N, C)`, or `(B, rows, C)`, and the attention's own result with all signals.
@@ -347,7 +349,7 @@ def attend(
     dropout = parts.dropout if attn.training else 0.0
     fused = parts.fused and tap is None
     drop = None if fused else partial(_dropped, parts, dropout, tap)
-    more = need, class_tokens, again, drop, x
+    more = need, class_tokens, again, drop, x, free
     given = AttentionInput(q, k, v, parts.scale, bias, dropout, fused, *more)
     result = None if own is None else own(given)
     if result is None:

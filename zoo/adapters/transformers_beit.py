@@ -13,11 +13,11 @@ from zoo.adapters.attention import through
 from zoo.adapters.bias import bias_of
 from zoo.adapters.blocks import Attend, BlockAdapter, masked, register_block
 from zoo.adapters.tower import Embedded, register_tower
+from zoo.adapters.transformers_attention import register_hf_attention
 from zoo.adapters.transformers_tower import (
     HfTower,
     mean,
     plain_forward,
-    register_hf_attention,
 )
 
 _SHARED, _RESIZED, _PIXELS = "shared", "interpolate_pos_encoding", "resolution"

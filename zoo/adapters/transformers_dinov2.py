@@ -13,7 +13,8 @@ from reduction.tokens import Tokens
 from zoo.adapters.attention import through
 from zoo.adapters.blocks import Attend, BlockAdapter, masked, register_block
 from zoo.adapters.tower import register_tower
-from zoo.adapters.transformers_tower import HfTower, call_layer, mean, register_hf_attention
+from zoo.adapters.transformers_attention import register_hf_attention
+from zoo.adapters.transformers_tower import HfTower, call_layer, mean
 
 
 class HfDinov2(HfTower):

@@ -12,8 +12,9 @@ from reduction.tokens import Tokens
 from zoo.adapters.attention import linear_weights
 from zoo.adapters.blocks import register_block
 from zoo.adapters.tower import register_tower
+from zoo.adapters.transformers_attention import register_hf_attention
 from zoo.adapters.transformers_clip import PLAIN
-from zoo.adapters.transformers_tower import HfTower, mean, register_hf_attention
+from zoo.adapters.transformers_tower import HfTower, mean
 
 
 class HfSiglip(HfTower):

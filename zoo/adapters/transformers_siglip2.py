@@ -15,9 +15,9 @@ from transformers.models.siglip2 import modeling_siglip2 as siglip2
 
 from zoo.adapters.blocks import register_block
 from zoo.adapters.tower import Embedded, register_tower
+from zoo.adapters.transformers_attention import register_hf_attention
 from zoo.adapters.transformers_clip import PLAIN
 from zoo.adapters.transformers_siglip import HfSiglip
-from zoo.adapters.transformers_tower import register_hf_attention
 from zoo.errors import ZooError
 
 

@@ -113,6 +113,7 @@ class Halves(NamedTuple):
             rows=plan.rows,
             shift=shift,
             tap=None if frame.watch is None else weights.append,
+            free=stage.positions_changed or frame.own_kernels,
             **self._rereading(stage, shift),
         )
         branch, result = adapter.attn_branch(block, all_.x, listen)

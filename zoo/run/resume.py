@@ -45,6 +45,28 @@ def options_to_store(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in found.items() if key not in _PLACES}
 
 
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """What Lightning wrote.
+
+    Args:
+        path: A file.
+
+    Raises:
+        BadCheckpoint: It is damaged, or not of a training run.
+    """
+    from zoo.checkpoint.files import read_any
+
+    stored = read_any(path)
+    needed = {"state_dict": dict, "loops": dict, "optimizer_states": list, "epoch": int}
+    if not isinstance(stored, Mapping) or any(
+        not isinstance(stored.get(key), kind) for key, kind in needed.items()
+    ):
+        raise BadCheckpoint(
+            f"{path}: not a training checkpoint; to start from its weights type weights={path}"
+        )
+    return stored
+
+
 def resumed(cfg: DictConfig, stored: Mapping[str, Any], path: Path) -> DictConfig:
     """The configuration of the run that a checkpoint is of.
 

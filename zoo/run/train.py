@@ -35,7 +35,7 @@ from zoo.run.evaluate import kernels_chosen
 from zoo.run.machines import where
 from zoo.run.notes import training_notes, unread_images
 from zoo.run.outcome import started
-from zoo.run.resume import options_to_store, resumed
+from zoo.run.resume import options_to_store, read_checkpoint, resumed
 from zoo.run.teacher import teacher_of
 from zoo.run.training import training_of
 
@@ -175,7 +175,7 @@ def _resumed(cfg: DictConfig) -> DictConfig:
             "outputs/train/DATE/TIME/checkpoints/last.ckpt"
         )
     path = path.resolve()
-    result = resumed(cfg, _read_checkpoint(path), path)
+    result = resumed(cfg, read_checkpoint(path), path)
     with open_dict(result):
         result.ckpt = str(path)
         # A resumed run goes on in its own folder: its best epoch so far is there.
@@ -183,25 +183,6 @@ def _resumed(cfg: DictConfig) -> DictConfig:
             result.output_dir = str(path.parent.parent)
             _say(f"goes on in {os.path.relpath(result.output_dir)}")
     return result
-
-
-def _read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """What Lightning wrote.
-
-    Raises:
-        BadCheckpoint: It is damaged, or not of a training run.
-    """
-    from zoo.checkpoint.files import read_any
-
-    stored = read_any(path)
-    needed = {"state_dict": dict, "loops": dict, "optimizer_states": list, "epoch": int}
-    if not isinstance(stored, Mapping) or any(
-        not isinstance(stored.get(key), kind) for key, kind in needed.items()
-    ):
-        raise BadCheckpoint(
-            f"{path}: not a training checkpoint; to start from its weights type weights={path}"
-        )
-    return stored
 
 
 def _build(cfg: DictConfig, data: ImageData) -> ReducedViT:
@@ -277,7 +258,7 @@ def _check_resume(path: Path, model: ReducedViT, volatile: frozenset[str]) -> in
     Raises:
         BadCheckpoint: It is of another model, e.g. because its weights have changed on disk.
     """
-    stored = _read_checkpoint(path)
+    stored = read_checkpoint(path)
     was = stored["hyper_parameters"].get("recipe") or {}
     check_plain(was, f"{path} (recipe)")
     was, now = (_untagged(_json(recipe)) for recipe in (was, model.recipe))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Union
 
+from zoo.run.schema.backbone import BACKBONE_ARGS, SIZE
 from zoo.run.schema.kinds import (
     Kind,
     anything,
@@ -36,37 +37,12 @@ _SHARE = real(0, 1)
 _POSITIVE = real(above=0)
 _PIXEL, _SPREAD = real(-1e4, 1e4), real(above=0, high=1e4)  # of pixels from 0 to 1, or to 255
 _PAIR = "[lowest, highest]"
-_SIDE = whole(1, 8192)
-_SIZE = either(_SIDE, list_of(_SIDE, "[height, width]", 2, 2))
 _SEED = whole(0, 2**32 - 1)
 _THREADS = maybe(whole(1, 1024))
 _BATCH = whole(1, 2**20)
 _DEVICE = text("auto, cpu, cuda, cuda:1 or mps", r"auto|cpu|mps|cuda(:\d+)?")
 _WORDS = text()
 
-#: Arguments of timm's models that have a range; the others are left to timm.
-_BACKBONE_ARGS: Options = {
-    "img_size": _SIZE,
-    "patch_size": _SIZE,
-    "num_classes": whole(0),
-    "in_chans": whole(1, 4096),
-    "depth": whole(1, 1000),
-    "embed_dim": whole(1, 2**16),
-    "num_heads": whole(1, 2**16),
-    "mlp_ratio": _POSITIVE,
-    "drop_rate": real(0, below=1),
-    "pos_drop_rate": real(0, below=1),
-    "patch_drop_rate": real(0, below=1),
-    "proj_drop_rate": real(0, below=1),
-    "attn_drop_rate": real(0, below=1),
-    "drop_path_rate": real(0, below=1),
-    "qkv_bias": flag(),
-    "qk_norm": flag(),
-    "dynamic_img_size": flag(),
-    "dynamic_img_pad": flag(),
-    "class_token": flag(),
-    "compressed_grid": maybe(_SIZE),
-}
 
 _RUNTIME: Options = {
     "last_block": choice("full", "class_token"),
@@ -88,7 +64,7 @@ _DATA: Options = {
     "strict": flag(),
     "damaged": choice("skip", "fail"),
     "upright": flag(),
-    "img_size": maybe(_SIZE),
+    "img_size": maybe(SIZE),
     "mean": maybe(either(_PIXEL, list_of(_PIXEL, "one number per channel", 1, 4))),
     "std": maybe(
         either(_SPREAD, list_of(_SPREAD, "one number above 0 per channel", 1, 4)),
@@ -270,7 +246,7 @@ _MODEL: Options = {
         "library": maybe(choice("hf", "open_clip", "torchvision")),
         "name": _WORDS,
         "pretrained": flag(),
-        "args": _BACKBONE_ARGS,
+        "args": BACKBONE_ARGS,
     },
     "reducer": anything(),
     "schedule": anything(),
@@ -413,7 +389,7 @@ CALLBACK: Options = {
     "patience": whole(0),
     "min_delta": real(0),
     "logging_interval": maybe(choice("step", "epoch")),
-    "grids": maybe(list_of(_SIZE, "a list of sizes or [rows, columns]")),
+    "grids": maybe(list_of(SIZE, "a list of sizes or [rows, columns]")),
 }
 
 #: The same of loggers.
