@@ -93,7 +93,8 @@ def test_budgets_that_a_method_cannot_keep_are_skipped_in_a_sweep(run: Run) -> N
 def test_every_table_is_one_command(run: Run, name: str) -> None:
     code, out, err = run(
         f"eval experiment=leaderboard/{name} weights=vit_digits backbone=vit_digits data=digits "
-        "task=flops reducer=tome,tokenlearner schedule.fraction=0.75 results=rows.jsonl"
+        "task=flops reducer=tome,tokenlearner schedule.fraction=0.75 results=rows.jsonl "
+        "++backbone.args.img_size=16 control=dense"
     )
     assert (code, err) == (0, ""), err
     found = read_rows("rows.jsonl")
