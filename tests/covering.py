@@ -55,15 +55,16 @@ def by_turns(rows: Sequence[Row], turn: int, of: int = 3) -> list[Any]:
     return found
 
 
-def halves(rows: Sequence[Row], half: int) -> list[Any]:
-    """Rows as parameters: fast are the first ones of every second method.
+def parts(rows: Sequence[Row], part: int, of: int = 3) -> list[Any]:
+    """Rows as parameters: fast are the first ones of a part of the methods.
 
     Args:
         rows: Of methods.
-        half: 0 or 1; the other one has the other methods.
+        part: Which, 0 to `of` - 1; the others have the other methods.
+        of: How many parts there are.
     """
     names = list(dict.fromkeys(row.name for row in rows))
-    fast = {id(next(r for r in rows if r.name == name)) for name in names[half::2]}
+    fast = {id(next(r for r in rows if r.name == name)) for name in names[part::of]}
     return [
         pytest.param(row, id=row.id, marks=() if id(row) in fast else pytest.mark.slow)
         for row in rows
@@ -86,3 +87,9 @@ _KINDS |= {"jumbo": "jumbo"}
 
 def _id(value: Any) -> str:
     return str(getattr(value, "id", value))
+
+
+def every(values: Sequence[Any], nth: int) -> list[Any]:
+    """Values as parameters, of which every n-th is fast."""
+    marks = [() if i % nth == 0 else pytest.mark.slow for i in range(len(values))]
+    return [pytest.param(v, id=_id(v), marks=m) for v, m in zip(values, marks, strict=True)]

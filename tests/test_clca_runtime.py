@@ -17,7 +17,7 @@ from torch import nn
 import reduction
 import zoo
 from tests.cases import METHODS, Row, backbone, images
-from tests.covering import by_turns
+from tests.covering import parts
 from tests.parity.clca_build import official_counts
 from tests.test_clca import STAGES, plugged
 from zoo.adapters.hollow import hollow
@@ -249,7 +249,7 @@ def test_every_option_file_has_the_defaults() -> None:
 # ------------------------------------------------------------------ cost
 
 
-@pytest.mark.parametrize("row", by_turns(METHODS, 0))
+@pytest.mark.parametrize("row", parts(METHODS, 0, of=2))
 def test_three_counts_agree(row: Row) -> None:
     # A method may take no tokens that a plugin adds; a plugin that adds none goes with all.
     spares = row.reducer().get("fuser") or reduction.create(row.name).added_tokens == "refuse"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.cases import CORE, METHODS
-from tests.covering import by_turns, crossed, halves, pairs
+from tests.covering import by_turns, crossed, every, pairs, parts
 from tests.families import FAMILIES, first_rows, kind_of
 
 
@@ -31,8 +31,13 @@ def test_every_row_has_its_turn() -> None:
 
 
 def test_every_method_is_in_one_half() -> None:
-    left, right = ({row for (row,) in fast(halves(METHODS, half))} for half in range(2))
-    assert left | right == set(first_rows()) and not left & right
+    found = [{row for (row,) in fast(parts(METHODS, part))} for part in range(3)]
+    assert set.union(*found) == set(first_rows()) and sum(map(len, found)) == len(first_rows())
+
+
+def test_every_third_is_fast_and_all_are_there() -> None:
+    assert fast(every("abcdefg", 3)) == [("a",), ("d",), ("g",)]
+    assert [p.values for p in every("abc", 3)] == [("a",), ("b",), ("c",)]
 
 
 def test_every_backbone_of_the_matrix_is_met_and_every_row_is_there() -> None:

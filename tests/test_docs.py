@@ -161,6 +161,7 @@ def test_generated_parts_are_up_to_date():
     assert docs.main(["--check"]) == 0, "run `python -m zoo.cli.docs`"
 
 
+@pytest.mark.slow
 def test_check_notices_a_stale_table(tmp_path, monkeypatch, capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (tmp_path / "README.md").write_text(readme.replace("| [`tome`]", "| [`tomo`]"))

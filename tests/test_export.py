@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import zoo
 from reduction.functional import portable
 from tests.cases import CORE, METHODS, Row, images, model, refused
-from tests.covering import halves
+from tests.covering import parts
 from zoo.errors import ZooError
 
 FIRST = list({row.name: row for row in reversed(METHODS)}.values())[::-1]
@@ -42,7 +42,7 @@ def check_trace(row: Row, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("row", halves(FIRST, 1))
+@pytest.mark.parametrize("row", parts(FIRST, 2))
 def test_tracing(row: Row) -> None:
     check_trace(row, "plain")
 

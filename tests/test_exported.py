@@ -16,6 +16,7 @@ from PIL import Image
 
 import zoo
 from tests.cases import backbone
+from tests.covering import every
 from zoo.data.checks import data_config
 from zoo.data.transforms import eval_transform
 from zoo.errors import BadCheckpoint, ZooError
@@ -36,7 +37,7 @@ def answers(model: zoo.ReducedViT, images: torch.Tensor) -> np.ndarray:
         return model(images).float().numpy()
 
 
-@pytest.mark.parametrize("kind", ["onnx", "torch", "openvino"])
+@pytest.mark.parametrize("kind", every(["onnx", "torch", "openvino"], 3))
 def test_a_folder_answers_as_torch(kind: str, tmp_path: Path) -> None:
     pytest.importorskip({"onnx": "onnxscript", "openvino": "openvino"}.get(kind, "torch"))
     model, images = small(), torch.randn(5, 3, 32, 32)

@@ -16,7 +16,7 @@ import zoo
 from reduction import UnreachableBudget
 from reduction.tokens import Tokens
 from tests.cases import ALL, METHODS, Row, backbone, images, model, refused
-from tests.covering import by_turns, crossed, halves, pairs
+from tests.covering import by_turns, crossed, pairs, parts
 from zoo.errors import ZooError
 from zoo.model.reduced import ReducedViT
 from zoo.model.stream import Info
@@ -26,7 +26,7 @@ rows = pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
 first, second, third = (pytest.mark.parametrize("row", by_turns(METHODS, n)) for n in range(3))
 
 # Tracing takes seconds: in the fast tier one half of the methods goes one way and one the other.
-traced, exported = (pytest.mark.parametrize("row", halves(METHODS, half)) for half in range(2))
+traced, exported = (pytest.mark.parametrize("row", parts(METHODS, part)) for part in range(2))
 core = pytest.mark.parametrize(("row", "name"), pairs())
 
 

@@ -111,6 +111,7 @@ def test_a_budget_in_time_shows_its_measurements(run: Run) -> None:
     assert "target of 1.05x:" not in run(f"{line} {options}")[2]
 
 
+@pytest.mark.slow
 def test_a_training_shows_epochs_validation_and_test_on_stderr(run: Run) -> None:
     line = (
         "train trainer.max_epochs=1 trainer.limit_train_batches=2 trainer.limit_val_batches=2 "

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import zoo
+from tests.covering import every
 from zoo.adapters.hollow import hollow
 from zoo.cost.counters import torch_gmacs
 from zoo.errors import ZooError
@@ -52,7 +53,7 @@ def check(dense: nn.Module) -> None:
     assert found.gmacs == pytest.approx(torch_gmacs(model, images), rel=2e-3)
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", every(ACCEPTED, 2))
 def test_what_is_accepted_is_counted_and_runs(name: str) -> None:
     check(on_meta(name))
 

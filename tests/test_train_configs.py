@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import zoo
+from tests.covering import every
 from zoo.data.module import ImageData
 from zoo.data.transforms import train_transform
 from zoo.lit.classifier import Classifier
@@ -75,7 +76,7 @@ def test_option_builds(group: str, option: str, tmp_path):
     assert 0 < schedule.get_last_lr()[-1] <= peak
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", every(EXPERIMENTS, 3))
 def test_experiment_runs(experiment: str, tmp_path):
     row = train(
         config(
