@@ -102,6 +102,29 @@ def test_every_table_is_one_command(run: Run, name: str) -> None:
     assert {row["method"] for row in found} == {"none", "tome", "tokenlearner"}
 
 
+def test_an_option_of_a_part_that_is_swept_goes_with_every_job(run: Run) -> None:
+    code, _, err = run(
+        "eval -m weights=vit_digits reducer=tome,topk reducer.prop_attn=false schedule=constant_r "
+        "schedule.r=2 task=flops control=[]"
+    )
+    assert (code, err) == (0, "")
+    assert [row["reducer"]["prop_attn"] for row in rows()] == [False, False]
+    # The command of a row says so, too.
+    assert run(rows()[1]["command"].removeprefix("zoo "))[0] == 0
+    assert rows()[2]["reducer"] == rows()[1]["reducer"]
+
+
+def test_an_option_narrows_the_sweep_of_an_experiment(run: Run) -> None:
+    code, _, err = run(
+        "eval experiment=size_bias/digits reducer=topk reducer.prop_attn=true "
+        "reducer.settle=nearest task=flops results=rows.jsonl"
+    )
+    assert (code, err) == (0, "")
+    found = read_rows("rows.jsonl")
+    assert [row["method"] for row in found] == ["topk", "none"]
+    assert found[0]["reducer"]["settle"] == "nearest"
+
+
 def test_an_experiment_of_training_is_refused_by_eval(run: Run) -> None:
     code, _, err = run("eval experiment=vit_digits")
     assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1

@@ -25,7 +25,7 @@ from zoo.run.console import written_out
 from zoo.run.done import digest, done_before
 from zoo.run.messages import explain, unknown_flag
 from zoo.run.outcome import FAILED, INTERRUPTED, USAGE, State, complain, is_first_process
-from zoo.run.overrides import prepare
+from zoo.run.overrides import for_hydra, prepare
 from zoo.run.remarks import (
     Skipped,
     add_note,
@@ -76,6 +76,7 @@ def _guarded(
         sys.argv = original
         # Of several processes one says it.
         return complain(message) if is_first_process() else USAGE
+    sys.argv[1:] = for_hydra(given)
     # With this set Hydra raises its errors instead of printing them with a trace and a hint.
     os.environ[_FULL_ERROR] = "1"
     try:

@@ -39,6 +39,48 @@ def prepare(arguments: Sequence[str]) -> str | None:
     return None
 
 
+def for_hydra(arguments: Sequence[str]) -> list[str]:
+    """The arguments as Hydra has to see them.
+
+    An experiment that is a sweep is run as one, with `-m`. Of a sweep Hydra composes the options
+    that are not swept first, and an option of a part that is swept has no part to go to then; as a
+    choice of one it goes along with each job.
+
+    Args:
+        arguments: Of the command line, without the program.
+    """
+    params = _sweep_of_experiment(arguments)
+    found = list(arguments)
+    if params is not None and not {"-m", "--multirun"} & set(found):
+        found.insert(0, "-m")
+    if not {"-m", "--multirun"} & set(found):
+        return found
+    parsed = list(_overrides(found))
+    swept = {o.key_or_group for o in parsed if o.is_sweep_override()} | set(params or ())
+    for i, word in enumerate(found):
+        name, equal, value = word.partition("=")
+        above = name.lstrip("+").partition(".")[0]
+        if equal and value and above in swept and above != name.lstrip("+"):
+            one = list(_overrides([word]))
+            if one and not one[0].is_sweep_override() and not one[0].is_delete():
+                found[i] = f"{name}=choice({value})"
+    return found
+
+
+def _sweep_of_experiment(arguments: Sequence[str]) -> list[str] | None:
+    """What a chosen experiment sweeps by itself; None where it is one run."""
+    import yaml
+
+    chosen = [o.value() for o in _overrides(arguments) if o.key_or_group == "experiment"]
+    path = config_folder() / "experiment" / f"{chosen[-1]}.yaml" if chosen else None
+    if path is None or not path.is_file():
+        return None
+    hydra = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("hydra") or {}
+    if hydra.get("mode") != "MULTIRUN":
+        return None
+    return list((hydra.get("sweeper") or {}).get("params") or ())
+
+
 def _overrides(arguments: Sequence[str]) -> Iterator[Override]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
