@@ -192,3 +192,13 @@ def test_a_hidden_layer_is_held_once() -> None:
         theirs = peak_memory(lambda: x + block.mlp(block.norm2(x)), torch.device("cpu"))
     assert ours == pytest.approx(hidden + output, rel=0.01)
     assert theirs > ours + 0.9 * (hidden - output)
+
+
+@pytest.mark.parametrize("name", ["algm", "g2tm", "pixelprune", "rlt", "ats"])
+def test_padding_is_left_out_in_double_precision(name: str) -> None:
+    row = next(r for r in METHODS if r.name == name)
+    m, x = model(row).double(), images(2).double()
+    recorded = m(x).detach()  # with gradients, through the modules
+    with torch.no_grad():
+        assert torch.allclose(m(x), recorded, atol=1e-9)
+        assert torch.allclose(m(x[:1]), recorded[:1], atol=1e-9)

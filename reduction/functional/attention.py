@@ -140,7 +140,10 @@ def attention_bias(
     if mask is not None:
         # The smallest finite number, so that a row of padding stays finite.
         lowest = torch.finfo(torch.float16).min
-        bias = torch.where(mask, 0.0 if bias is None else bias, lowest)
+        if bias is None:
+            # torch misreads a mask of another type beside queries in double precision.
+            bias = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32)).to(mask.device)
+        bias = torch.where(mask, bias, lowest)
     if bias is not None and exporting():
         # With a gradient through it, the layout recorded is not the one that exporters lower to.
         bias = bias.detach()

@@ -14,6 +14,7 @@ from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.joining import Partners, above, joined, partners
 from reduction.functional.matching import split_sizes, unit
+from reduction.functional.portable import stable_order
 from reduction.functional.thresholds import NOBODY, grouped
 from reduction.mixins.adaptive import Adaptive
 from reduction.registry import register
@@ -111,7 +112,7 @@ class ALGM(Adaptive, Reducer):
             return grouped(index, key, live, None)
         alike = cohesion(t.patches, members)
         # Windows that merge come first, the most alike of them first.
-        rank = alike.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        rank = stable_order(alike, descending=True).argsort(dim=1)
         join = alike >= self.threshold
         first = members[:, :1].expand_as(members).reshape(-1)
         place = members.reshape(-1)
