@@ -59,7 +59,6 @@ class Spec(NamedTuple):
         reads: What the classifier pools: "class" (the class token) or "patches".
         mean: What was subtracted from pixels in [0, 1], one number per channel.
         std: What they were divided by.
-        patch_macs: Multiply-accumulates of embedding one patch.
     """
 
     width: int
@@ -73,7 +72,6 @@ class Spec(NamedTuple):
     reads: str = "class"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    patch_macs: int = 0
 
     @property
     def stages(self) -> list[Step]:
@@ -89,12 +87,14 @@ class Dims(NamedTuple):
         heads: H, attention heads.
         head_dim: d, features per head.
         class_tokens: Leading tokens that together act as the class token.
+        patch_macs: Multiply-accumulates of embedding one patch.
     """
 
     width: int
     heads: int
     head_dim: int
     class_tokens: int = 1
+    patch_macs: int = 0
 
 
 class BlockCost(NamedTuple):

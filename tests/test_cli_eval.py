@@ -208,8 +208,12 @@ def test_the_whole_zoo_includes_the_dense_model(run, tmp_path):
     assert code == 0, err
     found = rows(tmp_path)
     assert {row["method"] for row in found} >= {"none", *zoo.list_methods()}
+    # Those that decide by themselves how much they remove promise no cost.
+    assert {row["method"] for row in found if row["status"] == "skipped"} <= {
+        *("adavit", "algm", "apt", "g2tm", "pixelprune", "rlt")
+    }
     for row in found:
-        if row["method"] != "none":
+        if row["method"] != "none" and row["status"] == "ok":
             assert row["gmacs"]["total"] <= 0.7 * row["gmacs_dense"] * (1 + 1e-9)
 
 

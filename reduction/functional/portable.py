@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -35,9 +38,22 @@ def kth_smallest(x: Tensor, k: int) -> Tensor:
     return x.kthvalue(k, dim=-1).values
 
 
+_rounded: list[bool] = []
+
+
+@contextlib.contextmanager
+def to_be_rounded() -> Iterator[None]:
+    """Within, what is exported may be quantised: a maximum and what it is compared with, apart."""
+    _rounded.append(True)
+    try:
+        yield
+    finally:
+        _rounded.pop()
+
+
 def best_of(x: Tensor) -> tuple[Tensor, Tensor]:
     """The largest entry along the last dimension, and where it is; the first of equal ones."""
-    if not exporting():
+    if not exporting() or _rounded:
         return x.max(-1)
     # Runtimes find a place by sorting the largest to the front; a maximum of whole numbers is
     # cheaper. They are int32, since bfloat16 knows none above 256.

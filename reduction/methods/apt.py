@@ -82,12 +82,10 @@ class APT(Adaptive, Pixels, AtEmbedding, Reducer):
         self.normalised_by(mean, std)
         self.patch_attn: nn.Module | None = None
         self.zero_conv: nn.Module | None = None
-        self._patch_macs = 0
 
     def setup(self, spec: Spec) -> None:
         """Build the branch of coarse tokens, unless one that fits is there."""
         super().setup(spec)
-        self._patch_macs = spec.patch_macs
         if isinstance(self.zero_conv, nn.Linear) and self.zero_conv.in_features == spec.width:
             return
         self.patch_attn = nn.Conv2d(spec.width, spec.width, 2, stride=2)
@@ -168,7 +166,7 @@ class APT(Adaptive, Pixels, AtEmbedding, Reducer):
         for s in self.scales(step.grid):
             rows, columns = cell_grid(step.grid, s)
             convolutions = (4**s - 1) // 3 * 4 * square
-            total += rows * columns * (self._patch_macs + convolutions + square)
+            total += rows * columns * (dims.patch_macs + convolutions + square)
         return total
 
 

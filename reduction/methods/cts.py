@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from reduction.assignment import Keep, Merge, apply
 from reduction.base import Card, Reducer
 from reduction.checks import one_of
-from reduction.counts import Dims, Spec, Step
+from reduction.counts import Dims, Step
 from reduction.errors import ZooError
 from reduction.functional.cells import by_cell, cell_grid, grey, lowered, members
 from reduction.functional.portable import stable_order
@@ -65,15 +65,10 @@ class CTS(Learned, AtEmbedding, Reducer):
         super().__init__()
         self._policy = one_of("policy", policy, POLICIES)
         self.policy: nn.Module | None = None
-        self._patch_macs = 0
 
     def arguments(self) -> dict[str, object]:
         """Constructor arguments; `policy` is also the name of a module."""
         return {**super().arguments(), "policy": self._policy}
-
-    def setup(self, spec: Spec) -> None:
-        """Note what embedding a patch costs."""
-        self._patch_macs = spec.patch_macs
 
     def max_drop(self, n: int) -> int:
         return n - (n + 3) // 4
@@ -147,4 +142,4 @@ class CTS(Learned, AtEmbedding, Reducer):
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         # The image at half the resolution is embedded as a whole.
         rows, columns = cell_grid(step.grid, 1)
-        return rows * columns * self._patch_macs
+        return rows * columns * dims.patch_macs

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reduction.functional.portable import to_be_rounded
 from zoo.errors import ZooError
 
 FORMATS = ("onnx", "openvino", "torch", "aoti")
@@ -112,7 +113,8 @@ def to_openvino(
         ZooError: If a package is missing, or the graph cannot be captured.
     """
     needed("openvino", "openvino")
-    source = to_onnx(model, images, folder)
+    with contextlib.nullcontext() if calibration is None else to_be_rounded():
+        source = to_onnx(model, images, folder)
     path = onnx_to_openvino(source, folder, calibration)
     source.unlink()
     return path

@@ -77,7 +77,8 @@ class Anatomy(NamedTuple):
         """Widths of a block."""
         parts = parts_of(self.attention(block))
         classes = max(1, self.tower.class_tokens(self.backbone))
-        return Dims(parts.width, parts.heads, parts.head_dim, classes)
+        macs = _patch_macs(self.tower.stem(self.backbone))
+        return Dims(parts.width, parts.heads, parts.head_dim, classes, macs)
 
     def spec(self, steps: Sequence[Step | None]) -> Spec:
         """What learned parts are sized by.
@@ -96,7 +97,6 @@ class Anatomy(NamedTuple):
             classes=tower.classes(m),
             steps=tuple(steps),
             reads=tower.reads(m),
-            patch_macs=_patch_macs(tower.stem(m)),
             **_pixels(m),
         )
 
