@@ -77,4 +77,6 @@ def entropies(values: Tensor, grid: tuple[int, int], scale: int) -> Tensor:
     index = (x * BINS / 255).floor().long().clamp(0, BINS - 1)
     count = x.new_zeros(x.shape[0], x.shape[1], BINS).scatter_add(2, index, torch.ones_like(x))
     share = count / x.shape[2]
-    return -(share * (share + 1e-10).log2()).sum(-1)
+    # Published with share + 1e-10, which differs by no bit unless the share is zero; exporters drop
+    # an addend as small as this.
+    return -(share * share.clamp_min(1e-10).log2()).sum(-1)

@@ -53,12 +53,12 @@ def components(right: Tensor, below: Tensor) -> Tensor:
 
 def _lowest_neighbour(label: Tensor, right: Tensor, below: Tensor) -> Tensor:
     """The smallest label among a patch and those that it is joined with, `(B, h, w)`."""
-    best = label
+    best, none = label, label.shape[1] * label.shape[2]
     if label.shape[2] > 1:
-        across = torch.where(right, torch.minimum(label[:, :, 1:], label[:, :, :-1]), label.amax())
+        across = torch.where(right, torch.minimum(label[:, :, 1:], label[:, :, :-1]), none)
         best = torch.minimum(best, _padded(across, 2, label))
     if label.shape[1] > 1:
-        down = torch.where(below, torch.minimum(label[:, 1:], label[:, :-1]), label.amax())
+        down = torch.where(below, torch.minimum(label[:, 1:], label[:, :-1]), none)
         best = torch.minimum(best, _padded(down, 1, label))
     return best
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reduction.functional.matching import unit
+from reduction.functional.portable import running_max
 
 
 class Runs(NamedTuple):
@@ -45,7 +46,7 @@ def static_runs(first: Tensor, last: Tensor, threshold: float) -> Runs:
     kept = torch.cat([torch.ones_like(first[:, :1, :, 0], dtype=torch.int8), moved], dim=1) > 0
     index = torch.arange(steps * places, device=first.device).view(1, steps, places)
     # A place stands for itself and those after it until the next one that is kept.
-    source = torch.where(kept, index, 0).cummax(1).values.flatten(1)
+    source = running_max(torch.where(kept, index, 0)).flatten(1)
     length = torch.zeros_like(source).scatter_add(1, source, torch.ones_like(source))
     return Runs(kept.flatten(1), source, length)
 

@@ -31,6 +31,16 @@ def stable_order(x: Tensor, dim: int = 1, descending: bool = False) -> Tensor:
     return number.argsort(dim=-1).movedim(-1, dim)
 
 
+def running_max(x: Tensor) -> Tensor:
+    """The largest entry so far along dimension 1, which ONNX has no operation for."""
+    if not exporting():
+        return x.cummax(1).values
+    rows = [x[:, 0]]
+    for i in range(1, x.shape[1]):
+        rows.append(torch.maximum(rows[-1], x[:, i]))
+    return torch.stack(rows, dim=1)
+
+
 def kth_smallest(x: Tensor, k: int) -> Tensor:
     """The k-th smallest entry along the last dimension, k from 1."""
     if exporting():  # ONNX has no `kthvalue`
