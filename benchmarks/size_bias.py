@@ -5,7 +5,7 @@
 makes them from the rows in results/size_bias, which these commands append:
 
     python eval.py experiment=size_bias/digits
-    python eval.py experiment=size_bias/digits reducer=topk,random reducer.settle=nearest
+    python eval.py -m experiment=size_bias/digits reducer=topk,random reducer.settle=nearest
 """
 
 from __future__ import annotations
