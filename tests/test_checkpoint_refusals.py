@@ -232,6 +232,21 @@ def test_another_patch_size_is_not_resampled(tmp_path):
     )
 
 
+def test_another_patch_size_is_resampled_where_it_is_asked_for(tmp_path):
+    large = make(patch_size=8)
+    checkpoint.save_pretrained(large, tmp_path / "p8")
+    small = checkpoint.load(tmp_path / "p8", patch_size=4)
+    old, new = (m.unwrap().patch_embed.proj for m in (large, small))
+    # The small weight is the one that answers shrunken patches most as the large one answered.
+    rows = torch.eye(64).reshape(64, 1, 8, 8)
+    shrink = torch.nn.functional.interpolate(rows, size=(4, 4), mode="bicubic", antialias=True)
+    found = torch.linalg.lstsq(
+        shrink.reshape(64, 16), old.weight.detach().reshape(-1, 64).T, driver="gelsd"
+    ).solution
+    assert torch.allclose(new.weight.detach().reshape(-1, 16).T, found, atol=1e-4)
+    assert small.unwrap().pos_embed.shape[1] - 1 == 4 * (large.unwrap().pos_embed.shape[1] - 1)
+
+
 def test_wrong_number_of_classes_is_named(tmp_path):
     torch.save(make(num_classes=5).unwrap().state_dict(), tmp_path / "five.pth")
     text = weights_refusal(make(), tmp_path / "five.pth")

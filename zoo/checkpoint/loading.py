@@ -71,7 +71,8 @@ def load(
         schedule: another schedule than the saved one.
         plugins: other plugins than the saved ones.
         **backbone_overrides: arguments of ``timm.create_model`` that differ from the saved ones.
-            ``img_size`` resamples the position embedding; ``num_classes`` brings a new classifier.
+            ``img_size`` resamples the position embedding, ``patch_size`` the patch embedding as
+            well; ``num_classes`` brings a new classifier.
 
     Returns:
         The model.
@@ -256,6 +257,7 @@ def _build(
             adapt=bool(overrides),
             ignore_extras=not kept,
             told=own_grid(before),
+            other_patch="patch_size" in overrides,
         )
         # The tag of a recipe with weights says where those started from.
         set_tag(model.unwrap(), saved["tag"])

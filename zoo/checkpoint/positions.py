@@ -1,8 +1,10 @@
-"""Position embeddings of files, brought to a model's patch grid as the grids that they are.
+"""Position and patch embeddings of files, brought to a model's patch grid and patch size.
 
 A table `(1, P+N, C)` does not say how its N rows were laid out, and timm takes it for a square
 where it is not told. Here the grid of the file is told: by the recipe beside the weights, by the
 person who loads them, or by what is known of the model.
+
+Another patch size is another architecture, so a patch embedding is resampled only on demand.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Mapping
 from math import isqrt, prod
 from typing import Any
 
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 from zoo.errors import BadCheckpoint, ZooError
@@ -22,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 Grid = tuple[int, int]
 TABLE = "pos_embed"
+PATCHES = "patch_embed.proj.weight"
 # Tokens in front of the patches, which may have rows of their own.
 _PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 
@@ -95,6 +98,30 @@ def to_grid(
     said = "position embedding resampled from {}x{} to {}x{}".format(*old, *new)
     _log.warning("%s: %s", origin, said, extra={"note": said})
     return {**body, TABLE: resample_abs_pos_embed(table, list(new), list(old), prefix)}
+
+
+def to_patch(
+    body: Mapping[str, Tensor], want: Mapping[str, Tensor], origin: Any
+) -> dict[str, Tensor]:
+    """Resample the patch embedding of a file to a model's patch size, as FlexiViT does.
+
+    Args:
+        body: Tensors under the model's names.
+        want: The model's tensors.
+        origin: Where the tensors are from, for messages.
+
+    References:
+        Beyer et al., FlexiViT, arXiv 2212.08013; by timm.
+    """
+    table, own = body.get(PATCHES), want.get(PATCHES)
+    if table is None or own is None or table.dim() != 4 or own.dim() != 4:
+        return dict(body)
+    old, new = tuple(table.shape[2:]), tuple(own.shape[2:])
+    if old == new:
+        return dict(body)
+    said = "patch embedding resampled from {}x{} to {}x{} pixels".format(*old, *new)
+    _log.warning("%s: %s", origin, said, extra={"note": said})
+    return {**body, PATCHES: resample_patch_embed(table, list(new))}
 
 
 def _likely(rows: int, backbone: Any, new: Grid, origin: Any) -> Grid:

@@ -18,7 +18,15 @@ from zoo.checkpoint import config as cfg
 from zoo.checkpoint.containers import Tower, find_tower, without_pretraining
 from zoo.checkpoint.files import read_any, read_tensors
 from zoo.checkpoint.google import read_npz
-from zoo.checkpoint.positions import TABLE, Grid, grid_of, to_grid, without_table
+from zoo.checkpoint.positions import (
+    PATCHES,
+    TABLE,
+    Grid,
+    grid_of,
+    to_grid,
+    to_patch,
+    without_table,
+)
 from zoo.checkpoint.rebuild import grid_of_recipe
 from zoo.errors import BadCheckpoint, ZooError
 
@@ -146,6 +154,7 @@ def fit(
     new_head: NewHead = False,
     ignore_extras: bool = False,
     told: Grid | None = None,
+    other_patch: bool = False,
 ) -> None:
     """Load a tower into a model, all of it or nothing.
 
@@ -157,6 +166,7 @@ def fit(
         new_head: see :func:`load_weights`.
         ignore_extras: leave parameters of another reducer or other plugins aside.
         told: grid of the file's position embedding, where somebody told it.
+        other_patch: resample the patch embedding to the patch size of the model, as was asked for.
 
     Raises:
         BadCheckpoint: names, shapes or the number of classes differ.
@@ -164,6 +174,8 @@ def fit(
     backbone, extras = parts_of(model)
     want, body, rest = backbone.state_dict(), tower.body, tower.extras
     heads, name = classifiers_of(backbone), name_of(model)
+    if other_patch:
+        body = to_patch(body, want, origin)
     if adapt:
         body = _adapted(backbone, body, want, heads, told, origin)
     own = classes_of(want, heads)
@@ -243,10 +255,10 @@ def _converted(
         BadCheckpoint: If the conversion knows the file and refuses it.
     """
     convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    patch = "patch_embed.proj.weight"
     # timm would also resample the patch embedding to another patch size. That is another
-    # architecture: its numbers would be quietly different, so it is refused instead.
-    other_patch = patch in body and body[patch].ndim == 4 and body[patch].shape != want[patch].shape
+    # architecture: its numbers would be quietly different, so it is refused unless asked for.
+    table = body.get(PATCHES)
+    other_patch = table is not None and table.ndim == 4 and table.shape != want[PATCHES].shape
     if convert is None or other_patch:
         return body
     options = {}

@@ -27,6 +27,7 @@ def top_k(
     limit: int | None = None,
     watch: Callable[[Info], None] | None = None,
     name: Callable[[int], str | None] | None = None,
+    note: Callable[[Tensor], None] | None = None,
 ) -> tuple[int, int, int]:
     """Counts correct answers.
 
@@ -39,6 +40,7 @@ def top_k(
         limit: Stop after so many images.
         watch: Is told of every batch what happened to its tokens, by a model that can say.
         name: What an image is called, by its place, for messages.
+        note: Is told of every batch which classes came first rightly, `(B,)` booleans.
 
     Returns:
         Images whose class came first, those whose class was among the first five, and all images.
@@ -65,6 +67,8 @@ def top_k(
             watch(info)
         best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
+        if note is not None:
+            note(hits[:, 0])
         top1 += int(hits[:, 0].sum())
         top5 += int(hits.sum())
         total += len(labels)

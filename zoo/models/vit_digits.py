@@ -21,22 +21,33 @@ ASSET = Path(__file__).resolve().parent.parent / "assets" / "vit_digits"
 # Of the 1,257 training images of `zoo.data.digits` at 16x16, scaled to [0, 1].
 MEAN, STD = 0.306, 0.319
 
-_CFG: dict[str, Any] = {
-    "num_classes": 10,
-    "input_size": (1, 16, 16),
-    "fixed_input_size": True,
-    "mean": (MEAN,),
-    "std": (STD,),
-    "crop_pct": 1.0,
-    "interpolation": "bilinear",
-    "first_conv": "patch_embed.proj",
-    "classifier": "head",
-    "license": "apache-2.0",
-}
+
+def grey(side: int, mean: float, std: float) -> dict[str, Any]:
+    """What timm is told of a model for small grey images of ten classes.
+
+    Args:
+        side: Of the images, in pixels.
+        mean: Of their pixels, scaled to [0, 1].
+        std: Likewise.
+    """
+    return {
+        "num_classes": 10,
+        "input_size": (1, side, side),
+        "fixed_input_size": True,
+        "mean": (mean,),
+        "std": (std,),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+    }
+
+
 default_cfgs = generate_default_cfgs(
     {
-        "vit_digits": {"file": str(ASSET / "model.safetensors"), **_CFG},
-        "vit_digits_small": dict(_CFG),
+        "vit_digits": {"file": str(ASSET / "model.safetensors"), **grey(16, MEAN, STD)},
+        "vit_digits_small": grey(16, MEAN, STD),
     }
 )
 

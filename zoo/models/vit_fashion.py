@@ -7,31 +7,26 @@ it on Fashion-MNIST.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, _create_vision_transformer
 
-from zoo.models.vit_digits import init_pos_embed
+from zoo.models.vit_digits import grey, init_pos_embed
 
 __all__ = ["MEAN", "STD"]
 
 # Of the 55,000 training images of `zoo.data.fashion_mnist`, scaled to [0, 1].
 MEAN, STD = 0.286, 0.353
 
-_CFG: dict[str, Any] = {
-    "num_classes": 10,
-    "input_size": (1, 28, 28),
-    "fixed_input_size": True,
-    "mean": (MEAN,),
-    "std": (STD,),
-    "crop_pct": 1.0,
-    "interpolation": "bilinear",
-    "first_conv": "patch_embed.proj",
-    "classifier": "head",
-    "license": "apache-2.0",
-}
-default_cfgs = generate_default_cfgs({"vit_fashion": dict(_CFG), "vit_fashion_small": dict(_CFG)})
+ASSET = Path(__file__).resolve().parent.parent / "assets" / "vit_fashion"
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_fashion": {"file": str(ASSET / "model.safetensors"), **grey(28, MEAN, STD)},
+        "vit_fashion_small": grey(28, MEAN, STD),
+    }
+)
 
 _ARGS: dict[str, Any] = {
     "img_size": 28,
@@ -50,7 +45,7 @@ def vit_fashion(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """Create the ViT for Fashion-MNIST; any argument of timm's VisionTransformer can be overridden.
 
     Args:
-        pretrained: Needs a file of yours in `pretrained_cfg_overlay`.
+        pretrained: Load the weights that ship with the package.
         **kwargs: Passed on to timm's VisionTransformer.
 
     Returns:

@@ -42,6 +42,8 @@ FIELDS: dict[str, str] = {
     "top5": "top-5 accuracy, percent",
     "top1_start": "top-1 accuracy of a trained model before its training, percent",
     "ci95": "[low, high]: 95 % Wilson interval of top1, percent",
+    "answers": "mapping, on wish: which images were answered right, in the order of the data, "
+    "one bit each (zoo.results.answers): accuracy, knn, knn_as_dense (as the dense features say)",
     "fidelity": "mapping, against dense: agreement (percent), kl (nats), cosine, n_images",
     "knn": "mapping, of the weighted nearest neighbours: k, temperature, top1 and its ci95; with "
     "gallery=dense agreement with what the dense model's features give, and agreement_ci95",

@@ -27,6 +27,8 @@ def digest(cfg: DictConfig) -> str:
 
     options: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {k: v for k, v in options.items() if k not in _FREE}
+    if not options.get("answers"):  # rows from before there was this option are the same jobs
+        options.pop("answers", None)
     features = options.get("features") or {}
     options["features"] = {k: v for k, v in features.items() if k not in _FREE_OF_FEATURES}
     text = json.dumps(options, sort_keys=True, default=str)

@@ -26,6 +26,7 @@ from zoo.measure.device import pick_device, pick_dtype
 from zoo.measure.processes import ALONE, Processes
 from zoo.model.answers import NotFinite
 from zoo.model.runtime import Runtime
+from zoo.results.answers import packed
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model
 from zoo.run.costs import has_weights, sample_costs
@@ -106,7 +107,7 @@ def _rows_of(cfg: DictConfig, processes: Processes, device: torch.device) -> lis
     tasks, dtype = check_tasks(cfg.task), pick_dtype(str(cfg.dtype))
     others: list[dict[str, Any]] = []
     if processes.size > 1:
-        _check_shared(tasks, cfg.get("schedule"), processes.size)
+        _check_shared(cfg, tasks, processes.size)
     repeatable = bool(cfg.get("deterministic"))
     seed = int(cfg.seed)
     with kernels_chosen(repeatable, cfg.get("schedule")):
@@ -127,6 +128,8 @@ def _rows_of(cfg: DictConfig, processes: Processes, device: torch.device) -> lis
         try:
             for found in _measured(cfg, model, tasks, device, dtype, processes):
                 notes.append(found.pop("notes", None))
+                if noted := found.pop("answers", None):
+                    row["answers"] = {**(row.get("answers") or {}), **noted}
                 others += found.pop("others", [])
                 row.update(found)
         except NotFinite as error:
@@ -249,7 +252,7 @@ def check_tasks(task: Any) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _check_shared(tasks: Sequence[str], schedule: Any, count: int) -> None:
+def _check_shared(cfg: DictConfig, tasks: Sequence[str], count: int) -> None:
     """Refuses what several processes cannot do together.
 
     Raises:
@@ -260,7 +263,12 @@ def _check_shared(tasks: Sequence[str], schedule: Any, count: int) -> None:
             f"task={alone[0]} is done by one process, and these are {count}; run it by itself, "
             f"without trainer and torchrun (together: {', '.join(_SHARED)})"
         )
-    if in_time(schedule):
+    if cfg.get("answers"):
+        raise ZooError(
+            f"answers=true keeps the images in their order, and {count} processes share them out; "
+            "run it by itself, without trainer and torchrun"
+        )
+    if in_time(cfg.get("schedule")):
         raise ZooError(
             f"a budget in time is measured by one process, and these are {count}; type "
             "schedule=target_gmacs, or the schedule that one process finds"
@@ -285,6 +293,7 @@ class _Counted(NamedTuple):
     """What one process has seen of the images."""
 
     hits: tuple[int, int, int]
+    right: list[bool]
     tokens: list[tuple[tuple[int, int], list[list[int]]]]
 
 
@@ -309,11 +318,13 @@ def measure_accuracy(
         )
     model.to(device)
     runner: Any = torch.compile(model) if cfg.compile else model
+    answers = bool(cfg.get("answers"))
     # A compiled graph keeps the upper limit, and does not say what it does.
     adaptive = is_adaptive(model) and not cfg.compile
 
     def count(share: Share) -> _Counted:
         tokens: list[tuple[tuple[int, int], list[list[int]]]] = []
+        right: list[bool] = []
 
         def watch(info: Info) -> None:
             tokens.append((info.grid, patch_counts(info).tolist()))
@@ -326,8 +337,9 @@ def measure_accuracy(
             limit=share.limit,
             watch=watch if adaptive else None,
             name=share.name,
+            note=(lambda hits: right.extend(hits.tolist())) if answers else None,
         )
-        return _Counted(hits, tokens)
+        return _Counted(hits, right, tokens)
 
     parts = measured(processes, data, _limit(cfg.limit), count, lambda part: part.hits[2])
     top1, top5, images = (sum(part.hits[i] for part in parts) for i in range(3))
@@ -341,6 +353,7 @@ def measure_accuracy(
         # Among five classes or fewer everything is in the first five.
         "top5": 100 * top5 / images if model.num_classes > 5 else None,
         "ci95": list(wilson_interval(top1, images)),
+        **({"answers": {"accuracy": packed(parts[0].right)}} if answers else {}),
         **(_costs_of(model, parts) if adaptive else {}),
     }
 

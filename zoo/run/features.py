@@ -21,6 +21,7 @@ from zoo.measure.linear_probe import fit_probe
 from zoo.measure.processes import ALONE, Processes
 from zoo.measure.retrieval import RECALLS, Found, retrieve
 from zoo.measure.similar import centred_cosine
+from zoo.results.answers import packed
 from zoo.results.rows import wilson_interval
 from zoo.run.extract import Extractor, Selection, select
 from zoo.run.fidelity import full_size_config
@@ -104,6 +105,7 @@ class _Lookup:
         self.relevance = kinds if "retrieval" in tasks else []
         self.among_themselves = False
         self.exclude: Tensor | None = None
+        self.answers: dict[str, str] = {}
         if {"knn", "linear_probe"} & set(tasks) or "class" in self.relevance:
             chosen = gallery_images(cfg, data)
             self.split: str | None = data.splits[chosen.part]
@@ -160,6 +162,8 @@ class _Lookup:
             found["linear_probe"] = self.linear_probe()
         if "retrieval" in self.tasks:
             found["retrieval"] = self.retrieval()
+        if self.answers:
+            found["answers"] = self.answers
         return found
 
     def knn(self) -> dict[str, Any]:
@@ -171,7 +175,7 @@ class _Lookup:
             gallery, labels, _ = self.gallery
             return knn_classes(x, gallery, labels, k, temperature, self.exclude)
 
-        return {"k": k, "temperature": temperature, **self._judged(classes)}
+        return {"k": k, "temperature": temperature, **self._judged(classes, "knn")}
 
     def linear_probe(self) -> dict[str, Any]:
         """Logistic regression."""
@@ -200,13 +204,23 @@ class _Lookup:
             **self._judged(probe.classes),
         }
 
-    def _judged(self, classes: Any) -> dict[str, Any]:
-        """Top-1, and agreement with the dense queries where there are any."""
+    def _judged(self, classes: Any, task: str = "") -> dict[str, Any]:
+        """Top-1, and agreement with the dense queries where there are any.
+
+        Args:
+            classes: Gives the classes that features say.
+            task: Under whose name answers are noted, on wish.
+        """
         ours = classes(self.ours.x)
-        found = _share("top1", "ci95", int((ours == self.ours.labels).sum()), len(ours))
+        right = ours == self.ours.labels
+        found = _share("top1", "ci95", int(right.sum()), len(ours))
+        if self.cfg.get("answers") and task:
+            self.answers[task] = packed(right.tolist())
         if self.theirs is not None:
-            same = int((ours == classes(self.theirs.x)).sum())
-            found |= _share("agreement", "agreement_ci95", same, len(ours))
+            same = ours == classes(self.theirs.x)
+            found |= _share("agreement", "agreement_ci95", int(same.sum()), len(ours))
+            if self.cfg.get("answers") and task:
+                self.answers[f"{task}_as_dense"] = packed(same.tolist())
         return found
 
     def retrieval(self) -> dict[str, Any]:

@@ -328,6 +328,7 @@ EVAL: Options = {
         "seed": _SEED,
     },
     "done": choice("again", "skip"),
+    "answers": flag(),
     "untrained": choice("run", "skip"),
     "control": maybe(
         either(
