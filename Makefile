@@ -1,4 +1,5 @@
 # make demo    installs into .venv and compares every reducer at three budgets (minutes)
+# make leaderboard-quick  runs six points of the leaderboard again, and compares (needs Fashion-MNIST; minutes)
 # make test    installs into .venv, checks style and types, runs the fast tests
 # Any of PYTHON, VENV, DEMO and PYTEST_ARGS can be given: make test PYTHON=python3.12
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # Two processes that each start one thread per core would fight for the cores.
 test test-all: export OMP_NUM_THREADS = 1
 
-.PHONY: help demo report test test-all lint format clean
+.PHONY: help demo report leaderboard-quick test test-all lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +43,9 @@ demo: $(VENV)/.installed-demo
 
 report: $(VENV)/.installed-demo
 	$(BIN)/zoo report results
+
+leaderboard-quick: $(VENV)/.installed-demo
+	$(BIN)/python -m benchmarks.leaderboard --quick
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)

@@ -13,6 +13,18 @@ if TYPE_CHECKING:
 
 # Groups of parts that can be put together: callbacks=[default,multigrid].
 _MIXED = ("callbacks", "logger")
+# Flags of Hydra that show something in place of running it.
+_SHOWS = {
+    "--cfg",
+    "-c",
+    "--info",
+    "-i",
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--shell-completion",
+    "-sc",
+}
 
 
 def prepare(arguments: Sequence[str]) -> str | None:
@@ -49,6 +61,8 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
     Args:
         arguments: Of the command line, without the program.
     """
+    if _SHOWS & {word.partition("=")[0] for word in arguments}:
+        return list(arguments)
     params = _sweep_of_experiment(arguments)
     found = list(arguments)
     if params is not None and not {"-m", "--multirun"} & set(found):

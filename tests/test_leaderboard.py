@@ -1,0 +1,115 @@
+"""The leaderboards: tables follow from rows, and rows can be run again."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from benchmarks import leaderboard
+from zoo.results.answers import packed
+from zoo.results.rows import FIELDS, read_rows
+
+
+def row(method: str, fraction: float | None = None, right: int = 80, seed: int = 0, **changed):
+    cost = 1.0 if fraction is None else fraction
+    answers = [i >= 100 - right for i in range(100)]
+    made = {
+        **dict.fromkeys(FIELDS),
+        "job": f"{method} {fraction} {seed} {sorted(changed.items())}",
+        **{"run_id": f"{method}{fraction}{seed}", "status": "ok", "method": method, "seed": seed},
+        **{"dataset": "fashion_mnist", "split": "test", "n_images": 100, "img_size": 28},
+        "schedule": None if fraction is None else {"name": "target_gmacs", "fraction": fraction},
+        "gmacs": {"total": cost},
+        **{"gmacs_dense": 1.0, "backbone": "vit_fashion", "top1": float(right)},
+        "ci95": [right - 5.0, right + 5.0],
+        "answers": {"accuracy": packed(answers)},
+    }
+    return {**made, **changed}
+
+
+ROWS = [
+    row("tome", 0.5, 88),
+    row("topk", 0.5, 60),
+    row("topk", 0.35, 55),
+    *(row("random", 0.5, 70 + seed, seed) for seed in range(3)),
+    row("ats", 0.5, 80, gmacs={"total": 0.4}),
+    row("none", None, 90),
+    row("none", None, 85, img_size=20, gmacs={"total": 0.5}, gmacs_dense=0.5),
+]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_methods_stand_by_their_accuracy_at_half_the_cost() -> None:
+    lines = leaderboard.fashion_table(ROWS).splitlines()
+    names = [cells(line)[0].split("`")[1] for line in lines[2:]]
+    assert names == ["tome", "ats", "random", "topk"]
+    by_name = dict(zip(names, map(cells, lines[2:]), strict=True))
+    assert by_name["topk"][1:3] == ["60.00", "55.00"]
+    assert by_name["random"][1] == "71.00 ± 1.00"  # over three seeds
+    assert by_name["ats"][1] == "80.00 (40 %)"  # a cost that is not what was asked for is told
+
+
+def test_two_methods_are_compared_on_the_same_images() -> None:
+    lines = leaderboard.fashion_table(ROWS).splitlines()
+    assert cells(lines[-1])[-3:] == ["28", "0", "**7e-9**"]
+    assert cells(lines[2])[-3:] == ["", "", ""]  # with itself
+
+
+def test_controls_stand_by_their_cost() -> None:
+    lines = leaderboard.control_table(ROWS).splitlines()
+    assert [cells(line)[1:4] for line in lines[2:]] == [
+        ["28", "1.000", "100 %"],
+        ["20", "0.500", "50 %"],
+    ]
+
+
+def test_of_rows_for_one_job_the_last_counts_and_failed_ones_do_not() -> None:
+    first = row("tome", 0.5, 10)
+    failed = {**row("topk", 0.5, 99), "status": "failed"}
+    assert leaderboard.good([first, *ROWS, failed]) == ROWS
+
+
+def test_agreement_with_the_dense_tower() -> None:
+    knn = {"top1": 46.0, "agreement": 95.0}
+    rows = [
+        row("tome", 0.35, reducer={"name": "tome", "prop_attn": True}, knn=knn,
+            centred_cosine={"mean": 0.999, "worst": 0.9}, retrieval={"crop": {"recall1": 80.0}}),
+        row("tome", 0.35, reducer={"name": "tome", "prop_attn": False}, knn=knn | {"agreement": 9}),
+    ]  # fmt: skip
+    lines = leaderboard.dinov2_table(rows).splitlines()
+    assert cells(lines[2])[1:] == ["yes", "95.0", "80.0", "0.999", "0.900"]
+    assert cells(lines[3])[1:3] == ["no", "9.0"]
+
+
+def test_a_row_falls_inside_its_interval_or_outside() -> None:
+    old = row("tome", 0.5, 88)
+    assert leaderboard.verdict(old, {**old, "top1": 91.0})[0]
+    inside, line = leaderboard.verdict(old, {**old, "top1": 80.0})
+    assert not inside
+    assert line == "tome at 50 %: top-1 80.00, OUTSIDE [83.00, 93.00]"
+
+
+def test_a_row_is_run_again_by_its_command(tmp_path) -> None:
+    command = "python eval.py weights=vit_digits limit=20 task=accuracy done=skip results=lost"
+    again = leaderboard.run_again({**row("none"), "command": command}, tmp_path)
+    assert again["n_images"] == 20
+    assert shlex.split(again["command"])[0] == "python"
+    with pytest.raises(RuntimeError, match="left no row"):
+        leaderboard.run_again({**row("tome"), "command": "python eval.py nothing=1"}, tmp_path)
+
+
+def test_the_committed_table_is_that_of_the_rows() -> None:
+    page = leaderboard.PAGE.read_text(encoding="utf-8")
+    assert leaderboard.write_tables(page) == page
+    for _, file in leaderboard.TABLES.values():
+        for found in read_rows(file):
+            assert found["dirty"] is False and found["git"] and found["command"], found["run_id"]
+
+
+def test_the_quick_points_are_in_the_table() -> None:
+    found = leaderboard.chosen_quickly(read_rows(leaderboard.FASHION))
+    assert len(found) == 1 + len(leaderboard.QUICK)
