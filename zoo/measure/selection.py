@@ -11,6 +11,7 @@ from torch import Tensor
 from reduction.functional.matching import unit
 from reduction.selection.base import Selection, Selector
 from reduction.selection.registry import pick
+from zoo.measure.device import like_weights
 from zoo.measure.features import Features
 from zoo.model.answers import check_finite
 from zoo.model.selecting import SelectingTower
@@ -69,7 +70,7 @@ def look(
             images, labels = images[: limit - total], labels[: limit - total]
         places = rest[0] if rest else torch.arange(total, total + len(labels))
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            given, _ = tower.given(images.to(device))
+            given, _ = tower.given(like_weights(images, tower, device))
             bad = (~given.features.isfinite().flatten(1).all(1)).nonzero()
             if len(bad):
                 first = int(bad[0])
