@@ -63,7 +63,7 @@ PluginLike = str | Mapping[str, Any] | Plugin
 
 def wrap(
     timm_model: nn.Module,
-    reducer: ReducerLike,
+    reducer: ReducerLike = None,
     schedule: ScheduleLike = None,
     plugins: Sequence[PluginLike] = (),
     last_block: str = "full",
