@@ -214,6 +214,23 @@ def test_a_budget_in_time_is_measured_in_its_engine(monkeypatch: pytest.MonkeyPa
         create_schedule({"name": "target_ms", "ms": 5.0, "engine": "tensorrt"})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_budget_in_time_is_found_by_a_real_engine(engine: str) -> None:
+    """Two shares of the time, far apart: the smaller one leaves fewer tokens."""
+    pytest.importorskip(engine)
+    tokens = []
+    for speedup in (1.05, 1.7):
+        torch.manual_seed(0)
+        plain = backbone("plain", depth=4, img_size=160)
+        target = {"name": "target_speedup", "speedup": speedup, "engine": engine, "tolerance": 0.3}
+        model = zoo.wrap(plain, "topk", target)
+        assert f"in {engine}" in str(model.target.measured)
+        assert model.target.measured.engine == engine
+        tokens.append(model.token_counts()[-1][1])
+    assert tokens[1] < tokens[0]
+
+
 # ------------------------------------------------------------------------------------ machine
 
 
