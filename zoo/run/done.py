@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ Row = dict[str, Any]
 
 # Options that say where and how loudly something is measured, not what.
 _FREE = ("done", "results", "paths", "progress", "control", "resolutions", "untrained")
+# Options that came after rows had been published, and what they say where those say nothing.
+_LATER = {("answers",): False, ("runtime", "buckets"): "auto"}
 _FREE_OF_FEATURES = ("cache", "folder", "max_gb")
 
 
@@ -27,8 +30,10 @@ def digest(cfg: DictConfig) -> str:
 
     options: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {k: v for k, v in options.items() if k not in _FREE}
-    if not options.get("answers"):  # rows from before there was this option are the same jobs
-        options.pop("answers", None)
+    for (*above, name), same in _LATER.items():
+        part = reduce(lambda found, key: found.get(key) or {}, above, options)
+        if part.get(name, same) == same:
+            part.pop(name, None)
     features = options.get("features") or {}
     options["features"] = {k: v for k, v in features.items() if k not in _FREE_OF_FEATURES}
     text = json.dumps(options, sort_keys=True, default=str)
