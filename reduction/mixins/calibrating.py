@@ -36,6 +36,10 @@ class Calibrates(Adaptive, Learned):
     pairs: Tensor | None
     calibrating: tuple[int, ...] | None = None
 
+    def together(self) -> bool:
+        """While thresholds are looked for, the pairs of a whole batch are ranked."""
+        return self.calibrating is not None
+
     def no_thresholds_yet(self) -> None:
         """Register the buffers, empty until `setup`; called once by a constructor."""
         assert isinstance(self, nn.Module)
