@@ -62,8 +62,8 @@ class Walk(NamedTuple):
     states: list[Tokens]
 
 
-def most_groups(most: int, frame: Frame, t: Tokens, modules: Sequence[nn.Module]) -> int:
-    """How many groups there may be; 1 where all images have to stay together.
+def may_run_apart(most: int, frame: Frame, t: Tokens, blocks: Sequence[nn.Module]) -> bool:
+    """Whether images may run in groups; `run_apart` asks what takes longer to find out.
 
     Whoever looks at a block while it runs sees all images of a batch, and so do plugins, and
     methods in which an image depends on others.
@@ -72,20 +72,26 @@ def most_groups(most: int, frame: Frame, t: Tokens, modules: Sequence[nn.Module]
         most: What `zoo.model.runtime.Runtime.buckets` allows.
         frame: Of this pass.
         t: What enters the first block.
-        modules: Blocks of the backbone.
+        blocks: Of the backbone.
     """
     reducer = frame.reducer
-    if most == 1 or t.x.shape[0] == 1 or not isinstance(reducer, Adaptive) or reducer.together():
-        return 1
+    if most == 1 or not isinstance(reducer, Adaptive) or reducer.together():
+        return False
+    if torch.is_grad_enabled() or not undisturbed(t.x) or t.x.shape[0] == 1:
+        return False  # in this order: tracers must not be asked for the size of the batch
     plain = frame.bias is None and not frame.embedded.more and not len(frame.plugins)
-    calm = not torch.is_grad_enabled() and undisturbed(t.x) and t.policy is None
-    if not plain or not calm or frame.watch is not None or frame.note is not None:
-        return 1
-    training = reducer.training or any(m.training for m in modules)
-    return 1 if training or hooked(*(part for m in modules for part in m.modules())) else most
+    unseen = frame.watch is None and frame.note is None
+    training = frame.reducer is not None and frame.reducer.training
+    return plain and unseen and not (training or any(m.training for m in blocks))
 
 
-def run_apart(stages: Sequence[Stage], t: Tokens, kept: Container[int], most: int) -> Walk:
+def run_apart(
+    stages: Sequence[Stage],
+    t: Tokens,
+    kept: Container[int],
+    most: int,
+    blocks: Sequence[nn.Module],
+) -> Walk:
     """Run blocks, in groups of images wherever that pays.
 
     Args:
@@ -93,18 +99,27 @@ def run_apart(stages: Sequence[Stage], t: Tokens, kept: Container[int], most: in
         t: Tokens entering the first block.
         kept: Blocks behind which the state is kept.
         most: Groups that there may be.
+        blocks: Of the backbone. Where somebody waits for a part of them to be called, there is one
+            group.
     """
     parts = [Part(range(t.x.shape[0]), t, Signals())]
     counts: list[tuple[int, int]] = []
     states: list[Tokens] = []
+    masks: list[Tensor | None] = []
     for stage in stages:
-        parts = _regrouped(parts, stage, most)
+        before, masks = masks, [p.t.mask for p in parts]
+        # Lengths that are as they were have been looked at.
+        if len(masks) != len(before) or any(a is not b for a, b in zip(masks, before, strict=True)):
+            parts = _regrouped(parts, stage, most, blocks)
+            masks = [p.t.mask for p in parts]
         entering = _longest(parts)
         parts = [Part(p.images, *run(stage, p.t, p.signals)) for p in parts]
         counts.append((entering, _longest(parts)))
         if stage.block in kept:
             states.append(_together(parts, stage))
-    return Walk(_together(parts, stages[-1]) if stages else t, counts, states)
+    if not stages or stages[-1].block in kept:
+        return Walk(states[-1] if states else t, counts, states)
+    return Walk(_together(parts, stages[-1]), counts, states)
 
 
 def cuts(lengths: Sequence[int], most: int, width: int, step: int) -> tuple[list[int], float]:
@@ -155,7 +170,9 @@ def cost(images: int, length: int, width: int) -> float:
     return images * length * (1 + length / (6 * width)) + ROWS + CALLS / (12 * width * width)
 
 
-def _regrouped(parts: list[Part], stage: Stage, most: int) -> list[Part]:
+def _regrouped(
+    parts: list[Part], stage: Stage, most: int, blocks: Sequence[nn.Module]
+) -> list[Part]:
     """The same images in other groups, if those save enough of this block."""
     if stage.before is not None or not _may_be_cut(parts, stage):
         return parts  # signals of the block before, which are read now, stay with their tokens
@@ -168,7 +185,7 @@ def _regrouped(parts: list[Part], stage: Stage, most: int) -> list[Part]:
     if floor + 2 * cost(0, 0, width) > (1 - MARGIN) * now:
         return parts
     ends, best = cuts(list(lengths.values()), most, width, step)
-    if best > (1 - MARGIN) * now:
+    if best > (1 - MARGIN) * now or hooked(*(part for b in blocks for part in b.modules())):
         return parts
     whole = _together(parts, stage)
     groups: dict[int, list[int]] = {end: [] for end in ends}

@@ -47,7 +47,7 @@ class Runtime(NamedTuple):
     last_block: str = "full"
     linear: Mode = "plain"
     own_kernels: bool = False
-    buckets: int | str = 1
+    buckets: int | str = "auto"
 
 
 def make_runtime(anatomy: Anatomy, now: Runtime, changes: Mapping[str, Any]) -> Runtime:

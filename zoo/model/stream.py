@@ -22,7 +22,7 @@ from reduction.tokens import Signals, Tokens
 from zoo.adapters.hooks import hooked
 from zoo.adapters.tower import Embedded
 from zoo.errors import ZooError
-from zoo.model.buckets import most_groups, run_apart
+from zoo.model.buckets import may_run_apart, run_apart
 from zoo.model.heard import warn_unheard
 from zoo.model.lane import NOBODY, Frame, Hear, Note, Watch
 from zoo.model.recorded import for_tracers
@@ -140,11 +140,9 @@ def flow(
     heard: dict[int, tuple[Tokens, Signals]] = {}
     whole = stages(blocks, plans, frame, t, patches, hear)
     whole = whole[: None if until is None else until + 1]
-    most = 1
-    if block is run and not hear:
-        most = most_groups(BUCKETS[model.runtime.buckets], frame, t, blocks)
-    if most > 1:
-        t, counts, states = run_apart(whole, t, kept, most)
+    most = BUCKETS[model.runtime.buckets]
+    if block is run and not hear and may_run_apart(most, frame, t, blocks):
+        t, counts, states = run_apart(whole, t, kept, most, blocks)
         whole = []
     for stage in whole:
         before, entering = t, t.x.shape[1]
