@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reduction
 import zoo
+from benchmarks import buckets as benchmark
 from reduction.mixins.calibrating import Calibrates
 from reduction.tokens import Tokens
 from tests.cases import METHODS, Row, backbone, images, model, refused
 from zoo.model import buckets
 from zoo.model.reduced import ReducedViT
+from zoo.results.rows import read_rows
 
 ADAPTIVE = [r for r in METHODS if isinstance(reduction.create(**r.reducer()), reduction.Adaptive)]
 PIXELS = {"name": "pixelprune"}
@@ -250,3 +253,25 @@ def test_bfloat16_groups_are_as_long_as_kernels_want(monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         m(MANY.bfloat16())
     assert lengths and all(n % 16 == 0 or n == max(lengths) for n in lengths)
+
+
+# ------------------------------------------------------------------ the benchmark
+
+
+def test_the_benchmark_writes_rows_and_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "CASES", benchmark.CASES[:1])
+    monkeypatch.setattr(benchmark, "keep_pages", lambda: False)  # of this process, for good
+    path, threads = tmp_path / "rows.jsonl", str(torch.get_num_threads())
+    words = ["--backbone", "test_vit", "--batch", "4", "--rounds", "1", "--threads", threads]
+    assert benchmark.main([*words, "--results", str(path)]) == 0
+    found = read_rows(path)
+    assert [r["runtime"]["buckets"] for r in found] == [1, 2, 4] * 2
+    assert all(r["machine"]["name"] and r["ms"] > 0 for r in found)
+    assert all(r["bench"]["error"] < 1e-5 for r in found if r["weights_dtype"] is None)
+    lengths = found[0]["bench"]["lengths"]
+    assert len(lengths) == 4 and lengths[0] < lengths[-1] / 2
+    text = benchmark.table(found)
+    assert text in capsys.readouterr().out
+    assert len(text.splitlines()) == 4 and f"| {lengths[0]}, " in text
