@@ -34,6 +34,7 @@ class Partners(NamedTuple):
         host: That receiver, `(B, S)`.
         first: Index in `rows` of the first sender.
         prefix: P.
+        cap: Pairs of an image that can merge at most, `(B,)`; None is half of the sequence.
     """
 
     rows: Tensor
@@ -42,6 +43,16 @@ class Partners(NamedTuple):
     host: Tensor
     first: int
     prefix: int
+    cap: Tensor | None = None
+
+    @property
+    def senders(self) -> Tensor:
+        """The tokens that would merge, `(B, S)`."""
+        return self.rows[:, self.first :: 2]
+
+    def of_tokens(self, values: Tensor, others: Tensor) -> Tensor:
+        """Values of senders `(B, S)` by token, `(B, N)`; `others` has those of all the rest."""
+        return others.scatter(1, self.senders, values.to(others.dtype))
 
 
 @torch.no_grad()
@@ -84,7 +95,7 @@ def above(p: Partners, threshold: Tensor, keep: int | None, most: Tensor | None 
         wanted = torch.minimum(wanted, most)
     count = p.live.sum(1)
     # Of a sequence with prefix tokens as many as can merge do; the cap is of one without.
-    wanted = torch.minimum(wanted, (count + p.prefix - 1) // 2)
+    wanted = torch.minimum(wanted, (count + p.prefix - 1) // 2 if p.cap is None else p.cap)
     if keep is not None:
         wanted = torch.maximum(wanted, count - keep)
     return (ranks(p.best) < wanted.unsqueeze(1)) & (p.best > NOBODY)
@@ -107,8 +118,9 @@ def best_of_batch(p: Partners, r: int, most: int | None = None) -> tuple[Tensor,
     order = stable_order(flat, dim=0, descending=True)
     rank = stable_order(order, dim=0).view(batch, senders)
     merged = (rank < batch * r) & (p.best > NOBODY)
-    if most is not None:
-        merged = merged & (ranks(p.best) < most)
+    for limit in (most, None if p.cap is None else p.cap.unsqueeze(1)):
+        if limit is not None:
+            merged = merged & (ranks(p.best) < limit)
     last = flat[order[min(batch * r, flat.shape[0] - 1)]] if flat.shape[0] else flat.new_zeros(())
     return merged, last.clamp_min(0)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from reduction.checks import listed, number
-from reduction.counts import Spec
+from reduction.counts import Spec, Step
 from reduction.errors import ZooError
+from reduction.functional.joining import Partners, above, best_of_batch
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.learned import Learned
-from reduction.tokens import Tokens
+from reduction.tokens import Signals, Tokens
 
 _FOUND = "thresholds"
 
@@ -22,16 +24,21 @@ class Calibrates(Adaptive, Learned):
     """A method whose tokens merge where they are more alike than the threshold of their block.
 
     Thresholds are a buffer, so they are saved with the model. They are 1 at first, and then nothing
-    is alike enough.
+    is alike enough. A subclass says who would merge (`partners`) and what becomes of those who do
+    (`unite`).
 
     Attributes:
         limit: Never keep more than the schedule says.
+        max_r_per_instance_ratio: At most this many times the calibrated count merge in an image.
+        half: At most half of the tokens can merge in one block.
         pairs: Pairs per image that the thresholds were looked for with, `(depth,)`; 0: not yet.
         calibrating: Pairs per image that merge in each block while thresholds are looked for; None
             otherwise. A mode, as training is one.
     """
 
     limit: bool
+    max_r_per_instance_ratio: float | None = None
+    half: ClassVar[bool] = True
     thresholds: Tensor | None
     pairs: Tensor | None
     calibrating: tuple[int, ...] | None = None
@@ -58,6 +65,56 @@ class Calibrates(Adaptive, Learned):
         if self.thresholds is None or len(self.thresholds) != spec.depth:
             self.thresholds = torch.ones(spec.depth)
             self.pairs = torch.zeros(spec.depth, dtype=torch.int64)
+        super().setup(spec)
+
+    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
+        """Who would merge into whom, and how alike they are."""
+        raise NotImplementedError(f"{type(self).__name__} must override partners")
+
+    def unite(
+        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
+    ) -> Tokens:
+        """Let those merge who do.
+
+        Args:
+            t: Tokens.
+            s: Signals.
+            step: Budget and position.
+            p: Who would merge.
+            merged: Which senders do, `(B, S)`.
+            keep: The most tokens that may be left, or None.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override unite")
+
+    def idle(self, step: Step) -> bool:
+        """Whether nothing merges in a block, whatever is there."""
+        return self.calibrating is not None and self.calibrating[step.block] == 0
+
+    @torch.no_grad()
+    def decided(
+        self, t: Tokens, s: Signals, step: Step
+    ) -> tuple[Tokens, Partners, Tensor, int | None]:
+        """Tokens, and the other arguments of `unite`: by thresholds, or by counts in calibration.
+
+        In calibration the tokens remember the threshold.
+        """
+        assert self.thresholds is not None
+        p, ratio = self.partners(t, s, step), self.max_r_per_instance_ratio
+        if self.calibrating is None:
+            keep = step.keep if self.limit else None
+            most = self.most(step.block, ratio)
+            return t, p, above(p, self.thresholds[step.block], keep, most), keep
+        r = self.calibrating[step.block]
+        pairs = min(r, (t.n + t.prefix - 1) // 2 if self.half else t.n - 1)
+        merged, threshold = best_of_batch(p, pairs, None if ratio is None else int(ratio * r))
+        return note_threshold(t, step.block, step.depth, threshold), p, merged, None
+
+    def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
+        """Merge what is alike enough."""
+        if self.idle(step):
+            return t
+        t, *decision = self.decided(t, s, step)
+        return self.unite(t, s, step, *decision)
 
     def set_thresholds(
         self, values: Sequence[float] | Tensor, pairs: Sequence[int] | None = None

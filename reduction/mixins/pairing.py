@@ -1,0 +1,208 @@
+"""Merging methods of pairs: the form of each that merges by thresholds instead of by counts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from reduction.assignment import Assignment, apply
+from reduction.base import Reducer
+from reduction.counts import Budget, Dims, Spec, Step
+from reduction.errors import ZooError
+from reduction.functional.joining import Partners, joined
+from reduction.mixins.calibrating import Calibrates, TakesThresholds
+from reduction.options import Option
+from reduction.tokens import Signals, Tokens
+
+Thresholds = bool | Literal["limit"]
+
+
+class Pairs(TakesThresholds, Reducer):
+    """A merging method of pairs, in which one pair has one similarity.
+
+    It says who would merge into whom, `partners`, and what a group becomes, `joins`. The rest is
+    the option `thresholds`: built with it, a method is the form of itself that merges every pair
+    above the threshold of the block, see `ByThresholds`. True: thresholds alone decide. "limit":
+    and further pairs merge, the most similar first, until no more tokens are left than the schedule
+    says. `zoo calibrate` sets it, and finds the thresholds.
+
+    Attributes:
+        half: At most half of the tokens can merge in one block.
+        by_count: Arguments that have a meaning with counts alone, and their values with thresholds.
+    """
+
+    half: ClassVar[bool] = True
+    by_count: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def common_options(cls) -> Mapping[str, Option]:
+        """Those of every reducer, and `thresholds`."""
+        hint = Option(False, Thresholds, "bool | str")
+        return {**super().common_options(), "thresholds": hint}
+
+    @classmethod
+    def form_for(cls, chosen: Mapping[str, Any]) -> type[Reducer]:
+        """The class to build: a method, or its form with thresholds.
+
+        Raises:
+            ZooError: If `thresholds` is none of its values.
+        """
+        method = cls.__dict__.get("method", cls)
+        found = chosen.get("thresholds", False)
+        if not isinstance(found, bool) and found != "limit":
+            raise ZooError(
+                "thresholds must be true (they alone decide), false, or 'limit' (no more tokens "
+                f"than the schedule says), got {found!r}"
+            )
+        return form_of(method) if found else method
+
+    def choose(self, thresholds: Thresholds = False, **options: Any) -> None:
+        """The options that every reducer has; `thresholds` has chosen the class already."""
+        super().choose(**options)
+
+    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
+        """Who would merge into whom, and how alike they are."""
+        raise NotImplementedError(f"{type(self).__name__} must override partners")
+
+    def pairs_in(self, block: int) -> bool:
+        """Whether the method can tell who is alike in a block."""
+        return True
+
+    def joins(
+        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
+    ) -> Assignment:
+        """What becomes of those who merge; a size-weighted mean. Arguments as of `unite`."""
+        return joined(t, p, merged, keep)
+
+    def unite(
+        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
+    ) -> Tokens:
+        """Apply `joins`. Override only where no assignment can say what the method does."""
+        return apply(t, self.joins(t, s, step, p, merged, keep))
+
+    def check_thresholds(self) -> None:
+        """Refuse arguments that have no meaning with thresholds.
+
+        Raises:
+            ZooError: Naming what to type instead.
+        """
+
+    def thresholded(self) -> Calibrates:
+        """The form of this reducer with thresholds, with the same learned parts.
+
+        Raises:
+            ZooError: If some argument has no meaning there.
+        """
+        self.check_thresholds()
+        form = type(self)(**{**self.arguments(), **self.by_count, "thresholds": True})
+        assert isinstance(form, Calibrates) and isinstance(form, Reducer)
+        for name, module in self.named_children():
+            setattr(form, name, module)
+        form.train(self.training)
+        return form
+
+
+class ByThresholds(Calibrates):
+    """What a method of pairs has with thresholds; comes before the method in a class.
+
+    Who merges is decided without a gradient, so nothing that is learned for it is learned here.
+
+    Attributes:
+        method: The class that this is a form of.
+    """
+
+    method: ClassVar[type[Pairs]]
+    every_block = True
+
+    def choose(self, thresholds: Thresholds = True, **options: Any) -> None:
+        """The options of the method; no thresholds are there yet."""
+        super().choose(**options)  # type: ignore[misc]  # of the method behind
+        self.limit = thresholds == "limit"
+        self.no_thresholds_yet()
+        assert isinstance(self, Pairs)
+        self.check_thresholds()
+        for name, value in self.by_count.items():
+            if getattr(self, name) != value:
+                raise ZooError(
+                    f"{self.name}: {name}={getattr(self, name)!r} is of merging by counts; with "
+                    f"thresholds type {name}={value!r} (reducer.{name}={str(value).lower()})"
+                )
+
+    def arguments(self) -> dict[str, Any]:
+        """Constructor arguments and options of the method, and `thresholds`."""
+        own: dict[str, Any] = super().arguments()  # type: ignore[misc]  # of the method behind
+        return {**own, "thresholds": "limit" if self.limit else True}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by the method's class: this one is made when it is asked for."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_blank, (self.method,), *state)
+
+    @property
+    def limited(self) -> bool:  # type: ignore[override]  # a plain attribute elsewhere
+        """Whether the schedule is a limit."""
+        return self.limit
+
+    def setup(self, spec: Spec) -> None:
+        """Thresholds, and the method's own parts for the blocks that its schedule reduces in."""
+        assert isinstance(self, Pairs)
+        n = spec.grid[0] * spec.grid[1]
+        steps: list[Step | None] = []
+        for step in spec.steps:
+            steps.append(step if step is not None and step.keep < n else None)
+            n = n if step is None else self.count(n, step)
+        super().setup(spec._replace(steps=tuple(steps)))
+
+    def unused(self) -> set[str]:
+        """All learned parts: who merges is decided without a gradient."""
+        assert isinstance(self, Pairs)
+        return {name for name, _ in self.named_parameters()}
+
+    def masking(self) -> bool:
+        """Never: tokens merge in training as they do in evaluation."""
+        return False
+
+    def max_drop(self, n: int) -> int:
+        """What the schedule may ask for."""
+        if not self.limit:
+            return n - 1  # thresholds alone: nothing is asked for
+        most: int = super().max_drop(n)  # type: ignore[misc]  # of the method behind
+        return min(most, n // 2) if self.half else most
+
+    def count(self, n: int, step: Step) -> int:
+        """The limit."""
+        return min(n, step.keep) if self.limit else n
+
+    def idle(self, step: Step) -> bool:
+        """Where nothing merges, and where the method cannot tell who is alike."""
+        assert isinstance(self, Pairs)
+        return super().idle(step) or (self.calibrating is None and not self.pairs_in(step.block))
+
+    def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
+        """All pairs are compared, whether they merge or not."""
+        half = step._replace(budget=Budget(n - n // 2))
+        compared: int = super().macs(n, prefix, half, dims)  # type: ignore[misc]
+        return compared
+
+
+@functools.cache
+def form_of(method: type[Pairs]) -> type[Pairs]:
+    """The form of a method with thresholds."""
+    own = {"method": method, "__module__": method.__module__, "__doc__": method.__doc__}
+    made: Any = type(method)(f"{method.__name__}ByThresholds", (ByThresholds, method), own)
+    found: type[Pairs] = made
+    return found
+
+
+def _blank(method: type[Pairs]) -> Pairs:
+    """An instance of the form without content, for copies and pickles."""
+    cls = form_of(method)
+    return cls.__new__(cls)
+
+
+def live_tokens(t: Tokens) -> Tensor | None:
+    """Which reducible tokens are no padding, `(B, N)`, or None where all are."""
+    return None if t.mask is None else t.mask[:, t.prefix :]
