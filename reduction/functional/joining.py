@@ -50,9 +50,10 @@ class Partners(NamedTuple):
         """The tokens that would merge, `(B, S)`."""
         return self.rows[:, self.first :: 2]
 
-    def of_tokens(self, values: Tensor, others: Tensor) -> Tensor:
-        """Values of senders `(B, S)` by token, `(B, N)`; `others` has those of all the rest."""
-        return others.scatter(1, self.senders, values.to(others.dtype))
+    def of_tokens(self, values: Tensor, merged: Tensor, others: Tensor) -> Tensor:
+        """Values of senders that merge `(B, S)` among those of all others, `(B, N)`."""
+        own = others.gather(1, self.senders)
+        return others.scatter(1, self.senders, torch.where(merged, values.to(others.dtype), own))
 
 
 @torch.no_grad()
@@ -73,6 +74,27 @@ def partners(t: Tokens, metric: Tensor, score: Tensor | None = None) -> Partners
         rows, live, first = rows.gather(1, order), live.gather(1, order), 0
     best, host = best_receiver(unit(take_rows(metric, rows)), live, first)
     return Partners(rows, live, best, host, first, t.prefix)
+
+
+@torch.no_grad()
+def ranked_partners(t: Tokens, metric: Tensor, score: Tensor) -> Partners:
+    """Find them, where the less important half may merge into the more important one.
+
+    Args:
+        t: Tokens.
+        metric: Compared by cosine, `(B, N, d)`.
+        score: Higher for what matters more, `(B, N)`.
+    """
+    rows, live = live_first(t)
+    fallen = take_rows(score, rows).masked_fill(~live, -torch.inf)
+    rows = rows.gather(1, stable_order(fallen, descending=True))
+    # The two halves alternate from here on: padding stays last, however many there are.
+    count = live.sum(1, keepdim=True)
+    place = torch.arange(t.n, device=rows.device)
+    rank = place // 2 + (place & 1) * ((count + 1) // 2)
+    rows = rows.gather(1, torch.where(live, rank, place))
+    best, host = best_receiver(unit(take_rows(metric, rows)), live, 1)
+    return Partners(rows, live, best, host, 1, t.prefix, count.squeeze(1) // 2)
 
 
 def ranks(best: Tensor) -> Tensor:

@@ -100,3 +100,26 @@ def plain_shares(slot: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     held = slot.clamp_min(0)
     members = slot.new_zeros(slot.shape[0], k).scatter_add(1, held, (slot >= 0).long())
     return members.gather(1, held).to(dtype).reciprocal()
+
+
+def plain_mean(a: Merge, dtype: torch.dtype) -> Merge:
+    """Groups as they are, each the plain mean of its members."""
+    assert a.slot is not None
+    return a._replace(coef=plain_shares(a.slot, a.leader.shape[1], dtype))
+
+
+def prune_where(prune: Tensor, order: Tensor, a: Merge) -> Merge:
+    """In some images drop what comes last instead, as many as leave by merging.
+
+    Args:
+        prune: Which images, `(B, 1)` bool.
+        order: Tokens by falling importance, padding last, `(B, N)`.
+        a: Who merges, with groups that padding follows.
+    """
+    assert a.slot is not None
+    k = a.leader.shape[1]
+    left = a.slot.amax(1, keepdim=True) + 1
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    kept = torch.zeros_like(order).scatter(1, order, torch.where(place < left, place, -1))
+    leader = torch.where(prune, order[:, :k], a.leader)
+    return a._replace(slot=torch.where(prune, kept, a.slot), leader=leader)

@@ -6,12 +6,24 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Merge
-from reduction.base import Card, Reducer
+from reduction.base import Card
 from reduction.checks import boolean, one_of
 from reduction.counts import Dims, Step
-from reduction.functional.agglomerative import LINKAGES, agglomerate, cosine_distances
+from reduction.eager import traced
+from reduction.functional.agglomerative import (
+    LINKAGES,
+    agglomerate,
+    clusters_after,
+    cosine_distances,
+    linked,
+)
 from reduction.functional.clustering import mean_shares
+from reduction.functional.joining import Partners
 from reduction.functional.matching import head_sum
+from reduction.functional.settling import plain_mean
+from reduction.functional.thresholds import grouped
+from reduction.mixins.calibrating import Calibrates
+from reduction.mixins.pairing import Pairs, live_tokens
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -19,7 +31,7 @@ MEANS = ("size", "plain")
 
 
 @register("atc")
-class ATC(Reducer):
+class ATC(Pairs):
     """Agglomerative Token Clustering.
 
     Between attention and MLP, every token starts as a cluster, and the two closest clusters are
@@ -57,6 +69,7 @@ class ATC(Reducer):
     )
     site = "mid"
     needs = frozenset({"k"})
+    capped = False
 
     def __init__(
         self, linkage: str = "average", prop_attn: bool = True, mean: str = "size"
@@ -67,12 +80,37 @@ class ATC(Reducer):
         self.mean = one_of("mean", mean, MEANS)
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
-        distance = cosine_distances(head_sum(s.need("k")[:, :, t.prefix :].detach()))
+        distance = self.distances(t, s)
         slot, leader = agglomerate(distance, step.keep, self.linkage)
         coef: Tensor | None = None
         if self.mean == "plain":
             coef = mean_shares(torch.ones_like(t.patch_size), slot, step.keep)
         return Merge(slot, leader, coef=coef)
+
+    def distances(self, t: Tokens, s: Signals) -> Tensor:
+        """One minus the cosine of the keys of all pairs, `(B, N, N)`."""
+        return cosine_distances(head_sum(s.need("k")[:, :, t.prefix :].detach()))
+
+    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
+        """Clusters in the order in which they join; `host` holds both."""
+        live = live_tokens(t)
+        if live is None:
+            live = torch.ones(t.x.shape[0], t.n, dtype=torch.bool, device=t.x.device)
+        least = None
+        if isinstance(self, Calibrates) and self.calibrating is None and not self.limit:
+            assert self.thresholds is not None
+            least = None if traced() else float(self.thresholds[step.block])
+        pairs, best = linked(self.distances(t, s), live, self.linkage, least)
+        rows = pairs[:, :, 1]
+        return Partners(rows, live, best, pairs, 0, t.prefix, live.sum(1) - 1)
+
+    def joins(
+        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
+    ) -> Merge:
+        head = clusters_after(p.host, merged.sum(1), t.n)
+        place = torch.arange(t.n, dtype=torch.float32, device=head.device)
+        a = grouped(head, place.expand(head.shape), p.live, keep)
+        return a if self.mean == "size" else plain_mean(a, t.size.dtype)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         return n * n * dims.head_dim

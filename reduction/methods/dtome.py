@@ -103,7 +103,7 @@ class DToMe(Calibrates, Reducer):
     def unite(
         self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
     ) -> Tokens:
-        """In a size-weighted mean; rows lie as in the official code, which in calibration differ."""
+        """Size-weighted means; officially rows lie in another order in calibration."""
         if self.calibrating is not None:
             return apply(t, joined(t, p, merged, None, untouched=False, eps=self.compat_eps))
         return apply(t, joined(t, p, merged, keep, by_similarity=not t.prefix))

@@ -8,14 +8,15 @@ from reduction.assignment import Merge
 from reduction.base import Card
 from reduction.checks import positive
 from reduction.counts import Dims, Step
-from reduction.functional.squeezing import squeeze
-from reduction.mixins.ranking import ScoreReducer
+from reduction.functional.joining import Partners, joined
+from reduction.functional.squeezing import squeeze, squeezed
+from reduction.mixins.pairing import RankedPairs
 from reduction.registry import register
-from reduction.tokens import Tokens
+from reduction.tokens import Signals, Tokens
 
 
 @register("etps")
-class ETPS(ScoreReducer):
+class ETPS(RankedPairs):
     """Keep the patches that the class token attends to most; each absorbs those most like it.
 
     A dropped token joins the kept one with the highest cosine c. A kept token becomes
@@ -69,6 +70,11 @@ class ETPS(ScoreReducer):
 
     def settle(self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step) -> Merge:
         return squeeze(t, kept, rest, self.temperature)
+
+    def joins(
+        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
+    ) -> Merge:
+        return squeezed(joined(t, p, merged, keep), p, merged, self.temperature)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         # The cosines of dropped with kept tokens.

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from reduction.assignment import Assignment, Keep
+from reduction.assignment import Assignment, Keep, Merge
 from reduction.base import Card
 from reduction.checks import boolean, one_of, positive
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
+from reduction.functional.joining import Partners, joined
 from reduction.functional.scores import SCORES
 from reduction.functional.settling import fuse, join_nearest
-from reduction.functional.squeezing import squeeze
-from reduction.mixins.ranking import ScoreReducer
+from reduction.functional.squeezing import squeeze, squeezed
+from reduction.mixins.pairing import RankedPairs
 from reduction.registry import register
-from reduction.tokens import Tokens
+from reduction.tokens import Signals, Tokens
 
 SETTLES = ("drop", "fuse", "squeeze", "nearest")
 
 
 @register("ranked")
-class Ranked(ScoreReducer):
+class Ranked(RankedPairs):
     """Keep the tokens with the highest score; one option says which score, one what else happens.
 
     Between attention and MLP. Scores are not negative and add up to at most one over the tokens of
@@ -100,6 +101,20 @@ class Ranked(ScoreReducer):
         if self._settle == "squeeze":
             return squeeze(t, kept, rest, 1.0 if self.temperature is None else self.temperature)
         return join_nearest(t, kept, rest)
+
+    def check_thresholds(self) -> None:
+        super().check_thresholds()
+        if self._settle in ("drop", "fuse"):
+            raise ZooError(
+                f"ranked: with settle={self._settle!r} no pair merges that a threshold could be "
+                "of; type settle='nearest' (reducer.settle=nearest), or 'squeeze'"
+            )
+
+    def joins(
+        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
+    ) -> Merge:
+        a = joined(t, p, merged, keep)
+        return squeezed(a, p, merged, self.temperature or 1.0) if self._settle == "squeeze" else a
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         if self._settle == "fuse":

@@ -20,17 +20,39 @@ from reduction.tokens import Signals, Tokens
 _FOUND = "thresholds"
 
 
-class Calibrates(Adaptive, Learned):
+class Partnered:
+    """A method that says who would merge, `partners`, and what becomes of those who do, `unite`."""
+
+    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
+        """Who would merge into whom, and how alike they are."""
+        raise NotImplementedError(f"{type(self).__name__} must override partners")
+
+    def unite(
+        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
+    ) -> Tokens:
+        """Let those merge who do.
+
+        Args:
+            t: Tokens.
+            s: Signals.
+            step: Budget and position.
+            p: Who would merge.
+            merged: Which senders do, `(B, S)`.
+            keep: The most tokens that may be left, or None.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override unite")
+
+
+class Calibrates(Adaptive, Learned, Partnered):
     """A method whose tokens merge where they are more alike than the threshold of their block.
 
     Thresholds are a buffer, so they are saved with the model. They are 1 at first, and then nothing
-    is alike enough. A subclass says who would merge (`partners`) and what becomes of those who do
-    (`unite`).
+    is alike enough.
 
     Attributes:
         limit: Never keep more than the schedule says.
         max_r_per_instance_ratio: At most this many times the calibrated count merge in an image.
-        half: At most half of the tokens can merge in one block.
+        capped: At most half of the tokens can merge in one block.
         pairs: Pairs per image that the thresholds were looked for with, `(depth,)`; 0: not yet.
         calibrating: Pairs per image that merge in each block while thresholds are looked for; None
             otherwise. A mode, as training is one.
@@ -38,7 +60,7 @@ class Calibrates(Adaptive, Learned):
 
     limit: bool
     max_r_per_instance_ratio: float | None = None
-    half: ClassVar[bool] = True
+    capped: ClassVar[bool] = True
     thresholds: Tensor | None
     pairs: Tensor | None
     calibrating: tuple[int, ...] | None = None
@@ -67,25 +89,6 @@ class Calibrates(Adaptive, Learned):
             self.pairs = torch.zeros(spec.depth, dtype=torch.int64)
         super().setup(spec)
 
-    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
-        """Who would merge into whom, and how alike they are."""
-        raise NotImplementedError(f"{type(self).__name__} must override partners")
-
-    def unite(
-        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
-    ) -> Tokens:
-        """Let those merge who do.
-
-        Args:
-            t: Tokens.
-            s: Signals.
-            step: Budget and position.
-            p: Who would merge.
-            merged: Which senders do, `(B, S)`.
-            keep: The most tokens that may be left, or None.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must override unite")
-
     def idle(self, step: Step) -> bool:
         """Whether nothing merges in a block, whatever is there."""
         return self.calibrating is not None and self.calibrating[step.block] == 0
@@ -105,7 +108,7 @@ class Calibrates(Adaptive, Learned):
             most = self.most(step.block, ratio)
             return t, p, above(p, self.thresholds[step.block], keep, most), keep
         r = self.calibrating[step.block]
-        pairs = min(r, (t.n + t.prefix - 1) // 2 if self.half else t.n - 1)
+        pairs = min(r, (t.n + t.prefix - 1) // 2 if self.capped else t.n - 1)
         merged, threshold = best_of_batch(p, pairs, None if ratio is None else int(ratio * r))
         return note_threshold(t, step.block, step.depth, threshold), p, merged, None
 
@@ -113,8 +116,8 @@ class Calibrates(Adaptive, Learned):
         """Merge what is alike enough."""
         if self.idle(step):
             return t
-        t, *decision = self.decided(t, s, step)
-        return self.unite(t, s, step, *decision)
+        t, p, merged, keep = self.decided(t, s, step)
+        return self.unite(t, s, step, p, merged, keep)
 
     def set_thresholds(
         self, values: Sequence[float] | Tensor, pairs: Sequence[int] | None = None

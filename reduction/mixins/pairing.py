@@ -12,15 +12,16 @@ from reduction.assignment import Assignment, apply
 from reduction.base import Reducer
 from reduction.counts import Budget, Dims, Spec, Step
 from reduction.errors import ZooError
-from reduction.functional.joining import Partners, joined
-from reduction.mixins.calibrating import Calibrates, TakesThresholds
+from reduction.functional.joining import Partners, joined, ranked_partners
+from reduction.mixins.calibrating import Calibrates, Partnered, TakesThresholds
+from reduction.mixins.ranking import ScoreReducer
 from reduction.options import Option
 from reduction.tokens import Signals, Tokens
 
 Thresholds = bool | Literal["limit"]
 
 
-class Pairs(TakesThresholds, Reducer):
+class Pairs(TakesThresholds, Partnered, Reducer):
     """A merging method of pairs, in which one pair has one similarity.
 
     It says who would merge into whom, `partners`, and what a group becomes, `joins`. The rest is
@@ -30,11 +31,11 @@ class Pairs(TakesThresholds, Reducer):
     says. `zoo calibrate` sets it, and finds the thresholds.
 
     Attributes:
-        half: At most half of the tokens can merge in one block.
+        capped: At most half of the tokens can merge in one block.
         by_count: Arguments that have a meaning with counts alone, and their values with thresholds.
     """
 
-    half: ClassVar[bool] = True
+    capped: ClassVar[bool] = True
     by_count: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
@@ -59,13 +60,11 @@ class Pairs(TakesThresholds, Reducer):
             )
         return form_of(method) if found else method
 
-    def choose(self, thresholds: Thresholds = False, **options: Any) -> None:
+    def choose(  # type: ignore[override]  # by keyword only, as all options are given
+        self, *, thresholds: Thresholds = False, **options: Any
+    ) -> None:
         """The options that every reducer has; `thresholds` has chosen the class already."""
         super().choose(**options)
-
-    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
-        """Who would merge into whom, and how alike they are."""
-        raise NotImplementedError(f"{type(self).__name__} must override partners")
 
     def pairs_in(self, block: int) -> bool:
         """Whether the method can tell who is alike in a block."""
@@ -105,6 +104,39 @@ class Pairs(TakesThresholds, Reducer):
         return form
 
 
+class RankedPairs(ScoreReducer, Pairs):
+    """A method that ranks and then merges; with thresholds the lower half merges into the upper."""
+
+    def alike(self, t: Tokens, s: Signals) -> Tensor:
+        """What is compared by cosine, `(B, N, d)`: the residual stream."""
+        return t.patches.detach()
+
+    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
+        """Who of the less important half would merge into the more important one."""
+        return ranked_partners(t, self.alike(t, s), self.score(t, s, step).detach())
+
+    def check_thresholds(self) -> None:
+        """Refuse a draw, which follows from how many tokens there are, padding among them.
+
+        Raises:
+            ZooError: Naming what to type instead.
+        """
+        check_score(self)
+
+
+def check_score(reducer: ScoreReducer) -> None:
+    """Refuse a score by lot where tokens merge by thresholds.
+
+    Raises:
+        ZooError: Naming what to type instead.
+    """
+    if reducer.score_name == "random":
+        raise ZooError(
+            f"{reducer.name}: score='random' is drawn for a number of tokens that is known before, "
+            "which thresholds do not leave; type score='class' (reducer.score=class), or 'norm'"
+        )
+
+
 class ByThresholds(Calibrates):
     """What a method of pairs has with thresholds; comes before the method in a class.
 
@@ -138,8 +170,8 @@ class ByThresholds(Calibrates):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the method's class: this one is made when it is asked for."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return (_blank, (self.method,), *state)
+        whole: Any = super().__reduce_ex__(protocol)
+        return (_blank, (self.method,), *whole[2:])
 
     @property
     def limited(self) -> bool:  # type: ignore[override]  # a plain attribute elsewhere
@@ -170,7 +202,7 @@ class ByThresholds(Calibrates):
         if not self.limit:
             return n - 1  # thresholds alone: nothing is asked for
         most: int = super().max_drop(n)  # type: ignore[misc]  # of the method behind
-        return min(most, n // 2) if self.half else most
+        return min(most, n // 2) if self.capped else most
 
     def count(self, n: int, step: Step) -> int:
         """The limit."""
@@ -192,15 +224,17 @@ class ByThresholds(Calibrates):
 def form_of(method: type[Pairs]) -> type[Pairs]:
     """The form of a method with thresholds."""
     own = {"method": method, "__module__": method.__module__, "__doc__": method.__doc__}
-    made: Any = type(method)(f"{method.__name__}ByThresholds", (ByThresholds, method), own)
+    metaclass: Any = type(method)
+    made: Any = metaclass(f"{method.__name__}ByThresholds", (ByThresholds, method), own)
     found: type[Pairs] = made
     return found
 
 
 def _blank(method: type[Pairs]) -> Pairs:
     """An instance of the form without content, for copies and pickles."""
-    cls = form_of(method)
-    return cls.__new__(cls)
+    cls: Any = form_of(method)
+    blank: Pairs = cls.__new__(cls)
+    return blank
 
 
 def live_tokens(t: Tokens) -> Tensor | None:
