@@ -18,6 +18,8 @@ from reduction.mixins.learned import Learned
 from reduction.tokens import Signals, Tokens
 
 _FOUND = "thresholds"
+#: Names of the buffers that calibration sets.
+THRESHOLDS = frozenset({"thresholds", "pairs"})
 
 
 class Partnered:
