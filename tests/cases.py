@@ -226,7 +226,13 @@ METHODS = [
     Row("dtem", (("thresholds", "limit"),), R8),
     Row("vidtldr", (("thresholds", "limit"),), R8, prunes=True),
     Row("ppt", (("thresholds", "limit"),), GEOMETRIC, COLUMN, prunes=True),
-    Row("ranked", (("thresholds", "limit"), ("settle", "squeeze")), R8, (("score", "column"),), ranked=True),
+    Row(
+        "ranked",
+        (("thresholds", "limit"), ("settle", "squeeze")),
+        R8,
+        (("score", "column"),),
+        ranked=True,
+    ),
     Row("diffrate", (("thresholds", "limit"),), R8, COLUMN, ranked=True),
     Row("atc", (("thresholds", "limit"),), R8),
     # Similarities alone decide: no schedule makes these cheaper.

@@ -229,7 +229,7 @@ def test_the_command_saves_a_calibrated_model(tmp_path: Path, capfd: pytest.Capt
     (tmp_path / "p" / "bad.png").write_text("no picture")
     for wrong, says in [
         (["calibrate", "vit_digits", "digits", "--out", "x"], "no thresholds"),
-        (few, "type settle='nearest'"),
+        (few, "type reducer.settle=nearest"),
         ([*few, "--set", "settle"], "ARGUMENT=VALUE, e.g. settle=nearest, got 'settle'"),
         ([*words[:3], "--set", "settle=drop", "--out", "x"], "type --reducer NAME"),
         ([*words, "--out", "x", "--r-total", "9"], "either --r or --r-total"),

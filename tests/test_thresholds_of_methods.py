@@ -144,11 +144,11 @@ def test_calibrating_once_more_asks_the_schedule_again() -> None:
 
 def test_arguments_of_counts_are_refused_with_what_to_type() -> None:
     for name, args, says in [
-        ("ranked", {}, "type settle='nearest' (reducer.settle=nearest), or 'squeeze'"),
+        ("ranked", {}, "type reducer.settle=nearest, or reducer.settle=squeeze"),
         ("ranked", {**NEAREST, "score": "random"}, "type score='class'"),
         ("ppt", {"score": "random"}, "type score='class'"),
-        ("diffrate", {"prune_share": 0.5}, "type prune_share=0.0 (reducer.prune_share=0.0)"),
-        ("importance_then_similarity", {}, "type prune_share=0.0"),
+        ("diffrate", {"prune_share": 0.5}, "type reducer.prune_share=0.0"),
+        ("importance_then_similarity", {}, "type reducer.prune_share=0.0"),
         ("diffrate", {"search": {"granularity": 1}}, "type search=null"),
     ]:
         with pytest.raises(ZooError, match=re.escape(says)) as error:

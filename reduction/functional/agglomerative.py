@@ -12,9 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reduction.assignment import Merge
+from reduction.eager import traced
+from reduction.functional.joining import Decision, Partners
 from reduction.functional.matching import unit
 from reduction.functional.portable import stable_order
-from reduction.functional.thresholds import NOBODY
+from reduction.functional.thresholds import NOBODY, grouped
+from reduction.tokens import Tokens
 
 LINKAGES = ("average", "complete", "single")
 
@@ -39,18 +43,6 @@ def cosine_distances(x: Tensor) -> Tensor:
     """
     x = unit(x.to(torch.float32 if x.device.type == "mps" else torch.float64))
     return 1 - x @ x.transpose(1, 2)
-
-
-class Links(NamedTuple):
-    """Steps of an agglomeration.
-
-    Attributes:
-        pairs: Who joined, `(B, S, 2)`.
-        best: How alike they were, `(B, S)`, never rising; `NOBODY` where nobody was left.
-    """
-
-    pairs: Tensor
-    best: Tensor
 
 
 class Joint(NamedTuple):
@@ -129,41 +121,40 @@ def joints(distance: Tensor, linkage: str = "average") -> Iterator[Joint]:
 
 
 @torch.no_grad()
-def linked(distance: Tensor, live: Tensor, linkage: str, least: float | None) -> Links:
-    """All pairs that join one after another, and how alike they are.
+def linked(t: Tokens, distance: Tensor, linkage: str, least: Tensor | None) -> Partners:
+    """Clusters in the order in which they join, and how alike they are.
 
     Args:
+        t: Tokens.
         distance: One minus the cosine, `(B, N, N)`.
-        live: `(B, N)`; the others join nobody.
         linkage: See `agglomerate`.
         least: Stop where no pair is more alike; None: go on to the end.
+
+    Returns:
+        One entry for each step; `host` holds both clusters, `(B, S, 2)`.
     """
+    live = torch.ones(distance.shape[:2], dtype=torch.bool, device=distance.device)
+    live = live if t.mask is None else t.mask[:, t.prefix :]
     both = live.unsqueeze(1) & live.unsqueeze(2)
-    pairs, best = [], []
+    pairs = [torch.zeros_like(live[:, :2], dtype=torch.int64)]  # nobody, for where none follow
+    best = [torch.full_like(distance[:, :1, 0], NOBODY, dtype=torch.float32)]
     for step in joints(distance.masked_fill(~both, torch.inf), linkage):
-        alike = (1 - step.near).to(torch.float32)
-        if least is not None and bool((alike <= least).all()):
+        near = (1 - step.near).to(torch.float32)
+        if least is not None and not traced() and bool((near <= least).all()):
             break
         pairs.append(step.pair)
-        best.append(torch.where(step.near.isfinite(), alike, NOBODY))
-    batch, n = live.shape
-    if not pairs:
-        nobody = torch.full((batch, 1), NOBODY, device=live.device)
-        return Links(torch.zeros(batch, 1, 2, dtype=torch.int64, device=live.device), nobody)
-    return Links(torch.stack(pairs, 1), torch.cat(best, 1))
+        best.append(torch.where(step.near.isfinite(), near, NOBODY))
+    found = torch.stack([*pairs[1:], pairs[0]], 1)
+    alike = torch.cat([*best[1:], best[0]], 1)
+    return Partners(found[:, :, 1], live, alike, found, 0, t.prefix, live.sum(1) - 1)
 
 
 @torch.no_grad()
-def clusters_after(pairs: Tensor, count: Tensor, n: int) -> Tensor:
-    """The first member of the cluster of each point after so many steps, `(B, N)`.
-
-    Args:
-        pairs: See `Links`.
-        count: Steps in each image, `(B,)`.
-        n: Points.
-    """
-    slot = torch.arange(n, device=pairs.device).expand(len(pairs), n)
-    for i, pair in enumerate(pairs.unbind(1)):
-        moves = (slot == pair[:, 1:]) & (i < count.unsqueeze(1))
-        slot = torch.where(moves, pair[:, :1], slot)
-    return slot
+def clusters_of(t: Tokens, d: Decision) -> Merge:
+    """Groups after the first of the steps of `linked`, as many as a decision has for each image."""
+    place = torch.arange(t.n, device=t.x.device).expand(t.x.shape[0], -1)
+    head, count = place, d.merged.sum(1, keepdim=True)
+    for i, pair in enumerate(d.pairs.host.unbind(1)):
+        moves = (head == pair[:, 1:]) & (i < count)
+        head = torch.where(moves, pair[:, :1], head)
+    return grouped(head, place.to(torch.float32), d.pairs.live, d.keep)

@@ -50,11 +50,6 @@ class Partners(NamedTuple):
         """The tokens that would merge, `(B, S)`."""
         return self.rows[:, self.first :: 2]
 
-    def of_tokens(self, values: Tensor, merged: Tensor, others: Tensor) -> Tensor:
-        """Values of senders that merge `(B, S)` among those of all others, `(B, N)`."""
-        own = others.gather(1, self.senders)
-        return others.scatter(1, self.senders, torch.where(merged, values.to(others.dtype), own))
-
 
 @torch.no_grad()
 def partners(t: Tokens, metric: Tensor, score: Tensor | None = None) -> Partners:
@@ -95,6 +90,30 @@ def ranked_partners(t: Tokens, metric: Tensor, score: Tensor) -> Partners:
     rows = rows.gather(1, torch.where(live, rank, place))
     best, host = best_receiver(unit(take_rows(metric, rows)), live, 1)
     return Partners(rows, live, best, host, 1, t.prefix, count.squeeze(1) // 2)
+
+
+class Decision(NamedTuple):
+    """Who merges.
+
+    Attributes:
+        pairs: Who would.
+        merged: Which senders do, `(B, S)` bool.
+        keep: The most tokens that may be left, or None.
+    """
+
+    pairs: Partners
+    merged: Tensor
+    keep: int | None
+
+    def joined(self, t: Tokens) -> Merge:
+        """Groups, each a size-weighted mean, see `joined`."""
+        return joined(t, self.pairs, self.merged, self.keep)
+
+    def of_tokens(self, values: Tensor, others: Tensor) -> Tensor:
+        """Values of senders that merge `(B, S)` among those of all others, `(B, N)`."""
+        senders = self.pairs.senders
+        own = others.gather(1, senders)
+        return others.scatter(1, senders, torch.where(self.merged, values.to(others.dtype), own))
 
 
 def ranks(best: Tensor) -> Tensor:

@@ -67,16 +67,18 @@ def inverse(t: Tokens, s: Signals, draw: Draw) -> Tensor:
     return _shares((a.amax(1, keepdim=True) + a.amin(1, keepdim=True) - a).clamp_min(0))
 
 
-def significance(attention: Tensor, v: Tensor) -> Tensor:
+def significance(attention: Tensor, v: Tensor, live: Tensor | None = None) -> Tensor:
     """Share of each token in the attention of the class token, weighed by its value, `(B, N)`.
 
     Args:
         attention: Attention to each token `(B, N)`, up to a factor.
         v: Values `(B, H, N, d)`; their length is over all heads together.
+        live: Tokens that are no padding, `(B, N)`; None is all.
     """
     exact = torch.promote_types(v.dtype, torch.float32)
     length = torch.linalg.vector_norm(v, dim=(1, 3), dtype=exact)
     score = attention.to(exact) * length
+    score = score if live is None else score.masked_fill(~live, 0.0)
     share: Tensor = score / score.sum(1, keepdim=True).clamp_min(torch.finfo(exact).tiny)
     return share
 

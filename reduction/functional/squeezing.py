@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reduction.assignment import Merge
 from reduction.functional.clustering import LARGE, group_exp, mean_shares
-from reduction.functional.joining import Partners
+from reduction.functional.joining import Decision
 from reduction.functional.portable import best_of
 from reduction.tokens import Tokens, take_rows
 
@@ -53,18 +53,18 @@ def _weights(z: Tensor, host: Tensor, m: int, temperature: float) -> tuple[Tenso
     return weight, _OWN * (-shift).exp()
 
 
-def squeezed(a: Merge, p: Partners, merged: Tensor, temperature: float = 1.0) -> Merge:
+def squeezed(t: Tokens, d: Decision, temperature: float = 1.0) -> Merge:
     """Groups as they are, with these weights.
 
     Args:
-        a: Who merges.
-        p: How alike they are.
-        merged: Which senders merge, `(B, S)`.
+        t: Tokens.
+        d: Who merges, and how alike they are.
         temperature: Divides the cosines.
     """
+    a, best = d.joined(t), d.pairs.best
     assert a.slot is not None
-    best = p.best.to(torch.promote_types(p.best.dtype, torch.float32)) / temperature
-    z = p.of_tokens(best, merged, best.new_ones(a.slot.shape))
+    best = best.to(torch.promote_types(best.dtype, torch.float32)) / temperature
+    z = d.of_tokens(best, best.new_ones(a.slot.shape))
     k = a.leader.shape[1]
     bins = torch.where(a.slot < 0, k, a.slot)
     weight, _ = group_exp(z, bins, k + 1)

@@ -9,21 +9,19 @@ from reduction.assignment import Merge
 from reduction.base import Card
 from reduction.checks import boolean, one_of
 from reduction.counts import Dims, Step
-from reduction.eager import traced
 from reduction.functional.agglomerative import (
     LINKAGES,
     agglomerate,
-    clusters_after,
+    clusters_of,
     cosine_distances,
     linked,
 )
 from reduction.functional.clustering import mean_shares
-from reduction.functional.joining import Partners
+from reduction.functional.joining import Decision, Partners
 from reduction.functional.matching import head_sum
 from reduction.functional.settling import plain_mean
-from reduction.functional.thresholds import grouped
 from reduction.mixins.calibrating import Calibrates
-from reduction.mixins.pairing import Pairs, live_tokens
+from reduction.mixins.pairing import Pairs
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -92,24 +90,14 @@ class ATC(Pairs):
         return cosine_distances(head_sum(s.need("k")[:, :, t.prefix :].detach()))
 
     def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
-        """Clusters in the order in which they join; `host` holds both."""
-        live = live_tokens(t)
-        if live is None:
-            live = torch.ones(t.x.shape[0], t.n, dtype=torch.bool, device=t.x.device)
-        least = None
+        least = None  # as far as it takes
         if isinstance(self, Calibrates) and self.calibrating is None and not self.limit:
             assert self.thresholds is not None
-            least = None if traced() else float(self.thresholds[step.block])
-        pairs, best = linked(self.distances(t, s), live, self.linkage, least)
-        rows = pairs[:, :, 1]
-        return Partners(rows, live, best, pairs, 0, t.prefix, live.sum(1) - 1)
+            least = self.thresholds[step.block]
+        return linked(t, self.distances(t, s), self.linkage, least)
 
-    def joins(
-        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
-    ) -> Merge:
-        head = clusters_after(p.host, merged.sum(1), t.n)
-        place = torch.arange(t.n, dtype=torch.float32, device=head.device)
-        a = grouped(head, place.expand(head.shape), p.live, keep)
+    def joins(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Merge:
+        a = clusters_of(t, d)
         return a if self.mean == "size" else plain_mean(a, t.size.dtype)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:

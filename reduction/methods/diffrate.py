@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from reduction.checks import boolean, count, listed, share
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.diffrate_search import RateProxies, straight_mask
-from reduction.functional.joining import Partners, joined
+from reduction.functional.joining import Decision
 from reduction.functional.matching import mean_of_members, most_similar
 from reduction.functional.pooling import masked_average_head
 from reduction.functional.settling import plain_mean
@@ -79,7 +78,7 @@ class DiffRate(Learned, Masked, OwnAnswer, RankedPairs):
     family = "constant_r"
     # `logits` is for the search only.
     reads_last_block = False
-    by_count = MappingProxyType({"prune_share": 0.0, "sort_always": False})
+    only = (("prune_share", (0.0,)), ("sort_always", (False,)))
 
     def __init__(
         self,
@@ -129,11 +128,10 @@ class DiffRate(Learned, Masked, OwnAnswer, RankedPairs):
                 "end_search() first, or type search=null (reducer.search=null)"
             )
 
-    def joins(
-        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
-    ) -> Merge:
-        mass = p.of_tokens(p.best * t.patch_size.gather(1, p.senders), merged, t.patch_size)
-        return plain_mean(joined(t, p, merged, keep), t.size.dtype)._replace(mass=mass)
+    def joins(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Merge:
+        gained = d.pairs.best * t.patch_size.gather(1, d.pairs.senders)
+        mass = d.of_tokens(gained, t.patch_size)
+        return plain_mean(d.joined(t), t.size.dtype)._replace(mass=mass)
 
     def _survivors(self, n: int, keep: int, step: Step) -> int:
         """Tokens left by pruning, at least those left in the end."""

@@ -13,7 +13,6 @@ from reduction.checks import boolean, count, one_of, positive
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.clustering import no_autocast
-from reduction.functional.joining import Partners, partners
 from reduction.functional.matching import bipartite_matching, split_sizes, unit
 from reduction.functional.portable import stable_order
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
@@ -210,8 +209,8 @@ class DTEM(Learned, Masked, OwnAttention, Pairs):
     def pairs_in(self, block: int) -> bool:
         return str(block) in self.blocks
 
-    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
-        return partners(t, self.embed(t, s, step))
+    def alike(self, t: Tokens, s: Signals, step: Step) -> Tensor:
+        return self.embed(t, s, step)
 
     def inside(self, t: Tokens) -> bool:
         return self.masking() and not t.unit

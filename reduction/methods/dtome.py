@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from reduction.assignment import apply
 from reduction.base import Card, Reducer
 from reduction.checks import boolean, number, one_of, positive
 from reduction.counts import Dims, Step
 from reduction.functional.energy import ENERGIES, energy
-from reduction.functional.joining import Partners, joined, partners
+from reduction.functional.joining import Decision, Partners, joined, partners
 from reduction.functional.matching import head_sum, split_sizes, unit
 from reduction.mixins.calibrating import Calibrates
 from reduction.registry import register
@@ -100,13 +98,11 @@ class DToMe(Calibrates, Reducer):
     def count(self, n: int, step: Step) -> int:
         return min(n, step.keep) if self.limit else n
 
-    def unite(
-        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
-    ) -> Tokens:
+    def unite(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Tokens:
         """Size-weighted means; officially rows lie in another order in calibration."""
         if self.calibrating is not None:
-            return apply(t, joined(t, p, merged, None, untouched=False, eps=self.compat_eps))
-        return apply(t, joined(t, p, merged, keep, by_similarity=not t.prefix))
+            return apply(t, joined(t, *d, untouched=False, eps=self.compat_eps))
+        return apply(t, joined(t, *d, by_similarity=not t.prefix))
 
     def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
         metric = t.patches.detach()

@@ -8,11 +8,10 @@ from reduction.assignment import Merge
 from reduction.base import Card
 from reduction.checks import positive
 from reduction.counts import Dims, Step
-from reduction.functional.joining import Partners, joined
-from reduction.functional.squeezing import squeeze, squeezed
+from reduction.functional.squeezing import squeeze
 from reduction.mixins.pairing import RankedPairs
 from reduction.registry import register
-from reduction.tokens import Signals, Tokens
+from reduction.tokens import Tokens
 
 
 @register("etps")
@@ -63,18 +62,13 @@ class ETPS(RankedPairs):
         seed: int | None = None,
     ) -> None:
         super().__init__(score_from, score, seed)
-        self.temperature = positive("temperature", temperature)
+        self.temperature = self.squeezing = positive("temperature", temperature)
 
     def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
         return score.argsort(dim=1, descending=True)
 
     def settle(self, t: Tokens, kept: Tensor, rest: Tensor, score: Tensor, step: Step) -> Merge:
         return squeeze(t, kept, rest, self.temperature)
-
-    def joins(
-        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
-    ) -> Merge:
-        return squeezed(joined(t, p, merged, keep), p, merged, self.temperature)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         # The cosines of dropped with kept tokens.

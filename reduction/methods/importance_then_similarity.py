@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 from torch import Tensor
 
 from reduction.assignment import Assignment, Keep
@@ -65,7 +63,7 @@ class ImportanceThenSimilarity(RankedPairs):
     )
     site = "mid"
     family = "constant_r"
-    by_count = MappingProxyType({"prune_share": 0.0})
+    only = (("prune_share", (0.0,)),)
 
     def __init__(
         self,
@@ -98,9 +96,9 @@ class ImportanceThenSimilarity(RankedPairs):
         order = self.order(t, self.score(t, s, step).detach(), step)
         if order.shape[1] == step.keep:
             return Keep(order)
-        return join_closest(take_rows(self.alike(t, s), order), order, step.keep)
+        return join_closest(take_rows(self.alike(t, s, step), order), order, step.keep)
 
-    def alike(self, t: Tokens, s: Signals) -> Tensor:
+    def alike(self, t: Tokens, s: Signals, step: Step) -> Tensor:
         x = t.patches if self.metric == "feature" else head_sum(s.need("k")[:, :, t.prefix :])
         return x.detach()
 

@@ -12,7 +12,7 @@ from reduction.checks import boolean, count, number, one_of, share
 from reduction.counts import Budget, Dims, Step
 from reduction.functional.clustering import mean_shares
 from reduction.functional.fusion import fuse_map, one_way_partners, two_way_matching
-from reduction.functional.joining import Partners, joined
+from reduction.functional.joining import Decision, Partners
 from reduction.functional.matching import split_sizes, unit
 from reduction.functional.received import column_mean, mean_row
 from reduction.functional.thresholds import live_first
@@ -198,8 +198,8 @@ class MCTF(OwnAttention, Trains, Pairs):
         if not isinstance(self, Calibrates):
             return t, self._grouped(t, column, step)
         s = Signals(column=column)
-        t, p, merged, keep = self.decided(t, s, step)
-        return t, self.joins(t, s, step, p, merged, keep)
+        t, d = self.decided(t, s, step)
+        return t, self.joins(t, s, step, d)
 
     def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
         """One way: whatever a second would find above a threshold has left already."""
@@ -213,15 +213,11 @@ class MCTF(OwnAttention, Trains, Pairs):
         most = torch.minimum((count + t.prefix - 1) // 2, count - self.floor).clamp_min(0)
         return Partners(rows, live, best, host, first, t.prefix, most)
 
-    def joins(
-        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
-    ) -> Merge:
-        return self._shared(t, s.need("column").detach(), joined(t, p, merged, keep))
+    def joins(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Merge:
+        return self._shared(t, s.need("column").detach(), d.joined(t))
 
-    def unite(
-        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
-    ) -> Tokens:
-        return self._fused(t, self.joins(t, s, step, p, merged, keep))
+    def unite(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Tokens:
+        return self._fused(t, self.joins(t, s, step, d))
 
     def _fused(self, t: Tokens, merge: Merge) -> Tokens:
         out = apply(t, merge)

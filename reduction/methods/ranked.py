@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from reduction.assignment import Assignment, Keep, Merge
+from reduction.assignment import Assignment, Keep
 from reduction.base import Card
 from reduction.checks import boolean, one_of, positive
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
-from reduction.functional.joining import Partners, joined
 from reduction.functional.scores import SCORES
 from reduction.functional.settling import fuse, join_nearest
-from reduction.functional.squeezing import squeeze, squeezed
+from reduction.functional.squeezing import squeeze
 from reduction.mixins.pairing import RankedPairs
 from reduction.registry import register
-from reduction.tokens import Signals, Tokens
+from reduction.tokens import Tokens
 
 SETTLES = ("drop", "fuse", "squeeze", "nearest")
 
@@ -59,6 +58,7 @@ class Ranked(RankedPairs):
         note="Ours, to compare scores and ways of settling one by one; not a published method.",
     )
     site = "mid"
+    only = (("settle", ("nearest", "squeeze")),)
 
     def __init__(
         self,
@@ -71,6 +71,7 @@ class Ranked(RankedPairs):
         super().__init__(score=one_of("score", score, SCORES), seed=seed)
         self._settle = one_of("settle", settle, SETTLES)
         self.temperature = positive("temperature", temperature, null=True)
+        self.squeezing = (temperature or 1.0) if settle == "squeeze" else None
         self.prop_attn = boolean("prop_attn", prop_attn)
         if temperature is not None and settle != "squeeze":
             raise ZooError(
@@ -101,20 +102,6 @@ class Ranked(RankedPairs):
         if self._settle == "squeeze":
             return squeeze(t, kept, rest, 1.0 if self.temperature is None else self.temperature)
         return join_nearest(t, kept, rest)
-
-    def check_thresholds(self) -> None:
-        super().check_thresholds()
-        if self._settle in ("drop", "fuse"):
-            raise ZooError(
-                f"ranked: with settle={self._settle!r} no pair merges that a threshold could be "
-                "of; type settle='nearest' (reducer.settle=nearest), or 'squeeze'"
-            )
-
-    def joins(
-        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
-    ) -> Merge:
-        a = joined(t, p, merged, keep)
-        return squeezed(a, p, merged, self.temperature or 1.0) if self._settle == "squeeze" else a
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         if self._settle == "fuse":

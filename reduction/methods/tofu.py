@@ -12,11 +12,10 @@ from reduction.base import Card
 from reduction.checks import boolean, one_of
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
-from reduction.functional.joining import Partners, joined, partners
+from reduction.functional.joining import Decision
 from reduction.functional.matching import (
     Matching,
     bipartite_matching,
-    head_sum,
     mean_of_members,
     split_sizes,
 )
@@ -79,6 +78,7 @@ class ToFu(Pairs):
     )
     site = "mid"
     needs = frozenset({"k"})
+    compares = "key"
     family = "constant_r"
 
     def __init__(
@@ -123,8 +123,7 @@ class ToFu(Pairs):
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Assignment:
         """Pairs; the mean of `Merge` has yet to get its length."""
-        metric = head_sum(s.need("k")[:, :, t.prefix :].detach())
-        match = bipartite_matching(metric, t.n - step.keep, t.prefix)
+        match = bipartite_matching(self.alike(t, s, step), t.n - step.keep, t.prefix)
         if self.prunes(step.block, step.depth):
             return Keep(match.leader, slot=_slots(match, t.n))
         share = mean_of_members(match.target, step.keep)
@@ -133,13 +132,8 @@ class ToFu(Pairs):
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
         return self._lengthened(t, self.assign(t, s, step))
 
-    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
-        return partners(t, head_sum(s.need("k")[:, :, t.prefix :].detach()))
-
-    def unite(
-        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
-    ) -> Tokens:
-        a = joined(t, p, merged, keep)
+    def unite(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Tokens:
+        a = d.joined(t)
         if self.prunes(step.block, step.depth):
             return apply(t, Keep(a.leader, a.valid, a.slot))
         return self._lengthened(t, plain_mean(a, t.size.dtype))

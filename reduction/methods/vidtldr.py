@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from reduction.assignment import Merge
 from reduction.base import Card
 from reduction.checks import boolean
 from reduction.counts import Dims, Step
 from reduction.functional.attention import attention_bias
-from reduction.functional.joining import Partners, joined, partners
+from reduction.functional.joining import Decision
 from reduction.functional.matching import bipartite_matching, split_sizes
 from reduction.functional.scores import saliency
+from reduction.functional.settling import weighed
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.mixins.pairing import Pairs, live_tokens
 from reduction.registry import register
@@ -92,18 +92,12 @@ class VidTLDR(OwnAttention, Pairs):
         slot = torch.zeros_like(weight, dtype=torch.int64).scatter(1, leader, place)
         slot = slot.scatter(1, match.source, match.target)
         sent = torch.ones_like(weight).scatter(1, match.source, weight.gather(1, match.source))
-        return _weighed(t, Merge(slot, leader), sent)
+        return weighed(t, Merge(slot, leader), sent)
 
-    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
-        return partners(t, t.patches.detach())
-
-    @torch.no_grad()
-    def joins(
-        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
-    ) -> Merge:
+    def joins(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Merge:
         weight = saliency(s.need("attn"), t.prefix, live_tokens(t))
-        sent = p.of_tokens(weight.gather(1, p.senders), merged, torch.ones_like(weight))
-        return _weighed(t, joined(t, p, merged, keep), sent)
+        sent = d.of_tokens(weight.gather(1, d.pairs.senders), torch.ones_like(weight))
+        return weighed(t, d.joined(t), sent)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         senders, receivers = split_sizes(n, prefix)
@@ -111,14 +105,3 @@ class VidTLDR(OwnAttention, Pairs):
         # Behind the first merge the map without sizes is one more product of queries and keys.
         sized = self.prop_attn and n < step.grid[0] * step.grid[1]
         return matching + (n + prefix) ** 2 * dims.width * sized
-
-
-def _weighed(t: Tokens, a: Merge, sent: Tensor) -> Merge:
-    """Groups in which each token counts by a weight and its size; weight zero is in none."""
-    assert a.slot is not None
-    mass = sent * t.patch_size
-    slot = torch.where(sent > 0, a.slot, -1)
-    held = slot.clamp_min(0)
-    counted = torch.where(slot >= 0, mass, 0.0)
-    total = mass.new_zeros(a.leader.shape).scatter_add(1, held, counted)
-    return a._replace(slot=slot, coef=mass / total.gather(1, held), mass=mass)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from reduction.checks import listed, number
 from reduction.counts import Spec, Step
 from reduction.errors import ZooError
-from reduction.functional.joining import Partners, above, best_of_batch
+from reduction.functional.joining import Decision, Partners, above, best_of_batch
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.learned import Learned
 from reduction.tokens import Signals, Tokens
@@ -29,18 +29,14 @@ class Partnered:
         """Who would merge into whom, and how alike they are."""
         raise NotImplementedError(f"{type(self).__name__} must override partners")
 
-    def unite(
-        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
-    ) -> Tokens:
+    def unite(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Tokens:
         """Let those merge who do.
 
         Args:
             t: Tokens.
             s: Signals.
             step: Budget and position.
-            p: Who would merge.
-            merged: Which senders do, `(B, S)`.
-            keep: The most tokens that may be left, or None.
+            d: Who merges.
         """
         raise NotImplementedError(f"{type(self).__name__} must override unite")
 
@@ -96,30 +92,25 @@ class Calibrates(Adaptive, Learned, Partnered):
         return self.calibrating is not None and self.calibrating[step.block] == 0
 
     @torch.no_grad()
-    def decided(
-        self, t: Tokens, s: Signals, step: Step
-    ) -> tuple[Tokens, Partners, Tensor, int | None]:
-        """Tokens, and the other arguments of `unite`: by thresholds, or by counts in calibration.
-
-        In calibration the tokens remember the threshold.
-        """
+    def decided(self, t: Tokens, s: Signals, step: Step) -> tuple[Tokens, Decision]:
+        """Who merges: by thresholds, or by counts in calibration, where tokens note thresholds."""
         assert self.thresholds is not None
         p, ratio = self.partners(t, s, step), self.max_r_per_instance_ratio
         if self.calibrating is None:
             keep = step.keep if self.limit else None
             most = self.most(step.block, ratio)
-            return t, p, above(p, self.thresholds[step.block], keep, most), keep
+            return t, Decision(p, above(p, self.thresholds[step.block], keep, most), keep)
         r = self.calibrating[step.block]
         pairs = min(r, (t.n + t.prefix - 1) // 2 if self.capped else t.n - 1)
         merged, threshold = best_of_batch(p, pairs, None if ratio is None else int(ratio * r))
-        return note_threshold(t, step.block, step.depth, threshold), p, merged, None
+        return note_threshold(t, step.block, step.depth, threshold), Decision(p, merged, None)
 
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
         """Merge what is alike enough."""
         if self.idle(step):
             return t
-        t, p, merged, keep = self.decided(t, s, step)
-        return self.unite(t, s, step, p, merged, keep)
+        t, d = self.decided(t, s, step)
+        return self.unite(t, s, step, d)
 
     def set_thresholds(
         self, values: Sequence[float] | Tensor, pairs: Sequence[int] | None = None

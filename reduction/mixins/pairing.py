@@ -12,7 +12,9 @@ from reduction.assignment import Assignment, apply
 from reduction.base import Reducer
 from reduction.counts import Budget, Dims, Spec, Step
 from reduction.errors import ZooError
-from reduction.functional.joining import Partners, joined, ranked_partners
+from reduction.functional.joining import Decision, Partners, partners, ranked_partners
+from reduction.functional.matching import head_sum
+from reduction.functional.squeezing import squeezed
 from reduction.mixins.calibrating import Calibrates, Partnered, TakesThresholds
 from reduction.mixins.ranking import ScoreReducer
 from reduction.options import Option
@@ -31,12 +33,15 @@ class Pairs(TakesThresholds, Partnered, Reducer):
     says. `zoo calibrate` sets it, and finds the thresholds.
 
     Attributes:
+        compares: What is compared: "feature" (the residual stream) or "key" (mean over heads).
         capped: At most half of the tokens can merge in one block.
-        by_count: Arguments that have a meaning with counts alone, and their values with thresholds.
+        only: Arguments and the values that they may have with thresholds. Where that is one alone,
+            calibration chooses it.
     """
 
+    compares: ClassVar[Literal["feature", "key"]] = "feature"
     capped: ClassVar[bool] = True
-    by_count: ClassVar[Mapping[str, Any]] = {}
+    only: ClassVar[tuple[tuple[str, tuple[Any, ...]], ...]] = ()
 
     @classmethod
     def common_options(cls) -> Mapping[str, Option]:
@@ -66,21 +71,27 @@ class Pairs(TakesThresholds, Partnered, Reducer):
         """The options that every reducer has; `thresholds` has chosen the class already."""
         super().choose(**options)
 
+    def alike(self, t: Tokens, s: Signals, step: Step) -> Tensor:
+        """What is compared by cosine, `(B, N, d)`."""
+        if self.compares == "key":
+            return head_sum(s.need("k")[:, :, t.prefix :].detach())
+        return t.patches.detach()
+
+    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
+        """Who would merge: every other token, into the one of the others most like it."""
+        return partners(t, self.alike(t, s, step))
+
     def pairs_in(self, block: int) -> bool:
         """Whether the method can tell who is alike in a block."""
         return True
 
-    def joins(
-        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
-    ) -> Assignment:
+    def joins(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Assignment:
         """What becomes of those who merge; a size-weighted mean. Arguments as of `unite`."""
-        return joined(t, p, merged, keep)
+        return d.joined(t)
 
-    def unite(
-        self, t: Tokens, s: Signals, step: Step, p: Partners, merged: Tensor, keep: int | None
-    ) -> Tokens:
+    def unite(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Tokens:
         """Apply `joins`. Override only where no assignment can say what the method does."""
-        return apply(t, self.joins(t, s, step, p, merged, keep))
+        return apply(t, self.joins(t, s, step, d))
 
     def check_thresholds(self) -> None:
         """Refuse arguments that have no meaning with thresholds.
@@ -88,6 +99,14 @@ class Pairs(TakesThresholds, Partnered, Reducer):
         Raises:
             ZooError: Naming what to type instead.
         """
+        given = self.arguments()
+        for name, values in self.only:
+            if given[name] not in values:
+                typed = ", or ".join(f"reducer.{name}={_word(value)}" for value in values)
+                raise ZooError(
+                    f"{self.name}: {name}={given[name]!r} is of merging by counts, and no pair has "
+                    f"a threshold with it; type {typed}"
+                )
 
     def thresholded(self) -> Calibrates:
         """The form of this reducer with thresholds, with the same learned parts.
@@ -95,8 +114,8 @@ class Pairs(TakesThresholds, Partnered, Reducer):
         Raises:
             ZooError: If some argument has no meaning there.
         """
-        self.check_thresholds()
-        form = type(self)(**{**self.arguments(), **self.by_count, "thresholds": True})
+        chosen = {name: values[0] for name, values in self.only if len(values) == 1}
+        form = type(self)(**{**self.arguments(), **chosen, "thresholds": True})
         assert isinstance(form, Calibrates) and isinstance(form, Reducer)
         for name, module in self.named_children():
             setattr(form, name, module)
@@ -104,37 +123,36 @@ class Pairs(TakesThresholds, Partnered, Reducer):
         return form
 
 
-class RankedPairs(ScoreReducer, Pairs):
-    """A method that ranks and then merges; with thresholds the lower half merges into the upper."""
+class ScoredPairs(ScoreReducer, Pairs):
+    """A method of pairs that ranks, too."""
 
-    def alike(self, t: Tokens, s: Signals) -> Tensor:
-        """What is compared by cosine, `(B, N, d)`: the residual stream."""
-        return t.patches.detach()
+    def check_thresholds(self) -> None:
+        """Refuse a draw, too, which follows from how many tokens there are, padding among them."""
+        super().check_thresholds()
+        if self.score_name == "random":
+            raise ZooError(
+                f"{self.name}: score='random' is drawn for a number of tokens that is known "
+                "before, which thresholds do not leave; type score='class' (reducer.score=class), "
+                "or 'norm'"
+            )
+
+
+class RankedPairs(ScoredPairs):
+    """A method that ranks and then merges; with thresholds the lower half merges into the upper.
+
+    Attributes:
+        squeezing: With thresholds a group is squeezed, at this temperature; None: no.
+    """
+
+    squeezing: float | None = None
 
     def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
         """Who of the less important half would merge into the more important one."""
-        return ranked_partners(t, self.alike(t, s), self.score(t, s, step).detach())
+        return ranked_partners(t, self.alike(t, s, step), self.score(t, s, step).detach())
 
-    def check_thresholds(self) -> None:
-        """Refuse a draw, which follows from how many tokens there are, padding among them.
-
-        Raises:
-            ZooError: Naming what to type instead.
-        """
-        check_score(self)
-
-
-def check_score(reducer: ScoreReducer) -> None:
-    """Refuse a score by lot where tokens merge by thresholds.
-
-    Raises:
-        ZooError: Naming what to type instead.
-    """
-    if reducer.score_name == "random":
-        raise ZooError(
-            f"{reducer.name}: score='random' is drawn for a number of tokens that is known before, "
-            "which thresholds do not leave; type score='class' (reducer.score=class), or 'norm'"
-        )
+    def joins(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Assignment:
+        """See `Pairs`."""
+        return d.joined(t) if self.squeezing is None else squeezed(t, d, self.squeezing)
 
 
 class ByThresholds(Calibrates):
@@ -156,12 +174,6 @@ class ByThresholds(Calibrates):
         self.no_thresholds_yet()
         assert isinstance(self, Pairs)
         self.check_thresholds()
-        for name, value in self.by_count.items():
-            if getattr(self, name) != value:
-                raise ZooError(
-                    f"{self.name}: {name}={getattr(self, name)!r} is of merging by counts; with "
-                    f"thresholds type {name}={value!r} (reducer.{name}={str(value).lower()})"
-                )
 
     def arguments(self) -> dict[str, Any]:
         """Constructor arguments and options of the method, and `thresholds`."""
@@ -228,6 +240,10 @@ def form_of(method: type[Pairs]) -> type[Pairs]:
     made: Any = metaclass(f"{method.__name__}ByThresholds", (ByThresholds, method), own)
     found: type[Pairs] = made
     return found
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value).lower()
 
 
 def _blank(method: type[Pairs]) -> Pairs:
