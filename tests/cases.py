@@ -223,18 +223,6 @@ METHODS = [
     # Forms with thresholds, as far as the schedule says while none are calibrated.
     Row("tofu", (("thresholds", "limit"),), R8, prunes=True),
     Row("mctf", (("thresholds", "limit"),), R8),
-    Row("dtem", (("thresholds", "limit"),), R8),
-    Row("vidtldr", (("thresholds", "limit"),), R8, prunes=True),
-    Row("ppt", (("thresholds", "limit"),), GEOMETRIC, COLUMN, prunes=True),
-    Row(
-        "ranked",
-        (("thresholds", "limit"), ("settle", "squeeze")),
-        R8,
-        (("score", "column"),),
-        ranked=True,
-    ),
-    Row("diffrate", (("thresholds", "limit"),), R8, COLUMN, ranked=True),
-    Row("atc", (("thresholds", "limit"),), R8),
     # Similarities alone decide: no schedule makes these cheaper.
     Row("algm", (("layers", (1, 3)), ("threshold", 0.0)), R8, own_counts=True, floor=1.0),
     Row(

@@ -162,6 +162,14 @@ def test_arguments_of_counts_are_refused_with_what_to_type() -> None:
     assert form.config()["prune_share"] == 0.0 and form.config()["thresholds"] is True
 
 
+@torch.no_grad()
+def test_clusters_that_join_one_by_one_are_no_graph() -> None:
+    model, x = of("atc"), images(2)
+    calibrate(model, [x])
+    with pytest.raises(Exception, match="no graph to compile or export"):
+        torch.export.export(model, (x,))
+
+
 MERGING = [
     name
     for name in reduction.list_methods()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reduction.assignment import Merge
 from reduction.eager import traced
+from reduction.errors import ZooError
 from reduction.functional.joining import Decision, Partners
 from reduction.functional.matching import unit
 from reduction.functional.portable import stable_order
@@ -132,7 +133,15 @@ def linked(t: Tokens, distance: Tensor, linkage: str, least: Tensor | None) -> P
 
     Returns:
         One entry for each step; `host` holds both clusters, `(B, S, 2)`.
+
+    Raises:
+        ZooError: In a graph, which would have to hold a step for every token of every block.
     """
+    if traced():
+        raise ZooError(
+            "atc with thresholds joins clusters one by one, as many as an image needs, which is no "
+            "graph to compile or export; take reducer.thresholds=false, or reducer=dtome"
+        )
     live = torch.ones(distance.shape[:2], dtype=torch.bool, device=distance.device)
     live = live if t.mask is None else t.mask[:, t.prefix :]
     both = live.unsqueeze(1) & live.unsqueeze(2)
@@ -140,7 +149,7 @@ def linked(t: Tokens, distance: Tensor, linkage: str, least: Tensor | None) -> P
     best = [torch.full_like(distance[:, :1, 0], NOBODY, dtype=torch.float32)]
     for step in joints(distance.masked_fill(~both, torch.inf), linkage):
         near = (1 - step.near).to(torch.float32)
-        if least is not None and not traced() and bool((near <= least).all()):
+        if least is not None and bool((near <= least).all()):
             break
         pairs.append(step.pair)
         best.append(torch.where(step.near.isfinite(), near, NOBODY))
