@@ -252,12 +252,12 @@ class MCTF(OwnAttention, Trains, Pairs):
         map_ = logits.softmax(-1)
         t, merge = self._merging(t, mean_row(map_.detach(), t.mask), step)
         new = self._fused(t, merge)
-        map_ = self._fused_map(t, map_, merge).to(a.q.dtype)
+        map_ = self._fused_map(t, map_, merge, merge.leader.shape[1]).to(a.q.dtype)
         out = a.dropped(map_) @ a.again(new, True).v
         return AttentionOutput(out, Signals(), new)
 
-    def _fused_map(self, t: Tokens, map_: Tensor, merge: Merge) -> Tensor:
-        batch, p, m = map_.shape[0], t.prefix, merge.leader.shape[1]
+    def _fused_map(self, t: Tokens, map_: Tensor, merge: Merge, keep: int) -> Tensor:
+        batch, p = map_.shape[0], t.prefix
         slot = _bins(merge) + p
         slot = torch.cat([torch.arange(p, device=t.x.device).expand(batch, p), slot], 1)
         share = None
@@ -267,9 +267,9 @@ class MCTF(OwnAttention, Trains, Pairs):
                 own = _shares(t.patch_size, merge)
             share = torch.cat([own.new_ones(batch, p), own], 1)
         if not isinstance(self, Calibrates):
-            return fuse_map(map_, slot, share, p + m)
+            return fuse_map(map_, slot, share, p + keep)
         # Padding, in the last place, is nobody.
-        return fuse_map(map_, slot, share, p + m + 1)[:, :, : p + m, : p + m]
+        return fuse_map(map_, slot, share, p + keep + 1)[:, :, : p + keep, : p + keep]
 
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
         """Fuse the output of a block (osa 0)."""
