@@ -3,7 +3,7 @@
     python -m benchmarks.engine_profile onnxruntime topk diffrate
     python -m benchmarks.engine_profile openvino pitome diffrate
 
-One image, one thread, 0.6 of the dense GMACs, counts aligned to 32, beside the dense model (OpenVINO
+One image, one thread, 0.6 of the dense GMACs, counts aligned to 32, beside dense (OpenVINO
 in bfloat16). Milliseconds per image, by the runtime's own profiler, which costs a few percent.
 """
 
