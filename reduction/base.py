@@ -84,6 +84,8 @@ class Reducer(Optioned, Revised, nn.Module):
             others, "spare" keeps them out of every reduction, "refuse" allows no such plugin.
         every_block: Ask for a step in every block, also where the schedule has no budget; `keep`
             is then the number of tokens present, and `reduce` must cope.
+        no_thresholds: Why pairs cannot merge by thresholds that are calibrated, where the kind of
+            method does not say it; see `reduction.mixins.pairing.Pairs` for those that can.
     """
 
     card: ClassVar[Card]
@@ -93,6 +95,7 @@ class Reducer(Optioned, Revised, nn.Module):
     prop_attn: bool = False
     added_tokens: Literal["reduce", "spare", "refuse"] = "reduce"
     every_block: bool = False
+    no_thresholds: ClassVar[str] = ""
 
     @property
     def needs_class_token(self) -> bool:

@@ -65,6 +65,10 @@ class WithOptions(type):
         """Annotations of the common options."""
         return {name: option.hint for name, option in cls.common_options().items()}
 
+    def form_for(cls, chosen: Mapping[str, Any]) -> type:
+        """The class to build where options were chosen; a class method of parts with forms."""
+        return cls
+
     def __call__(cls, *args: Any, **given: Any) -> Any:
         """Build a part."""
         known, common = cls.common_options(), cls._common()
@@ -73,7 +77,7 @@ class WithOptions(type):
             # What only the common option says is not for the constructor: its own default holds.
             if given[name] == known[name].default and isinstance(given[name], str):
                 del given[name]
-        made = super().__call__(*args, **given)
+        made = type.__call__(cls.form_for(chosen), *args, **given)
         made.choose(**chosen)
         return made
 

@@ -220,6 +220,9 @@ METHODS = [
     Row("dtome", schedule=R8),
     Row("dtome", (("max_r_per_instance_ratio", 1.5), ("prop_attn", False)), R8),
     Row("dtome", (("order", "energy"), ("metric", "feature"), ("energy", "paper")), R8),
+    # Forms with thresholds, as far as the schedule says while none are calibrated.
+    Row("tofu", (("thresholds", "limit"),), R8, prunes=True),
+    Row("mctf", (("thresholds", "limit"),), R8),
     # Similarities alone decide: no schedule makes these cheaper.
     Row("algm", (("layers", (1, 3)), ("threshold", 0.0)), R8, own_counts=True, floor=1.0),
     Row(

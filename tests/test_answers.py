@@ -1,7 +1,6 @@
 """A model that answers with NaN or infinity has no accuracy, no fidelity, no speed and no cost."""
 
 import json
-import shlex
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from torch import nn
 import zoo
 from zoo.budget.search import ScheduleSearch
 from zoo.checkpoint import save_pretrained
-from zoo.cli.main import main
 from zoo.errors import ZooError
 from zoo.measure.accuracy import top_k
 from zoo.measure.fidelity import compare_answers
@@ -40,18 +38,6 @@ def batches(spoilt=5, count=8, size=3):
         images[spoilt, 0, 0, 0] = 2
     labels = torch.zeros(count, dtype=torch.long)
     return [(images[i : i + size], labels[i : i + size]) for i in range(0, count, size)]
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def call(line):
-        code = main(shlex.split(line))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

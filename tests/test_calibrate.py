@@ -121,7 +121,7 @@ def test_a_calibration_that_fails_leaves_the_model_as_it_was() -> None:
 def test_what_cannot_be_calibrated_says_so() -> None:
     x = images(2)
     with pytest.raises(ZooError, match="no thresholds to calibrate"):
-        calibrate(zoo.wrap(backbone("plain"), "tofu", R8), [x])
+        calibrate(zoo.wrap(backbone("plain"), "topk", R8), [x])
     with pytest.raises(ZooError, match="one count for each of the 4 blocks"):
         calibrate(dtome(), [x], [3])
     with pytest.raises(ZooError, match="at least one batch"):
@@ -215,13 +215,23 @@ def test_the_command_saves_a_calibrated_model(tmp_path: Path, capfd: pytest.Capt
 
     words = ["calibrate", "vit_digits", "digits", "--reducer", "dtome", "--r", "3", "--limit", "32"]
     assert main([*words, "--out", str(tmp_path / "m")]) == 0
-    assert "saved:" in capfd.readouterr().out
+    said = capfd.readouterr()
+    # Thresholds that are about to be found are not missed.
+    assert "saved:" in said.out and "holds no parameters" not in said.err
     model = zoo.load(str(tmp_path / "m"))
     assert model.reducer.thresholds.max() < 1 and not model.reducer.limit
+    few = [*words[:4], "ranked", *words[5:], "--limit", "8", "--out", str(tmp_path / "r")]
+    assert main([*few, "--set", "settle=nearest", "--set", "reducer.temperature=null"]) == 0
+    typed = "ranked with thresholds: reducer=ranked reducer.thresholds=true"
+    assert typed in capfd.readouterr().out
+    assert zoo.load(str(tmp_path / "r")).reducer.config()["settle"] == "nearest"
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "bad.png").write_text("no picture")
     for wrong, says in [
         (["calibrate", "vit_digits", "digits", "--out", "x"], "no thresholds"),
+        (few, "type reducer.settle=nearest"),
+        ([*few, "--set", "settle"], "ARGUMENT=VALUE, e.g. settle=nearest, got 'settle'"),
+        ([*words[:3], "--set", "settle=drop", "--out", "x"], "type --reducer NAME"),
         ([*words, "--out", "x", "--r-total", "9"], "either --r or --r-total"),
         ([*words[:1], "vit_digits", "nowhere", "--reducer", "dtome", "--out", "x"], "a folder of"),
         ([*words[:5], "--r", "many", "--out", "x"], "whole number"),

@@ -12,24 +12,10 @@ from pathlib import Path
 import pytest
 
 import zoo
-from zoo.cli.main import main
 from zoo.results.rows import read_rows
 from zoo.run.messages import unknown_flag
 
 ROOT = Path(zoo.__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs `zoo ARGUMENTS` in an empty folder; returns exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(line):
-        code = main(shlex.split(line))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def one_line(err):

@@ -1,7 +1,6 @@
 """`zoo eval` end to end: what the row holds, sweeps, reports, throughput."""
 
 import json
-import shlex
 from pathlib import Path
 
 import pytest
@@ -9,23 +8,10 @@ import torch
 from torch import nn
 
 import zoo
-from zoo.cli.main import main
 from zoo.errors import ZooError
 from zoo.measure.accuracy import top_k
 from zoo.measure.throughput import measure
 from zoo.results.rows import FIELDS, append_row, new_row, read_rows
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def run(line):
-        code = main(shlex.split(line))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def rows(tmp_path):

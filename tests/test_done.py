@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import zoo
+from tests.commands import Run
 from zoo.checkpoint import save_pretrained
-from zoo.cli.main import main
 from zoo.published import config_folder
 from zoo.results.rows import read_rows
 
-Run = Callable[[str], tuple[int, str, str]]
 SWEEP = "eval -m weights=vit_digits reducer=topk,tome schedule.r=4 task=flops resolutions=[0.5]"
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Run:
-    monkeypatch.chdir(tmp_path)
-
-    def run(line: str) -> tuple[int, str, str]:
-        code = main(shlex.split(line))
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def rows() -> list[dict[str, Any]]:
@@ -141,3 +126,17 @@ def test_an_option_narrows_the_sweep_of_an_experiment(run: Run) -> None:
 def test_an_experiment_of_training_is_refused_by_eval(run: Run) -> None:
     code, _, err = run("eval experiment=vit_digits")
     assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+def test_of_several_processes_one_says_what_was_done_before(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = "eval weights=vit_digits reducer=tome schedule.r=4 task=flops done=skip"
+    assert run(one)[0] == 0
+    code, out, _ = run(one)
+    assert code == 0 and out.count("| done before") == 1
+    for name in ("RANK", "LOCAL_RANK"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            assert run(one) == (0, "", "")
+    assert len(rows()) == 1

@@ -1,29 +1,14 @@
 """What `zoo eval` measures and writes down: kernels, fidelity without labels, provenance."""
 
-import shlex
-
 import pytest
 import torch
 
 import zoo
 from reduction.functional import kernels
 from zoo.checkpoint import save_pretrained
-from zoo.cli.main import main
 from zoo.measure.describe import dense_of
 from zoo.measure.fidelity import compare_answers
 from zoo.results.rows import read_rows
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def call(line):
-        code = main(shlex.split(line))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def rows(tmp_path):

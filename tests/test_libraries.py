@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +16,12 @@ from zoo import backbones
 from zoo.adapters.tower import tower_of
 from zoo.checkpoint import save_pretrained
 from zoo.checkpoint.config import CONFIG
-from zoo.cli.main import main
 from zoo.data.checks import data_config
 from zoo.errors import BadCheckpoint, UnknownName, ZooError
 from zoo.libraries import names
 from zoo.results.rows import read_rows
 
 R1 = {"name": "constant_r", "r": 1}
-
-
-@pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[[str], tuple[int, str, str]]:
-    monkeypatch.chdir(tmp_path)
-
-    def run(line: str) -> tuple[int, str, str]:
-        code = main(shlex.split(line))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import shlex
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +17,7 @@ from omegaconf import OmegaConf, open_dict
 
 from reduction.arguments import argument_hints
 from reduction.errors import ZooError
-from zoo.cli.main import main
+from tests.commands import Run
 from zoo.published import config_folder
 from zoo.run import help
 from zoo.run.messages import explain
@@ -33,18 +31,6 @@ KINDS = ("eval", "train")
 FREE_INSIDE = {"data.class_map", "optim.lr_factors"}
 #: Groups whose options are arguments of constructors, which have their own annotations.
 BUILT = ("reducer", "schedule", "plugin", "selector", "callbacks", "logger")
-Run = Callable[[str], tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Run:
-    monkeypatch.chdir(tmp_path)
-
-    def run(line: str) -> tuple[int, str, str]:
-        code = main(shlex.split(line))
-        return code, *capsys.readouterr()
-
-    return run
 
 
 #: Values for what has none yet.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ import pytest
 import torch
 
 from tests.cases import backbone
-from zoo.cli.main import main
+from tests.commands import Run
 from zoo.measure import progress
 from zoo.measure.accuracy import top_k
 from zoo.run.sweep import count_jobs
 
-Run = Callable[[str], tuple[int, str, str]]
 EVAL = "eval weights=vit_digits reducer=tome schedule.r=2 limit=20"
 
 
@@ -30,17 +28,6 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     progress.show(None)
     yield
     progress.show(None)
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Run:
-    monkeypatch.chdir(tmp_path)
-
-    def run(line: str) -> tuple[int, str, str]:
-        code = main(shlex.split(line))
-        return code, *capsys.readouterr()
-
-    return run
 
 
 class Terminal(io.StringIO):

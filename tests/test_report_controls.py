@@ -10,7 +10,6 @@ from torch import nn
 
 import zoo
 from tests.test_report import dense, row
-from zoo.cli.main import main
 from zoo.errors import ZooError
 from zoo.measure.fidelity import compare_answers
 from zoo.report.compare import compare
@@ -18,19 +17,6 @@ from zoo.report.controls import LONGER, RESOLUTION, SMALLER
 from zoo.report.tables import csv_table, markdown_table
 from zoo.results.rows import read_rows
 from zoo.run.controls import lower_sizes
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def call(line):
-        code = main(shlex.split(line))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
 
 # --------------------------------------------------------------------------- the sweep's rows
 

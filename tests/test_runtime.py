@@ -291,6 +291,9 @@ def test_auto_takes_what_is_faster(fast: None, monkeypatch: pytest.MonkeyPatch) 
         ({"fast_linear": "yes"}, "fast_linear must be one of off, auto, on"),
         ({"linear": "on"}, "linear must be one of plain, auto, packed, onednn"),
         ({"fast": 1}, "unknown runtime option 'fast'"),
+        ({"buckets": 5}, "buckets must be one of 1, 2, 3, 4, auto, got 5"),
+        ({"buckets": True}, "buckets must be one of"),
+        ({"buckets": [2]}, "buckets must be one of"),
         ({"own_kernels": 1}, "own_kernels must be true or false"),
     ],
 )

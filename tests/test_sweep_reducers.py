@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +11,12 @@ import pytest
 import reduction
 import zoo
 from tests.cases import backbone
-from zoo.cli.main import main
+from tests.commands import Run
 from zoo.errors import NoClassToken
 from zoo.results.rows import read_rows
 
-Run = Callable[[str], tuple[int, str, str]]
 GAP = "backbone=test_vit +backbone.args.class_token=false +backbone.args.global_pool=avg"
 SWEEP = f"eval -m {GAP} task=flops control=[] hydra.sweep.dir=sweep"
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Run:
-    monkeypatch.chdir(tmp_path)
-
-    def run(line: str) -> tuple[int, str, str]:
-        code = main(shlex.split(line))
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def rows() -> list[dict[str, Any]]:

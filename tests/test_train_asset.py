@@ -9,6 +9,7 @@ import timm
 import torch
 
 import zoo
+from zoo.data.fashion_mnist import DEBIAN
 from zoo.data.module import ImageData
 
 ASSET = Path(zoo.__file__).parent / "assets" / "vit_digits"
@@ -41,3 +42,27 @@ def test_they_are_small_and_say_what_they_are():
     assert (ASSET / "model.safetensors").stat().st_size < 2_500_000
     card = (ASSET / "README.md").read_text(encoding="utf-8")
     assert "python train.py experiment=vit_digits" in card
+
+
+FASHION = ASSET.with_name("vit_fashion")
+
+
+@torch.no_grad()
+def test_the_model_for_clothes_is_timm_s_in_half_precision():
+    model, plain = zoo.load("vit_fashion"), timm.create_model("vit_fashion", pretrained=True).eval()
+    assert next(model.parameters()).dtype == torch.float32
+    images = torch.rand(2, 1, 28, 28)
+    torch.testing.assert_close(plain(images), model(images), rtol=0, atol=0)
+    assert model.token_counts()[0][0] == 197 and model.depth == 12  # as DeiT has them
+    assert (FASHION / "model.safetensors").stat().st_size < 4_000_000
+    card = (FASHION / "README.md").read_text(encoding="utf-8")
+    assert "experiment=vit_fashion_coarse" in card and "experiment=vit_fashion " in card
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+@torch.no_grad()
+def test_it_knows_clothes():
+    model = zoo.load("vit_fashion")
+    data = ImageData("fashion_mnist", test_split="test", eval_batch_size=400).attach(model)
+    images, labels = next(iter(data.test_dataloader()))
+    assert (model(images).argmax(1) == labels).float().mean() > 0.86

@@ -33,7 +33,8 @@ def load(path_or_hub_name: str, **overrides: Any) -> ReducedViT:
         path_or_hub_name: Model folder, `.ckpt`, a shipped name such as "vit_digits", or
             `hf-hub:org/name`.
         **overrides: `reducer`, `schedule` or `plugins` to use instead of the saved ones; arguments
-            of the backbone; `last_block` and `linear`, which are never saved, see `wrap`.
+            of the backbone; `last_block`, `linear`, `buckets`, `own_kernels`, which are never
+            saved, see `ReducedViT.set_runtime`.
 
     Raises:
         BadCheckpoint: If the file is missing, truncated, unsafe, or of another architecture.

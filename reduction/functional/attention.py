@@ -14,7 +14,7 @@ from torch import Tensor
 from reduction.eager import eager_on_cpu, exporting
 from reduction.functional.kernels import dot_product_attention
 from reduction.functional.masking import policy_softmax
-from reduction.functional.received import attention_and_column, column_mean, shares_map
+from reduction.functional.received import attention_and_column, column_mean, mean_row, shares_map
 from reduction.tokens import Signals
 
 
@@ -32,6 +32,7 @@ def attention(
     class_tokens: int = 1,
     drop: Callable[[Tensor], Tensor] | None = None,
     free: bool = False,
+    live: Tensor | None = None,
 ) -> tuple[Tensor, Signals]:
     """Attention output and the signals in `need`.
 
@@ -52,6 +53,7 @@ def attention(
             of their rows.
         drop: Dropout of attention weights, where somebody watches it; without `fused` only.
         free: Whether the output may differ from the kernel's in the last bits.
+        live: Queries that are no padding, `(B, N)`, of which "column" is the mean; None is all.
 
     Returns:
         Output `(B, H, N, d)` and the signals.
@@ -66,15 +68,15 @@ def attention(
         out = (F.dropout(map_, dropout) if drop is None else drop(map_)) @ v
         return out, Signals(
             cls_row=class_row_of(map_, class_tokens) if "cls_row" in need else None,
-            column=map_.mean((1, 2)) if "column" in need else None,
+            column=mean_row(map_, live) if "column" in need else None,
             attn=map_ if "attn" in need else None,
         )
     if free and "column" in need and not dropout and shares_map(q, k, v, bias):
-        out, column = attention_and_column(q, k, v, scale, bias)
+        out, column = attention_and_column(q, k, v, scale, bias, live)
         rest = signals(q, k, scale, bias, need - {"column"}, class_tokens)
         return out, rest._replace(column=column)
     out = dot_product_attention(q, k, v, scale, bias, dropout)
-    return out, signals(q, k, scale, bias, need, class_tokens)
+    return out, signals(q, k, scale, bias, need, class_tokens, live)
 
 
 def signals(
@@ -84,11 +86,12 @@ def signals(
     bias: Tensor | None,
     need: frozenset[str],
     class_tokens: int = 1,
+    live: Tensor | None = None,
 ) -> Signals:
     """What `need` names of "cls_row" and "column", without the map; arguments as of `attention`."""
     return Signals(
         cls_row=class_row(q, k, scale, bias, class_tokens) if "cls_row" in need else None,
-        column=column_mean(q, k, scale, bias) if "column" in need else None,
+        column=column_mean(q, k, scale, bias, live) if "column" in need else None,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from reduction.functional.portable import best_of, stable_order
+from reduction.functional.thresholds import NOBODY
 
 
 class Groups(NamedTuple):
@@ -70,6 +71,22 @@ def two_way_matching(weight: Tensor, r: int, first: int, both: bool = True) -> G
     back = torch.cat([place_a, place_b]).argsort()
     slot = torch.cat([slot_a, slot_b], 1)[:, back]
     return Groups(slot, torch.cat([place_a[stay_a], place_b[stay_b]], 1))
+
+
+@torch.no_grad()
+def one_way_partners(weight: Tensor, live: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The strongest attraction of each sender, and to whom, `(B, A)` both.
+
+    Args:
+        weight: Attraction `(B, A, B')`.
+        live: `(B, N)`; the others attract nobody, nor are attracted: `NOBODY`.
+        first: Position of the first sender.
+    """
+    if not weight.shape[1] or not weight.shape[2]:
+        nobody = weight.new_full(weight.shape[:2], NOBODY)
+        return nobody, torch.zeros_like(nobody, dtype=torch.int64)
+    best, host = best_of(weight.masked_fill(~live[:, 1 - first :: 2].unsqueeze(1), NOBODY))
+    return best.masked_fill(~live[:, first::2], NOBODY), host
 
 
 def fuse_map(map_: Tensor, slot: Tensor, share: Tensor | None, m: int) -> Tensor:

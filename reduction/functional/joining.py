@@ -34,6 +34,7 @@ class Partners(NamedTuple):
         host: That receiver, `(B, S)`.
         first: Index in `rows` of the first sender.
         prefix: P.
+        cap: Pairs of an image that can merge at most, `(B,)`; None is half of the sequence.
     """
 
     rows: Tensor
@@ -42,6 +43,12 @@ class Partners(NamedTuple):
     host: Tensor
     first: int
     prefix: int
+    cap: Tensor | None = None
+
+    @property
+    def senders(self) -> Tensor:
+        """The tokens that would merge, `(B, S)`."""
+        return self.rows[:, self.first :: 2]
 
 
 @torch.no_grad()
@@ -64,6 +71,51 @@ def partners(t: Tokens, metric: Tensor, score: Tensor | None = None) -> Partners
     return Partners(rows, live, best, host, first, t.prefix)
 
 
+@torch.no_grad()
+def ranked_partners(t: Tokens, metric: Tensor, score: Tensor) -> Partners:
+    """Find them, where the less important half may merge into the more important one.
+
+    Args:
+        t: Tokens.
+        metric: Compared by cosine, `(B, N, d)`.
+        score: Higher for what matters more, `(B, N)`.
+    """
+    rows, live = live_first(t)
+    fallen = take_rows(score, rows).masked_fill(~live, -torch.inf)
+    rows = rows.gather(1, stable_order(fallen, descending=True))
+    # The two halves alternate from here on: padding stays last, however many there are.
+    count = live.sum(1, keepdim=True)
+    place = torch.arange(t.n, device=rows.device)
+    rank = place // 2 + (place & 1) * ((count + 1) // 2)
+    rows = rows.gather(1, torch.where(live, rank, place))
+    best, host = best_receiver(unit(take_rows(metric, rows)), live, 1)
+    return Partners(rows, live, best, host, 1, t.prefix, count.squeeze(1) // 2)
+
+
+class Decision(NamedTuple):
+    """Who merges.
+
+    Attributes:
+        pairs: Who would.
+        merged: Which senders do, `(B, S)` bool.
+        keep: The most tokens that may be left, or None.
+    """
+
+    pairs: Partners
+    merged: Tensor
+    keep: int | None
+
+    def joined(self, t: Tokens) -> Merge:
+        """Groups, each a size-weighted mean, see `joined`."""
+        return joined(t, self.pairs, self.merged, self.keep)
+
+    def of_tokens(self, values: Tensor, others: Tensor) -> Tensor:
+        """Values of senders that merge `(B, S)` among those of all others, `(B, N)`."""
+        senders = self.pairs.senders
+        own = others.gather(1, senders)
+        return others.scatter(1, senders, torch.where(self.merged, values.to(others.dtype), own))
+
+
 def ranks(best: Tensor) -> Tensor:
     """Rank of each entry in its row, the largest first; equal ones in their order."""
     return stable_order(stable_order(best, descending=True))
@@ -84,7 +136,7 @@ def above(p: Partners, threshold: Tensor, keep: int | None, most: Tensor | None 
         wanted = torch.minimum(wanted, most)
     count = p.live.sum(1)
     # Of a sequence with prefix tokens as many as can merge do; the cap is of one without.
-    wanted = torch.minimum(wanted, (count + p.prefix - 1) // 2)
+    wanted = torch.minimum(wanted, (count + p.prefix - 1) // 2 if p.cap is None else p.cap)
     if keep is not None:
         wanted = torch.maximum(wanted, count - keep)
     return (ranks(p.best) < wanted.unsqueeze(1)) & (p.best > NOBODY)
@@ -107,8 +159,9 @@ def best_of_batch(p: Partners, r: int, most: int | None = None) -> tuple[Tensor,
     order = stable_order(flat, dim=0, descending=True)
     rank = stable_order(order, dim=0).view(batch, senders)
     merged = (rank < batch * r) & (p.best > NOBODY)
-    if most is not None:
-        merged = merged & (ranks(p.best) < most)
+    for limit in (most, None if p.cap is None else p.cap.unsqueeze(1)):
+        if limit is not None:
+            merged = merged & (ranks(p.best) < limit)
     last = flat[order[min(batch * r, flat.shape[0] - 1)]] if flat.shape[0] else flat.new_zeros(())
     return merged, last.clamp_min(0)
 

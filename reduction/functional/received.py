@@ -91,6 +91,13 @@ def column_mean(
     return total / (q.shape[1] * _queries(q, live))
 
 
+def mean_row(map_: Tensor, live: Tensor | None = None) -> Tensor:
+    """`column_mean` where the whole map `(B, H, N, M)` is there."""
+    if live is None:
+        return map_.mean((1, 2))
+    return (_sum(map_, live) / (map_.shape[1] * _queries(map_, live))).to(map_.dtype)
+
+
 def _in_blocks(
     q: Tensor,
     k: Tensor,

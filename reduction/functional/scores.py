@@ -67,16 +67,18 @@ def inverse(t: Tokens, s: Signals, draw: Draw) -> Tensor:
     return _shares((a.amax(1, keepdim=True) + a.amin(1, keepdim=True) - a).clamp_min(0))
 
 
-def significance(attention: Tensor, v: Tensor) -> Tensor:
+def significance(attention: Tensor, v: Tensor, live: Tensor | None = None) -> Tensor:
     """Share of each token in the attention of the class token, weighed by its value, `(B, N)`.
 
     Args:
         attention: Attention to each token `(B, N)`, up to a factor.
         v: Values `(B, H, N, d)`; their length is over all heads together.
+        live: Tokens that are no padding, `(B, N)`; None is all.
     """
     exact = torch.promote_types(v.dtype, torch.float32)
     length = torch.linalg.vector_norm(v, dim=(1, 3), dtype=exact)
     score = attention.to(exact) * length
+    score = score if live is None else score.masked_fill(~live, 0.0)
     share: Tensor = score / score.sum(1, keepdim=True).clamp_min(torch.finfo(exact).tiny)
     return share
 
@@ -98,19 +100,28 @@ def distance(a: Tensor, b: Tensor, kind: str = "l2") -> Tensor:
 
 
 @torch.no_grad()
-def saliency(attention: Tensor, prefix: int = 0) -> Tensor:
+def saliency(attention: Tensor, prefix: int = 0, live: Tensor | None = None) -> Tensor:
     """Weight of every patch, `(B, N)`: 0 for background, up to 1 for the most focused.
 
     Args:
         attention: Map `(B, H, P+N, P+N)` after the softmax, without a size bias.
         prefix: P.
+        live: Patches that are no padding, `(B, N)`; None is all. The weight of others says nothing.
     """
     p = attention.to(torch.promote_types(attention.dtype, torch.float32)).mean(1)
     focus = torch.special.xlogy(p, p).sum(-1)[:, prefix:]
-    low, high = focus.amin(1, keepdim=True), focus.amax(1, keepdim=True)
+    if live is None:
+        low, high = focus.amin(1, keepdim=True), focus.amax(1, keepdim=True)
+    else:
+        low = focus.masked_fill(~live, torch.inf).amin(1, keepdim=True)
+        high = focus.masked_fill(~live, -torch.inf).amax(1, keepdim=True)
     spread = high - low
     u = (focus - low) / torch.where(spread > 0, spread, 1.0)
-    above = u - u.mean(1, keepdim=True)
+    if live is None:
+        above = u - u.mean(1, keepdim=True)
+    else:
+        above = u - (u * live).sum(1, keepdim=True) / live.sum(1, keepdim=True)
+        above = above.masked_fill(~live, -1.0)
     most = above.amax(1, keepdim=True)
     weight = (above / torch.where(most > 0, most, 1.0)).clamp_min(0)
     # Where all look alike, none is background.

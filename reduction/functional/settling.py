@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Fuse, Merge
+from reduction.functional.joining import Decision
 from reduction.functional.matching import Matching, most_similar
 from reduction.functional.portable import stable_order
+from reduction.functional.thresholds import live_first
 from reduction.tokens import Tokens, take_rows
 
 
@@ -75,24 +77,25 @@ def join_closest(x: Tensor, order: Tensor, keep: int) -> Merge:
     )
 
 
-def prune_or_pool(pool: Tensor, order: Tensor, match: Matching, keep: int) -> tuple[Tensor, Tensor]:
-    """Groups of images that pool matched pairs, and of others that drop what comes last.
+def prune_or_pool(score: Tensor, threshold: float, match: Matching, plain: bool = False) -> Merge:
+    """Images with uneven scores drop what comes last; those with flat ones pool matched pairs.
 
     Args:
-        pool: Whether an image pools, `(B, N)` bool, the same in a row.
-        order: Tokens by falling importance, `(B, N)`.
-        match: Pairs that leave `keep` tokens.
-        keep: Tokens that are left, K.
-
-    Returns:
-        Group of each token `(B, N)`, -1 for dropped ones, and leaders `(B, K)`.
+        score: `(B, N)`.
+        threshold: Variance from which scores are uneven.
+        match: Pairs, of which so many are left as shall be left.
+        plain: Plain means in place of size-weighted ones.
     """
+    keep = match.leader.shape[1]
+    pool = (score.var(1, keepdim=True) < threshold).expand_as(score)
+    order = stable_order(score, descending=True)
     rows = torch.arange(keep, device=order.device).expand(order.shape[0], -1)
     kept = torch.full_like(order, -1).scatter(1, order[:, :keep], rows)
     pooled = torch.zeros_like(order).scatter(1, match.leader, rows)
     pooled = pooled.scatter(1, match.source, match.target)
     leader = torch.where(pool[:, :keep], match.leader, order[:, :keep])
-    return torch.where(pool, pooled, kept), leader
+    a = Merge(torch.where(pool, pooled, kept), leader)
+    return plain_mean(a, score.dtype) if plain else a
 
 
 def plain_shares(slot: Tensor, k: int, dtype: torch.dtype) -> Tensor:
@@ -100,3 +103,53 @@ def plain_shares(slot: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     held = slot.clamp_min(0)
     members = slot.new_zeros(slot.shape[0], k).scatter_add(1, held, (slot >= 0).long())
     return members.gather(1, held).to(dtype).reciprocal()
+
+
+def plain_mean(a: Merge, dtype: torch.dtype) -> Merge:
+    """Groups as they are, each the plain mean of its members."""
+    assert a.slot is not None
+    return a._replace(coef=plain_shares(a.slot, a.leader.shape[1], dtype))
+
+
+def weighed(t: Tokens, a: Merge, weight: Tensor) -> Merge:
+    """Groups as they are, in which a token counts by weight and size; weight zero is in none.
+
+    Args:
+        t: Tokens.
+        a: Groups, by slots.
+        weight: Not negative, `(B, N)`.
+    """
+    assert a.slot is not None
+    mass = weight * t.patch_size
+    slot = torch.where(weight > 0, a.slot, -1)
+    held = slot.clamp_min(0)
+    counted = torch.where(slot >= 0, mass, 0.0)
+    total = mass.new_zeros(a.leader.shape).scatter_add(1, held, counted)
+    return a._replace(slot=slot, coef=mass / total.gather(1, held), mass=mass)
+
+
+def prune_uneven(
+    t: Tokens, score: Tensor, threshold: float, d: Decision, plain: bool = False
+) -> Merge:
+    """Images with uneven scores drop what comes last instead, as many as would leave by merging.
+
+    Args:
+        t: Tokens.
+        score: Shares, which add up to one over an image, `(B, N)`.
+        threshold: Variance from which an image is uneven.
+        d: Who merges.
+        plain: Plain means in place of size-weighted ones.
+    """
+    a, (rows, live) = d.joined(t), live_first(t)
+    assert a.slot is not None
+    score, n = score.gather(1, rows), live.sum(1, keepdim=True)
+    variance = ((score - 1 / n).square() * live).sum(1, keepdim=True) / (n - 1)
+    prune = (variance >= threshold) & d.merged.any(1, keepdim=True)
+    order = stable_order(score.masked_fill(~live, -torch.inf), descending=True)
+    order = rows.gather(1, order)
+    k, left = a.leader.shape[1], a.slot.amax(1, keepdim=True) + 1
+    place = torch.arange(t.n, device=order.device).expand_as(order)
+    kept = torch.zeros_like(order).scatter(1, order, torch.where(place < left, place, -1))
+    leader = torch.where(prune, order[:, :k], a.leader)
+    a = a._replace(slot=torch.where(prune, kept, a.slot), leader=leader)
+    return plain_mean(a, score.dtype) if plain else a

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Merge
-from reduction.functional.clustering import LARGE, group_exp
+from reduction.functional.clustering import LARGE, group_exp, mean_shares
+from reduction.functional.joining import Decision
 from reduction.functional.portable import best_of
 from reduction.tokens import Tokens, take_rows
 
@@ -50,6 +51,24 @@ def _weights(z: Tensor, host: Tensor, m: int, temperature: float) -> tuple[Tenso
         return z.exp(), z.new_full((z.shape[0], m), _OWN)
     weight, shift = group_exp(z, host, m)
     return weight, _OWN * (-shift).exp()
+
+
+def squeezed(t: Tokens, d: Decision, temperature: float = 1.0) -> Merge:
+    """Groups as they are, with these weights.
+
+    Args:
+        t: Tokens.
+        d: Who merges, and how alike they are.
+        temperature: Divides the cosines.
+    """
+    a, best = d.joined(t), d.pairs.best
+    assert a.slot is not None
+    best = best.to(torch.promote_types(best.dtype, torch.float32)) / temperature
+    z = d.of_tokens(best, best.new_ones(a.slot.shape))
+    k = a.leader.shape[1]
+    bins = torch.where(a.slot < 0, k, a.slot)
+    weight, _ = group_exp(z, bins, k + 1)
+    return a._replace(coef=mean_shares(weight, bins, k + 1))
 
 
 def squeeze_masked(x: Tensor, kept: Tensor, gone: Tensor, temperature: float = 1.0) -> Tensor:

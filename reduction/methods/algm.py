@@ -62,6 +62,7 @@ class ALGM(Adaptive, Reducer):
         note="Similarities decide, not the schedule: counts depend on the image and have no limit.",
     )
     site = "mid"
+    no_thresholds = "it has a threshold of its own, one for all blocks; type reducer.threshold=0.9"
     family = "constant_r"
     every_block = True
     limited = False

@@ -87,6 +87,7 @@ class ASViT(Adaptive, Learned, Trains, Follows, Masked, Reducer):
     site = "pre"
     needs = frozenset({"cls_row", "out"})
     added_tokens = "spare"
+    by_token = frozenset({"score"})
 
     def __init__(
         self,

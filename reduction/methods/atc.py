@@ -6,12 +6,22 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Merge
-from reduction.base import Card, Reducer
+from reduction.base import Card
 from reduction.checks import boolean, one_of
 from reduction.counts import Dims, Step
-from reduction.functional.agglomerative import LINKAGES, agglomerate, cosine_distances
+from reduction.functional.agglomerative import (
+    LINKAGES,
+    agglomerate,
+    clusters_of,
+    cosine_distances,
+    linked,
+)
 from reduction.functional.clustering import mean_shares
+from reduction.functional.joining import Decision, Partners
 from reduction.functional.matching import head_sum
+from reduction.functional.settling import plain_mean
+from reduction.mixins.calibrating import Calibrates
+from reduction.mixins.pairing import Pairs
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -19,7 +29,7 @@ MEANS = ("size", "plain")
 
 
 @register("atc")
-class ATC(Reducer):
+class ATC(Pairs):
     """Agglomerative Token Clustering.
 
     Between attention and MLP, every token starts as a cluster, and the two closest clusters are
@@ -57,6 +67,7 @@ class ATC(Reducer):
     )
     site = "mid"
     needs = frozenset({"k"})
+    capped = False
 
     def __init__(
         self, linkage: str = "average", prop_attn: bool = True, mean: str = "size"
@@ -67,12 +78,27 @@ class ATC(Reducer):
         self.mean = one_of("mean", mean, MEANS)
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
-        distance = cosine_distances(head_sum(s.need("k")[:, :, t.prefix :].detach()))
+        distance = self.distances(t, s)
         slot, leader = agglomerate(distance, step.keep, self.linkage)
         coef: Tensor | None = None
         if self.mean == "plain":
             coef = mean_shares(torch.ones_like(t.patch_size), slot, step.keep)
         return Merge(slot, leader, coef=coef)
+
+    def distances(self, t: Tokens, s: Signals) -> Tensor:
+        """One minus the cosine of the keys of all pairs, `(B, N, N)`."""
+        return cosine_distances(head_sum(s.need("k")[:, :, t.prefix :].detach()))
+
+    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
+        least = None  # as far as it takes
+        if isinstance(self, Calibrates) and self.calibrating is None and not self.limit:
+            assert self.thresholds is not None
+            least = self.thresholds[step.block]
+        return linked(t, self.distances(t, s), self.linkage, least)
+
+    def joins(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Merge:
+        a = clusters_of(t, d)
+        return a if self.mean == "size" else plain_mean(a, t.size.dtype)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         return n * n * dims.head_dim

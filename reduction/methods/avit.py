@@ -104,6 +104,7 @@ class AViT(Adaptive, Learned, OwnAnswer, Trains, Reducer):
     family = "constant_r"  # tokens halt little by little
     every_block = True
     added_tokens = "spare"
+    by_token = frozenset({"sum", "left", "rows"})
 
     def __init__(
         self,

@@ -65,6 +65,7 @@ class BatLike(ScoreReducer):
         "is compared with no reference.",
     )
     site = "mid"
+    no_thresholds = "its pairs and clusters are so many by rule"
 
     def __init__(
         self,

@@ -62,6 +62,7 @@ class CubistMerge(Reducer):
         "official code does not do.",
     )
     site = "pre"
+    no_thresholds = "its grid stays rectangular, so every image loses as many"
     family = "geometric"
     added_tokens = "spare"
 

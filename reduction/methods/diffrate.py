@@ -14,19 +14,21 @@ from reduction.checks import boolean, count, listed, share
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.diffrate_search import RateProxies, straight_mask
+from reduction.functional.joining import Decision
 from reduction.functional.matching import mean_of_members, most_similar
 from reduction.functional.pooling import masked_average_head
+from reduction.functional.settling import plain_mean
 from reduction.mixins.answer import OwnAnswer
 from reduction.mixins.learned import Learned
 from reduction.mixins.masking import Masked
-from reduction.mixins.ranking import ScoreReducer
+from reduction.mixins.pairing import RankedPairs
 from reduction.registry import register
 from reduction.schedules.per_block import PerBlock
 from reduction.tokens import Signals, Tokens, take_rows
 
 
 @register("diffrate")
-class DiffRate(Learned, Masked, OwnAnswer, ScoreReducer):
+class DiffRate(Learned, Masked, OwnAnswer, RankedPairs):
     """Prune, then merge, between attention and MLP, with two counts per block.
 
     Tokens are sorted by the class token's attention in this block (after the softmax, size term
@@ -76,6 +78,7 @@ class DiffRate(Learned, Masked, OwnAnswer, ScoreReducer):
     family = "constant_r"
     # `logits` is for the search only.
     reads_last_block = False
+    only = (("prune_share", (0.0,)), ("sort_always", (False,)))
 
     def __init__(
         self,
@@ -116,6 +119,19 @@ class DiffRate(Learned, Masked, OwnAnswer, ScoreReducer):
             mass=similarity * take_rows(t.patch_size, rest),
             pairs=(rest, target),
         )
+
+    def check_thresholds(self) -> None:
+        super().check_thresholds()
+        if self.search is not None:
+            raise ZooError(
+                f"{self.name}: counts are being searched, which thresholds do not have; call "
+                "end_search() first, or type search=null (reducer.search=null)"
+            )
+
+    def joins(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Merge:
+        gained = d.pairs.best * t.patch_size.gather(1, d.pairs.senders)
+        mass = d.of_tokens(gained, t.patch_size)
+        return plain_mean(d.joined(t), t.size.dtype)._replace(mass=mass)
 
     def _survivors(self, n: int, keep: int, step: Step) -> int:
         """Tokens left by pruning, at least those left in the end."""

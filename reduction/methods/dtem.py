@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reduction.assignment import Keep, Merge, apply
-from reduction.base import Card, Reducer
+from reduction.base import Card
 from reduction.checks import boolean, count, one_of, positive
 from reduction.counts import Dims, Spec, Step
 from reduction.errors import ZooError
@@ -18,6 +18,7 @@ from reduction.functional.portable import stable_order
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.mixins.learned import Learned
 from reduction.mixins.masking import Masked
+from reduction.mixins.pairing import Pairs
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -88,7 +89,7 @@ def sized_attention(a: AttentionInput, size: Tensor) -> Tensor:
 
 
 @register("dtem")
-class DTEM(Learned, Masked, OwnAttention, Reducer):
+class DTEM(Learned, Masked, OwnAttention, Pairs):
     """Decoupled Token Embedding for Merging.
 
     One linear layer per block maps the normalised input of the attention to an embedding
@@ -205,8 +206,14 @@ class DTEM(Learned, Masked, OwnAttention, Reducer):
         match = bipartite_matching(embedding, t.n - step.keep, t.prefix)
         return Merge(None, match.leader, pairs=(match.source, match.target))
 
+    def pairs_in(self, block: int) -> bool:
+        return str(block) in self.blocks
+
+    def alike(self, t: Tokens, s: Signals, step: Step) -> Tensor:
+        return self.embed(t, s, step)
+
     def inside(self, t: Tokens) -> bool:
-        return self.training and not t.unit
+        return self.masking() and not t.unit
 
     def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
         return AttentionOutput(sized_attention(a, t.size), Signals())

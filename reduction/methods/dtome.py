@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from reduction.assignment import Merge, apply
+from reduction.assignment import apply
 from reduction.base import Card, Reducer
 from reduction.checks import boolean, number, one_of, positive
 from reduction.counts import Dims, Step
 from reduction.functional.energy import ENERGIES, energy
-from reduction.functional.joining import Partners, above, best_of_batch, joined, partners
+from reduction.functional.joining import Decision, Partners, joined, partners
 from reduction.functional.matching import head_sum, split_sizes, unit
-from reduction.mixins.calibrating import Calibrates, note_threshold
+from reduction.mixins.calibrating import Calibrates
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -98,28 +98,13 @@ class DToMe(Calibrates, Reducer):
     def count(self, n: int, step: Step) -> int:
         return min(n, step.keep) if self.limit else n
 
-    def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
-        if self.calibrating is None:
-            return super().reduce(t, s, step)
-        r = min(self.calibrating[step.block], (t.n + t.prefix - 1) // 2)
-        if not r:
-            return t
-        p = self._partners(t, s, step)
-        ratio = self.max_r_per_instance_ratio
-        most = None if ratio is None else int(ratio * self.calibrating[step.block])
-        merged, threshold = best_of_batch(p, r, most)
-        a = joined(t, p, merged, None, untouched=False, eps=self.compat_eps)
-        return note_threshold(apply(t, a), step.block, step.depth, threshold)
+    def unite(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Tokens:
+        """Size-weighted means; officially rows lie in another order in calibration."""
+        if self.calibrating is not None:
+            return apply(t, joined(t, *d, untouched=False, eps=self.compat_eps))
+        return apply(t, joined(t, *d, by_similarity=not t.prefix))
 
-    def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
-        assert self.thresholds is not None
-        p = self._partners(t, s, step)
-        keep = step.keep if self.limit else None
-        most = self.most(step.block, self.max_r_per_instance_ratio)
-        merged = above(p, self.thresholds[step.block], keep, most)
-        return joined(t, p, merged, keep, by_similarity=not t.prefix)
-
-    def _partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
+    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
         metric = t.patches.detach()
         if self.metric == "key":
             metric = head_sum(s.need("k")[:, :, t.prefix :].detach())

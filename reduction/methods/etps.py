@@ -9,13 +9,13 @@ from reduction.base import Card
 from reduction.checks import positive
 from reduction.counts import Dims, Step
 from reduction.functional.squeezing import squeeze
-from reduction.mixins.ranking import ScoreReducer
+from reduction.mixins.pairing import RankedPairs
 from reduction.registry import register
 from reduction.tokens import Tokens
 
 
 @register("etps")
-class ETPS(ScoreReducer):
+class ETPS(RankedPairs):
     """Keep the patches that the class token attends to most; each absorbs those most like it.
 
     A dropped token joins the kept one with the highest cosine c. A kept token becomes
@@ -62,7 +62,7 @@ class ETPS(ScoreReducer):
         seed: int | None = None,
     ) -> None:
         super().__init__(score_from, score, seed)
-        self.temperature = positive("temperature", temperature)
+        self.temperature = self.squeezing = positive("temperature", temperature)
 
     def order(self, t: Tokens, score: Tensor, step: Step) -> Tensor:
         return score.argsort(dim=1, descending=True)

@@ -102,12 +102,16 @@ class FlowCut(Adaptive, Reducer):
     needs = frozenset({"cls_row", "v"})
     every_block = True
     added_tokens = "refuse"
+    by_token = frozenset({_SCORE})
 
     def __init__(self, target: int | None = None, compat_batch: bool = False) -> None:
         super().__init__()
         self.target = count("target", target, null=True)
         self.limited = target is None
         self.compat_batch = boolean("compat_batch", compat_batch)
+
+    def together(self) -> bool:
+        return self.compat_batch
 
     def acts(self, block: int, depth: int) -> bool:
         return self.target is None or block <= depth - 3

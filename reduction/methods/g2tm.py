@@ -56,6 +56,7 @@ class G2TM(Adaptive, OwnAttention, Reducer):
         note="A threshold decides, not the schedule: counts depend on the image and have no limit.",
     )
     site = "mid"
+    no_thresholds = "it has a threshold of its own; type reducer.threshold=0.9"
     family = "constant_r"
     every_block = True
     limited = False

@@ -10,7 +10,7 @@ from reduction.checks import boolean, one_of, share
 from reduction.counts import Dims, Step
 from reduction.functional.matching import head_sum
 from reduction.functional.settling import join_closest
-from reduction.mixins.ranking import ScoreReducer
+from reduction.mixins.pairing import RankedPairs
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens, take_rows
 
@@ -18,7 +18,7 @@ METRICS = ("key", "feature")
 
 
 @register("importance_then_similarity")
-class ImportanceThenSimilarity(ScoreReducer):
+class ImportanceThenSimilarity(RankedPairs):
     """Drop the least attended tokens, then merge less important ones into their likes. Ours.
 
     Between attention and MLP, tokens are sorted by the class token's attention. Of those that have
@@ -63,6 +63,7 @@ class ImportanceThenSimilarity(ScoreReducer):
     )
     site = "mid"
     family = "constant_r"
+    only = (("prune_share", (0.0,)),)
 
     def __init__(
         self,
@@ -95,8 +96,11 @@ class ImportanceThenSimilarity(ScoreReducer):
         order = self.order(t, self.score(t, s, step).detach(), step)
         if order.shape[1] == step.keep:
             return Keep(order)
+        return join_closest(take_rows(self.alike(t, s, step), order), order, step.keep)
+
+    def alike(self, t: Tokens, s: Signals, step: Step) -> Tensor:
         x = t.patches if self.metric == "feature" else head_sum(s.need("k")[:, :, t.prefix :])
-        return join_closest(take_rows(x.detach(), order), order, step.keep)
+        return x.detach()
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         left = self.survivors(n, step)

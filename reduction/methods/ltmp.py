@@ -56,6 +56,7 @@ class ThresholdReducer(Adaptive, Learned, Masked, OwnAttention, OwnAnswer, Train
     first_merge: ClassVar[float] = 1.0
 
     site = "mid"
+    no_thresholds = "its thresholds are learned; train it"
     family = "constant_r"
     every_block = True
 

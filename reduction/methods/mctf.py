@@ -6,19 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reduction.assignment import Merge, apply
-from reduction.base import Card, Reducer, Site
+from reduction.assignment import Keep, Merge, apply
+from reduction.base import Card, Site
 from reduction.checks import boolean, count, number, one_of, share
 from reduction.counts import Budget, Dims, Step
 from reduction.functional.clustering import mean_shares
-from reduction.functional.fusion import fuse_map, two_way_matching
+from reduction.functional.fusion import fuse_map, one_way_partners, two_way_matching
+from reduction.functional.joining import Decision, Partners
 from reduction.functional.matching import split_sizes, unit
-from reduction.functional.received import column_mean
+from reduction.functional.received import column_mean, mean_row
+from reduction.functional.thresholds import live_first
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
+from reduction.mixins.calibrating import Calibrates
+from reduction.mixins.pairing import Pairs
 from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register
 from reduction.schedules.base import Schedule
-from reduction.tokens import Signals, Tokens
+from reduction.tokens import Signals, Tokens, take_rows
 
 POOLING = ("attention", "size", "max", "mean")
 
@@ -45,7 +49,7 @@ class Share(Schedule):
 
 
 @register("mctf")
-class MCTF(OwnAttention, Trains, Reducer):
+class MCTF(OwnAttention, Trains, Pairs):
     """Multi-criteria Token Fusion with one-step-ahead attention.
 
     Tokens alternate between two sets; the attraction of a pair is the product of
@@ -153,6 +157,7 @@ class MCTF(OwnAttention, Trains, Reducer):
 
         def pairs(score: Tensor, tau: float) -> Tensor:
             # The largest is over all tokens, prefix included.
+            score = score if t.mask is None else score.masked_fill(~t.mask, 0.0)
             score = (score / score.amax(1, keepdim=True))[:, t.prefix :] ** (1 / tau)
             return score[:, first::2].unsqueeze(2) * score[:, 1 - first :: 2].unsqueeze(1)
 
@@ -171,8 +176,14 @@ class MCTF(OwnAttention, Trains, Reducer):
     def _grouped(self, t: Tokens, column: Tensor, step: Step) -> Merge:
         weight = self.attraction(t, column)
         groups = two_way_matching(weight, t.n - step.keep, t.prefix & 1, self.both)
+        return self._shared(t, column, Merge(*groups))
+
+    @torch.no_grad()
+    def _shared(self, t: Tokens, column: Tensor, a: Merge) -> Merge:
+        """Groups with the weights of their members."""
+        assert a.slot is not None
         if self.pooling == "size":
-            return Merge(*groups)
+            return a
         share = t.patch_size
         if self.pooling == "attention":
             received = column[:, t.prefix :].to(share.dtype)
@@ -180,16 +191,43 @@ class MCTF(OwnAttention, Trains, Reducer):
             share = share * received.clamp_min(torch.finfo(share.dtype).tiny ** 0.5)
         else:
             share = torch.ones_like(share)
-        return Merge(*groups, coef=mean_shares(share, groups.slot, step.keep))
+        return a._replace(coef=_shares(share, a))
+
+    def _merging(self, t: Tokens, column: Tensor, step: Step) -> tuple[Tokens, Merge]:
+        """Who merges, by counts or by thresholds, and tokens that remember the threshold."""
+        if not isinstance(self, Calibrates):
+            return t, self._grouped(t, column, step)
+        s = Signals(column=column)
+        t, d = self.decided(t, s, step)
+        return t, self.joins(t, s, step, d)
+
+    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
+        """One way: whatever a second would find above a threshold has left already."""
+        rows, live = live_first(t)
+        first, column = t.prefix & 1, s.need("column").detach()
+        if t.mask is not None:
+            t = apply(t, Keep(rows))
+            column = torch.cat([column[:, : t.prefix], take_rows(column[:, t.prefix :], rows)], 1)
+        best, host = one_way_partners(self.attraction(t, column), live, first)
+        count = live.sum(1)
+        most = torch.minimum((count + t.prefix - 1) // 2, count - self.floor).clamp_min(0)
+        return Partners(rows, live, best, host, first, t.prefix, most)
+
+    def joins(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Merge:
+        return self._shared(t, s.need("column").detach(), d.joined(t))
+
+    def unite(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Tokens:
+        return self._fused(t, self.joins(t, s, step, d))
 
     def _fused(self, t: Tokens, merge: Merge) -> Tokens:
         out = apply(t, merge)
         if self.pooling != "max":
             return out
         assert merge.slot is not None
-        index = merge.slot.unsqueeze(2).expand_as(t.patches)
-        x = t.x.new_zeros(out.patches.shape)
-        x = x.scatter_reduce(1, index, t.patches, "amax", include_self=False)
+        m = merge.leader.shape[1]
+        index = _bins(merge).unsqueeze(2).expand_as(t.patches)
+        x = t.x.new_zeros(t.x.shape[0], m + 1, t.x.shape[2])
+        x = x.scatter_reduce(1, index, t.patches, "amax", include_self=False)[:, :m]
         return out._replace(x=torch.cat([t.x[:, : t.prefix], x], 1))
 
     # -- where -------------------------------------------------------------------------------------
@@ -198,13 +236,13 @@ class MCTF(OwnAttention, Trains, Reducer):
         return self.osa > 0
 
     def attend(self, a: AttentionInput, t: Tokens, step: Step | None) -> AttentionOutput | None:
-        if step is None:
+        if step is None or (isinstance(self, Calibrates) and self.idle(step)):
             return None
         assert a.again is not None
         if self.osa == 2:
             with torch.no_grad():
-                column = column_mean(a.q, a.k, a.scale, a.bias)
-            new = self._fused(t, self._grouped(t, column, step))
+                column = column_mean(a.q, a.k, a.scale, a.bias, t.mask)
+            new = self._fused(*self._merging(t, column, step))
             b = a.again(new, False)
             out, _ = b._replace(fused=a.fused, drop=a.drop).usual()
             return AttentionOutput(out, Signals(), new)
@@ -212,23 +250,26 @@ class MCTF(OwnAttention, Trains, Reducer):
         if a.bias is not None:
             logits = logits + a.bias
         map_ = logits.softmax(-1)
-        merge = self._grouped(t, map_.detach().mean((1, 2)), step)
+        t, merge = self._merging(t, mean_row(map_.detach(), t.mask), step)
         new = self._fused(t, merge)
-        map_ = self._fused_map(t, map_, merge, step.keep).to(a.q.dtype)
+        map_ = self._fused_map(t, map_, merge, merge.leader.shape[1]).to(a.q.dtype)
         out = a.dropped(map_) @ a.again(new, True).v
         return AttentionOutput(out, Signals(), new)
 
     def _fused_map(self, t: Tokens, map_: Tensor, merge: Merge, keep: int) -> Tensor:
-        assert merge.slot is not None
         batch, p = map_.shape[0], t.prefix
-        slot = torch.cat([torch.arange(p, device=t.x.device).expand(batch, p), merge.slot + p], 1)
+        slot = _bins(merge) + p
+        slot = torch.cat([torch.arange(p, device=t.x.device).expand(batch, p), slot], 1)
         share = None
         if self.pooling != "max":
             own = merge.coef
             if own is None:
-                own = mean_shares(t.patch_size, merge.slot, keep)
+                own = _shares(t.patch_size, merge)
             share = torch.cat([own.new_ones(batch, p), own], 1)
-        return fuse_map(map_, slot, share, p + keep)
+        if not isinstance(self, Calibrates):
+            return fuse_map(map_, slot, share, p + keep)
+        # Padding, in the last place, is nobody.
+        return fuse_map(map_, slot, share, p + keep + 1)[:, :, : p + keep, : p + keep]
 
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
         """Fuse the output of a block (osa 0)."""
@@ -237,8 +278,8 @@ class MCTF(OwnAttention, Trains, Reducer):
     # -- training ----------------------------------------------------------------------------------
 
     def peer(self, schedule: Schedule) -> Schedule | None:
-        if self.teacher_share is None:
-            return None
+        if self.teacher_share is None or isinstance(self, Calibrates):
+            return None  # thresholds hear no schedule
         return Share(schedule, self.teacher_share * torch.rand(()).item())
 
     def auxiliary_losses(self, outcome: Outcome) -> dict[str, Tensor]:
@@ -258,6 +299,17 @@ class MCTF(OwnAttention, Trains, Reducer):
     def attention_macs(self, n: int, kept: int, width: int) -> int:
         # The map of all tokens, then either its use for the fused ones or their own attention.
         return (n * n + kept * kept * (1 if self.osa == 1 else 2)) * width
+
+
+def _bins(a: Merge) -> Tensor:
+    """Groups of tokens, `(B, N)`; padding is in one of its own behind all."""
+    assert a.slot is not None
+    return torch.where(a.slot < 0, a.leader.shape[1], a.slot)
+
+
+def _shares(weight: Tensor, a: Merge) -> Tensor:
+    """Weights as shares of the groups, `(B, N)`."""
+    return mean_shares(weight, _bins(a), a.leader.shape[1] + 1)
 
 
 def class_gap(outcome: Outcome) -> Tensor:

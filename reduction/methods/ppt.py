@@ -9,17 +9,17 @@ from reduction.assignment import Merge
 from reduction.base import Card
 from reduction.checks import boolean, count, number
 from reduction.counts import Dims, Step
-from reduction.functional.matching import bipartite_matching, head_sum, split_sizes
-from reduction.functional.portable import stable_order
+from reduction.functional.joining import Decision
+from reduction.functional.matching import bipartite_matching, split_sizes
 from reduction.functional.scores import significance
-from reduction.functional.settling import plain_shares, prune_or_pool
-from reduction.mixins.ranking import ScoreReducer
+from reduction.functional.settling import prune_or_pool, prune_uneven
+from reduction.mixins.pairing import ScoredPairs, live_tokens
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
 
 @register("ppt")
-class PPT(ScoreReducer):
+class PPT(ScoredPairs):
     """Token Pruning and Pooling.
 
     Between attention and MLP, a token's significance is the attention that the class token pays it
@@ -64,6 +64,7 @@ class PPT(ScoreReducer):
         note="The threshold was chosen for DeiT-S at 196 patches; other models need their own.",
     )
     site = "mid"
+    compares = "key"
     # Half of the tokens at three stages is not enough for the smaller budgets.
     family = "geometric"
 
@@ -91,19 +92,18 @@ class PPT(ScoreReducer):
         return self.threshold * scale**2
 
     def score(self, t: Tokens, s: Signals, step: Step) -> Tensor:
-        return significance(super().score(t, s, step), s.need("v")[:, :, t.prefix :])
+        value = s.need("v")[:, :, t.prefix :]
+        return significance(super().score(t, s, step), value, live_tokens(t))
 
     @torch.no_grad()
     def assign(self, t: Tokens, s: Signals, step: Step) -> Merge:
-        score = self.score(t, s, step)
-        # An image pools where its scores are flat.
-        pool = (score.var(1, keepdim=True) < self.threshold_at(step.grid)).expand(-1, t.n)
-        order = stable_order(score, descending=True)
-        keys = head_sum(s.need("k")[:, :, t.prefix :])
-        match = bipartite_matching(keys, t.n - step.keep, t.prefix)
-        slot, leader = prune_or_pool(pool, order, match, step.keep)
-        coef = None if self.prop_attn else plain_shares(slot, step.keep, score.dtype)
-        return Merge(slot, leader, coef=coef)
+        score, threshold = self.score(t, s, step), self.threshold_at(step.grid)
+        match = bipartite_matching(self.alike(t, s, step), t.n - step.keep, t.prefix)
+        return prune_or_pool(score, threshold, match, plain=not self.prop_attn)
+
+    def joins(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Merge:
+        score, threshold = self.score(t, s, step).detach(), self.threshold_at(step.grid)
+        return prune_uneven(t, score, threshold, d, plain=not self.prop_attn)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         senders, receivers = split_sizes(n, prefix)

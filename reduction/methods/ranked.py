@@ -12,7 +12,7 @@ from reduction.errors import ZooError
 from reduction.functional.scores import SCORES
 from reduction.functional.settling import fuse, join_nearest
 from reduction.functional.squeezing import squeeze
-from reduction.mixins.ranking import ScoreReducer
+from reduction.mixins.pairing import RankedPairs
 from reduction.registry import register
 from reduction.tokens import Tokens
 
@@ -20,7 +20,7 @@ SETTLES = ("drop", "fuse", "squeeze", "nearest")
 
 
 @register("ranked")
-class Ranked(ScoreReducer):
+class Ranked(RankedPairs):
     """Keep the tokens with the highest score; one option says which score, one what else happens.
 
     Between attention and MLP. Scores are not negative and add up to at most one over the tokens of
@@ -58,6 +58,7 @@ class Ranked(ScoreReducer):
         note="Ours, to compare scores and ways of settling one by one; not a published method.",
     )
     site = "mid"
+    only = (("settle", ("nearest", "squeeze")),)
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Ranked(ScoreReducer):
         super().__init__(score=one_of("score", score, SCORES), seed=seed)
         self._settle = one_of("settle", settle, SETTLES)
         self.temperature = positive("temperature", temperature, null=True)
+        self.squeezing = (temperature or 1.0) if settle == "squeeze" else None
         self.prop_attn = boolean("prop_attn", prop_attn)
         if temperature is not None and settle != "squeeze":
             raise ZooError(

@@ -70,6 +70,7 @@ class TCA(Learned, ExtraKeys, ScoreReducer):
         "that they come out.",
     )
     site = "mid"
+    no_thresholds = "its groups are so many by rule"
 
     def __init__(
         self,

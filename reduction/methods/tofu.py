@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from reduction.assignment import Assignment, Keep, Merge, apply
-from reduction.base import Card, Reducer
+from reduction.base import Card
 from reduction.checks import boolean, one_of
 from reduction.counts import Dims, Step
 from reduction.errors import ZooError
+from reduction.functional.joining import Decision
 from reduction.functional.matching import (
     Matching,
     bipartite_matching,
-    head_sum,
     mean_of_members,
     split_sizes,
 )
+from reduction.functional.settling import plain_mean
+from reduction.mixins.pairing import Pairs
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
@@ -27,7 +29,7 @@ STRATEGIES = ("prune", "merge")
 
 
 @register("tofu")
-class ToFu(Reducer):
+class ToFu(Pairs):
     """Token Fusion.
 
     Between attention and MLP tokens are matched as in ToMe: every other token looks for its most
@@ -76,6 +78,7 @@ class ToFu(Reducer):
     )
     site = "mid"
     needs = frozenset({"k"})
+    compares = "key"
     family = "constant_r"
 
     def __init__(
@@ -120,29 +123,41 @@ class ToFu(Reducer):
 
     def assign(self, t: Tokens, s: Signals, step: Step) -> Assignment:
         """Pairs; the mean of `Merge` has yet to get its length."""
-        metric = head_sum(s.need("k")[:, :, t.prefix :].detach())
-        match = bipartite_matching(metric, t.n - step.keep, t.prefix)
+        match = bipartite_matching(self.alike(t, s, step), t.n - step.keep, t.prefix)
         if self.prunes(step.block, step.depth):
             return Keep(match.leader, slot=_slots(match, t.n))
         share = mean_of_members(match.target, step.keep)
         return Merge(None, match.leader, coef=share, pairs=(match.source, match.target))
 
     def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
-        a = self.assign(t, s, step)
+        return self._lengthened(t, self.assign(t, s, step))
+
+    def unite(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Tokens:
+        a = d.joined(t)
+        if self.prunes(step.block, step.depth):
+            return apply(t, Keep(a.leader, a.valid, a.slot))
+        return self._lengthened(t, plain_mean(a, t.size.dtype))
+
+    def _lengthened(self, t: Tokens, a: Assignment) -> Tokens:
+        """Tokens after an assignment, with the length that belongs to a merge."""
         out = apply(t, a)
         if not isinstance(a, Merge) or self.mlerp == "mean":
             return out
-        assert a.pairs is not None
-        source, target = a.pairs
+        slot, m = a.slot, a.leader.shape[1]
+        if slot is None:
+            assert a.pairs is not None
+            slot = _slots(Matching(a.leader, *a.pairs), t.n)
+        bins = torch.where(slot < 0, m, slot)
         dtype = torch.promote_types(t.x.dtype, torch.float32)
         length = torch.linalg.vector_norm(t.patches, dim=-1, dtype=dtype)
         own = length.gather(1, a.leader)
-        longest = own.scatter_reduce(1, target, length.gather(1, source), "amax")
+        longest = own.new_zeros(own.shape[0], m + 1).scatter_reduce(1, bins, length, "amax")[:, :m]
         below = own
         if self.mlerp == "intended":
             below = torch.linalg.vector_norm(out.patches, dim=-1, dtype=dtype)
         # A mean of length zero has no direction, and a group of one is its only member.
-        alone = torch.ones_like(own).scatter(1, target, 0.0) == 1
+        members = torch.zeros_like(bins[:, :1]).expand(-1, m + 1)
+        alone = members.scatter_add(1, bins, torch.ones_like(bins))[:, :m] == 1
         factor = longest / below.clamp_min(torch.finfo(dtype).tiny)
         factor = torch.where(alone | (below == 0), 1.0, factor).to(t.x.dtype).unsqueeze(-1)
         x = out.patches * factor

@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 
 from reduction.assignment import Merge
-from reduction.base import Card, Reducer
+from reduction.base import Card
 from reduction.checks import boolean
 from reduction.counts import Dims, Step
 from reduction.functional.attention import attention_bias
+from reduction.functional.joining import Decision
 from reduction.functional.matching import bipartite_matching, split_sizes
 from reduction.functional.scores import saliency
+from reduction.functional.settling import weighed
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
+from reduction.mixins.pairing import Pairs, live_tokens
 from reduction.registry import register
 from reduction.tokens import Signals, Tokens
 
 
 @register("vidtldr")
-class VidTLDR(OwnAttention, Reducer):
+class VidTLDR(OwnAttention, Pairs):
     """Saliency-aware token merging, the image part of vid-TLDR.
 
     Between attention and MLP, pairs merge as in ToMe (by the cosine of features), but a token that
@@ -89,11 +92,12 @@ class VidTLDR(OwnAttention, Reducer):
         slot = torch.zeros_like(weight, dtype=torch.int64).scatter(1, leader, place)
         slot = slot.scatter(1, match.source, match.target)
         sent = torch.ones_like(weight).scatter(1, match.source, weight.gather(1, match.source))
-        mass = sent * t.patch_size
-        slot = torch.where(sent > 0, slot, -1)
-        held = slot.clamp_min(0)
-        total = mass.new_zeros(leader.shape).scatter_add(1, held, mass)
-        return Merge(slot, leader, coef=mass / total.gather(1, held), mass=mass)
+        return weighed(t, Merge(slot, leader), sent)
+
+    def joins(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Merge:
+        weight = saliency(s.need("attn"), t.prefix, live_tokens(t))
+        sent = d.of_tokens(weight.gather(1, d.pairs.senders), torch.ones_like(weight))
+        return weighed(t, d.joined(t), sent)
 
     def macs(self, n: int, prefix: int, step: Step, dims: Dims) -> int:
         senders, receivers = split_sizes(n, prefix)

@@ -33,6 +33,7 @@ class AttentionInput(NamedTuple):
         x: What queries, keys and values were computed from, `(B, P+N, C)`.
         free: Whether tokens have changed, so that nothing has to equal the tower's kernel to the
             last bit.
+        live: Tokens that are no padding, `(B, P+N)`; None where all are.
     """
 
     q: Tensor
@@ -48,6 +49,7 @@ class AttentionInput(NamedTuple):
     drop: Callable[[Tensor], Tensor] | None = None
     x: Tensor | None = None
     free: bool = False
+    live: Tensor | None = None
 
     def logits(self) -> Tensor:
         """Scaled products of queries and keys with the bias added, `(B, H, P+N, P+N)`."""
@@ -61,11 +63,12 @@ class AttentionInput(NamedTuple):
             rows: Which, `(B, R)`, counted with the prefix.
         """
         q, bias = rows_of_heads(self.q, rows), self.bias
+        live = None if self.live is None else self.live.gather(1, rows)
         if bias is not None and bias.shape[2] > 1:  # a bias on the keys alone is one row for all
             bias = bias.expand(len(rows), -1, -1, -1)
             index = rows[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3])
             bias = bias.gather(2, index)
-        return self._replace(q=q, bias=bias)
+        return self._replace(q=q, bias=bias, live=live)
 
     def among(self, rows: Tensor) -> AttentionInput:
         """The same for some tokens, as queries and as keys; what is added to logits goes along.
@@ -108,6 +111,7 @@ class AttentionInput(NamedTuple):
             class_tokens=self.class_tokens,
             drop=self.drop,
             free=self.free,
+            live=self.live,
         )
 
     def dropped(self, map_: Tensor) -> Tensor:

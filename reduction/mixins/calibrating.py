@@ -4,21 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from reduction.checks import listed, number
-from reduction.counts import Spec
+from reduction.counts import Spec, Step
 from reduction.errors import ZooError
+from reduction.functional.joining import Decision, Partners, above, best_of_batch
 from reduction.mixins.adaptive import Adaptive
 from reduction.mixins.learned import Learned
-from reduction.tokens import Tokens
+from reduction.tokens import Signals, Tokens
 
 _FOUND = "thresholds"
+#: Names of the buffers that calibration sets.
+THRESHOLDS = frozenset({"thresholds", "pairs"})
 
 
-class Calibrates(Adaptive, Learned):
+class Partnered:
+    """A method that says who would merge, `partners`, and what becomes of those who do, `unite`."""
+
+    def partners(self, t: Tokens, s: Signals, step: Step) -> Partners:
+        """Who would merge into whom, and how alike they are."""
+        raise NotImplementedError(f"{type(self).__name__} must override partners")
+
+    def unite(self, t: Tokens, s: Signals, step: Step, d: Decision) -> Tokens:
+        """Let those merge who do.
+
+        Args:
+            t: Tokens.
+            s: Signals.
+            step: Budget and position.
+            d: Who merges.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override unite")
+
+
+class Calibrates(Adaptive, Learned, Partnered):
     """A method whose tokens merge where they are more alike than the threshold of their block.
 
     Thresholds are a buffer, so they are saved with the model. They are 1 at first, and then nothing
@@ -26,15 +49,23 @@ class Calibrates(Adaptive, Learned):
 
     Attributes:
         limit: Never keep more than the schedule says.
+        max_r_per_instance_ratio: At most this many times the calibrated count merge in an image.
+        capped: At most half of the tokens can merge in one block.
         pairs: Pairs per image that the thresholds were looked for with, `(depth,)`; 0: not yet.
         calibrating: Pairs per image that merge in each block while thresholds are looked for; None
             otherwise. A mode, as training is one.
     """
 
     limit: bool
+    max_r_per_instance_ratio: float | None = None
+    capped: ClassVar[bool] = True
     thresholds: Tensor | None
     pairs: Tensor | None
     calibrating: tuple[int, ...] | None = None
+
+    def together(self) -> bool:
+        """While thresholds are looked for, the pairs of a whole batch are ranked."""
+        return self.calibrating is not None
 
     def no_thresholds_yet(self) -> None:
         """Register the buffers, empty until `setup`; called once by a constructor."""
@@ -54,6 +85,32 @@ class Calibrates(Adaptive, Learned):
         if self.thresholds is None or len(self.thresholds) != spec.depth:
             self.thresholds = torch.ones(spec.depth)
             self.pairs = torch.zeros(spec.depth, dtype=torch.int64)
+        super().setup(spec)
+
+    def idle(self, step: Step) -> bool:
+        """Whether nothing merges in a block, whatever is there."""
+        return self.calibrating is not None and self.calibrating[step.block] == 0
+
+    @torch.no_grad()
+    def decided(self, t: Tokens, s: Signals, step: Step) -> tuple[Tokens, Decision]:
+        """Who merges: by thresholds, or by counts in calibration, where tokens note thresholds."""
+        assert self.thresholds is not None
+        p, ratio = self.partners(t, s, step), self.max_r_per_instance_ratio
+        if self.calibrating is None:
+            keep = step.keep if self.limit else None
+            most = self.most(step.block, ratio)
+            return t, Decision(p, above(p, self.thresholds[step.block], keep, most), keep)
+        r = self.calibrating[step.block]
+        pairs = min(r, (t.n + t.prefix - 1) // 2 if self.capped else t.n - 1)
+        merged, threshold = best_of_batch(p, pairs, None if ratio is None else int(ratio * r))
+        return note_threshold(t, step.block, step.depth, threshold), Decision(p, merged, None)
+
+    def reduce(self, t: Tokens, s: Signals, step: Step) -> Tokens:
+        """Merge what is alike enough."""
+        if self.idle(step):
+            return t
+        t, d = self.decided(t, s, step)
+        return self.unite(t, s, step, d)
 
     def set_thresholds(
         self, values: Sequence[float] | Tensor, pairs: Sequence[int] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,22 +176,16 @@ def dymu(fx: Fixture) -> Iterator[Case]:
 @handles("algm")
 def algm(fx: Fixture) -> Iterator[Case]:
     config = fx.config
-    reducer = {
-        "name": "algm",
-        "layers": config["layers_1based"],
-        "threshold": config["threshold"],
-        "window": config["window"],
-    }
-    yield run(fx, zoo.wrap(fx.backbone(), reducer, nothing(fx)).eval())[0]
+    yield by_threshold(fx, layers=config["layers_1based"], window=config["window"])
 
 
 @handles("g2tm")
 def g2tm(fx: Fixture) -> Iterator[Case]:
     config = fx.config
-    reducer = {
-        "name": "g2tm",
-        "layer": config["layer_1based"],
-        "threshold": config["threshold"],
-        "attention": config["attention"],
-    }
-    yield run(fx, zoo.wrap(fx.backbone(), reducer, nothing(fx)).eval())[0]
+    yield by_threshold(fx, layer=config["layer_1based"], attention=config["attention"])
+
+
+def by_threshold(fx: Fixture, **args: Any) -> Case:
+    """The case of a method that similarities alone decide, with its own arguments."""
+    reducer = {"name": fx.method, "threshold": fx.config["threshold"], **args}
+    return run(fx, zoo.wrap(fx.backbone(), reducer, nothing(fx)).eval())[0]

@@ -298,6 +298,7 @@ def attend(
     shift: Shift | None = None,
     tap: Tap | None = None,
     free: bool = False,
+    live: Tensor | None = None,
 ) -> tuple[Tensor, AttentionOutput]:
     """Run an attention module and collect signals.
 
@@ -318,6 +319,7 @@ def attend(
         shift: What to add to queries and values; whatever else computes them then waits.
         tap: Gets the attention weights, for which the fused kernel is given up.
         free: See `AttentionInput`.
+        live: Likewise.
 
     Returns:
         Output `(B, N, C)`, or `(B, rows, C)`, and the attention's own result with all signals.
@@ -349,7 +351,7 @@ def attend(
     dropout = parts.dropout if attn.training else 0.0
     fused = parts.fused and tap is None
     drop = None if fused else partial(_dropped, parts, dropout, tap)
-    more = need, class_tokens, again, drop, x, free
+    more = need, class_tokens, again, drop, x, free, live if rows is None else None
     given = AttentionInput(q, k, v, parts.scale, bias, dropout, fused, *more)
     result = None if own is None else own(given)
     if result is None:

@@ -1,11 +1,13 @@
 """SigLIP 2's image tower of transformers, which takes patches, a mask of padding, and shapes.
 
-Images of one batch must have one shape and no padding: reducers merge and rank tokens, and padding
-is none. Images `(B, C, H, W)` are taken as well and cut into patches as the image processor does.
+Of a batch of several shapes, images of one shape run together without their padding: no padded
+token is there that could be kept, merged or attended to, and every image gets the tokens that it
+gets alone. Images `(B, C, H, W)` are taken as well and cut into patches as the processor does them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.siglip2 import modeling_siglip2 as siglip2
 
+from reduction.eager import traced
 from zoo.adapters.blocks import register_block
-from zoo.adapters.tower import Embedded, register_tower
+from zoo.adapters.tower import Embedded, Sized, register_tower
 from zoo.adapters.transformers_attention import register_hf_attention
 from zoo.adapters.transformers_clip import PLAIN
 from zoo.adapters.transformers_siglip import HfSiglip
 from zoo.errors import ZooError
+
+_PADDED = (
+    "a batch with padding cannot be compiled or recorded; do that with images (B, C, H, W), or "
+    "with patches of one shape"
+)
 
 
 class HfSiglip2(HfSiglip):
@@ -51,23 +59,80 @@ class HfSiglip2(HfSiglip):
         if images.dim() == 4:
             super().check_images(m, images, **options)
             return
+        shapes = self._shapes(m, images, options)
+        rows, columns = (int(side) for side in shapes[0])
+        if rows * columns != images.shape[1] or bool((shapes != shapes[0]).any()):
+            raise ZooError(
+                "expected pixel_attention_mask beside patches of several shapes or with padding, "
+                f"as the image processor has it: {images.shape[1]} patches, and shapes such as "
+                f"{rows}x{columns}"
+            )
+
+    def _shapes(self, m: Any, images: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """Rows and columns `(B, 2)` of images that came as patches.
+
+        Raises:
+            ZooError: If these are none, or nothing says in which raster they are.
+        """
         width = self.stem(m).in_features
         if images.dim() != 3 or images.shape[2] != width:
             raise ZooError(
                 f"expected pixel_values of shape (B, patches, {width}), got {tuple(images.shape)}"
             )
-        shapes, mask = options.get("spatial_shapes"), options.get("pixel_attention_mask")
+        shapes = options.get("spatial_shapes")
         if not isinstance(shapes, Tensor) or shapes.shape != (images.shape[0], 2):
             raise ZooError("expected spatial_shapes of shape (B, 2), as the image processor has it")
-        rows, columns = (int(side) for side in shapes[0])
-        padded = mask is not None and not bool(mask.bool().all())
-        if padded or rows * columns != images.shape[1] or bool((shapes != shapes[0]).any()):
+        return shapes
+
+    def several(self, m: Any, images: Tensor, options: Mapping[str, Any]) -> Sequence[Sized]:
+        """See `HfTower`: of patches beside which a mask leaves some out, or of several shapes."""
+        mask = options.get("pixel_attention_mask")
+        if images.dim() == 4 or mask is None:
+            return ()
+        if traced():  # there are no numbers to look at, but whoever runs it will have some
+            torch._assert_async(mask.bool().all(), _PADDED)
+            return ()
+        shapes = self._shapes(m, images, options).cpu()
+        if not isinstance(mask, Tensor) or mask.shape != images.shape[:2]:
             raise ZooError(
-                "a reduced SigLIP 2 takes batches of one shape without padding: reducers merge and "
-                "rank tokens, and padding is none; resize the images to one shape and give the "
-                "processor max_num_patches=rows*columns, here "
-                f"{rows}*{columns}={rows * columns}"
+                f"expected pixel_attention_mask of shape {tuple(images.shape[:2])}, one number for "
+                f"each patch, got {tuple(getattr(mask, 'shape', ())) or type(mask).__name__}"
             )
+        real = mask.bool().cpu()
+        alike = bool(len(shapes)) and bool((shapes == shapes[0]).all())
+        if alike and bool(real.all()) and int(shapes[0].prod()) == images.shape[1]:
+            return ()
+        wanted = torch.arange(images.shape[1]) < shapes.prod(1, keepdim=True)
+        for i, count in enumerate(shapes.prod(1).tolist()):
+            if not 0 < count <= images.shape[1] or not torch.equal(real[i], wanted[i]):
+                rows, columns = shapes[i].tolist()
+                raise ZooError(
+                    f"image {i} of the batch: expected its {rows}x{columns} patches, as "
+                    "spatial_shapes says, and padding behind them; pixel_attention_mask has "
+                    f"{int(real[i].sum())} of {images.shape[1]}"
+                )
+        found = []
+        for shape in dict.fromkeys(map(tuple, shapes.tolist())):
+            places = (shapes == torch.tensor(shape)).all(1).nonzero()[:, 0].to(images.device)
+            cut = images.index_select(0, places)[:, : shape[0] * shape[1]]
+            found.append(Sized(places, self.raster(m, cut, shape)))
+        if not found:
+            found.append(Sized(shapes[:, 0], images.new_zeros(0, *self.input_size(m))))
+        return found
+
+    def by_size(self, m: Any, given: Any) -> Sequence[Sized]:
+        """See `Tower`: a mapping as the image processor makes it."""
+        if not isinstance(given, Mapping) or not isinstance(given.get("pixel_values"), Tensor):
+            return super().by_size(m, given)
+        images = given["pixel_values"]
+        if images.dim() == 4:
+            return [Sized(torch.arange(len(images), device=images.device), images)]
+        options = {k: v for k, v in given.items() if k != "pixel_values"}
+        if found := self.several(m, images, options):
+            return found
+        self.check_images(m, images, **options)
+        every = torch.arange(len(images), device=images.device)
+        return [Sized(every, self.raster(m, images, self.grid_of(m, images, **options)))]
 
     def embed(self, m: Any, images: Tensor, **options: Any) -> Embedded:
         """See `Tower`."""
@@ -103,6 +168,9 @@ class HfSiglip2(HfSiglip):
 
     def whole(self, m: Any, images: Tensor) -> Tensor:
         """See `Tower`."""
+        if isinstance(images, Mapping):
+            names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+            return self._vector(m, m(**{name: images[name] for name in names if name in images}))
         patches, shapes = self._cut(m, images)
         answer = m(patches, torch.ones_like(patches[..., 0], dtype=torch.int64), shapes)
         return self._vector(m, answer)

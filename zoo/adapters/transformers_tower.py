@@ -20,7 +20,7 @@ from reduction.tokens import Tokens
 from zoo.adapters.attention import linear_weights
 from zoo.adapters.heads import mean_weight
 from zoo.adapters.timm_tower import of_projection
-from zoo.adapters.tower import Embedded, Tower
+from zoo.adapters.tower import Embedded, Sized, Tower
 from zoo.errors import UnsupportedModel, ZooError
 
 OLDEST = "5.24"
@@ -168,6 +168,19 @@ class HfTower(Tower):
             f"another size than the model; set its size to {height}x{width}{more}"
         )
 
+    def several(self, m: Any, images: Tensor, options: Mapping[str, Any]) -> Sequence[Sized]:
+        """A batch of several sizes, or with padding, as images of one size each; else empty.
+
+        Args:
+            m: The backbone.
+            images: `pixel_values`.
+            options: Of the model's own call.
+
+        Raises:
+            ZooError: If what is said of the padding does not fit.
+        """
+        return ()
+
     def embed(self, m: Any, images: Tensor, **options: Any) -> Embedded:
         """See `Tower`; options are those of the model's own call."""
         given = {k: v for k, v in options.items() if k in self.embedding and v is not None}
@@ -258,17 +271,21 @@ class HfTower(Tower):
                 last_hidden_state=last, pooler_output=self.pooled(m, t)
             )
         logits = self.leave(m, t) if own is None else own
-        loss = None
-        if options.get("labels") is not None:
-            extra = (
-                {}
-                if not self.passes_on
-                else {
-                    k: v for k, v in options.items() if k == "num_items_in_batch" and v is not None
-                }
-            )
-            loss = m.loss_function(options["labels"], logits, m.config, **extra)
-        return ImageClassifierOutput(loss=loss, logits=logits)
+        return ImageClassifierOutput(loss=self.loss(m, logits, options), logits=logits)
+
+    def loss(self, m: Any, logits: Tensor, options: Mapping[str, Any]) -> Any:
+        """What the model's class makes of `labels`; None without any.
+
+        Args:
+            m: The backbone.
+            logits: `(B, classes)`.
+            options: Of the call.
+        """
+        if options.get("labels") is None:
+            return None
+        passed = ("num_items_in_batch",) if self.passes_on else ()
+        extra = {k: options[k] for k in passed if options.get(k) is not None}
+        return m.loss_function(options["labels"], logits, m.config, **extra)
 
     def head_macs(self, m: Any, tokens: int) -> tuple[int, int]:
         """See `Tower`."""

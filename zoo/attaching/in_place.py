@@ -8,10 +8,10 @@ from torch import nn
 
 from reduction.registry import create_reducer, create_schedule
 from zoo.adapters.foreign import why_no_model, why_shell, why_unsupported
-from zoo.adapters.tower import check_backbone, find_tower, tower_of
+from zoo.adapters.tower import check_backbone, tower_of
 from zoo.build import ReducerLike, ScheduleLike, assemble
 from zoo.errors import UnsupportedModel, ZooError
-from zoo.model.attached import attached_in, attachment_of, put, take_away
+from zoo.model.attached import attached_in, attachment_of, put, take_away, towers_in
 from zoo.model.hf_model import RESTORE, as_called
 from zoo.model.reduced import ReducedViT
 from zoo.published import published
@@ -146,11 +146,11 @@ def _target(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
         try:
             found = model.get_submodule(name)
         except AttributeError:
-            names = ", ".join(_towers(model)) or "none"
+            names = ", ".join(towers_in(model)) or "none"
             raise ZooError(f"the model has no part {name!r}; its towers are {names}") from None
         tower_of(found)
         return name, found
-    towers = _towers(model)
+    towers = towers_in(model)
     if len(towers) == 1:
         return next(iter(towers.items()))
     if towers:
@@ -159,16 +159,6 @@ def _target(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
             f"tower={next(iter(towers))!r}"
         )
     raise UnsupportedModel(why_unsupported(model))
-
-
-def _towers(model: nn.Module) -> dict[str, nn.Module]:
-    """Supported models in a model, by name, without those that are parts of one."""
-    found: dict[str, nn.Module] = {}
-    for name, part in model.named_modules():
-        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
-        if not inside and find_tower(part) is not None:
-            found[name] = part
-    return found
 
 
 def _check_restore(model: nn.Module, name: str, target: Any, restore: str | None) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from reduction.base import Reducer
 from reduction.registry import create_reducer, create_schedule
 from zoo.build import CONSUMED_ARGS, set_tag, wrap
 from zoo.checkpoint import config as cfg
@@ -249,6 +250,7 @@ def _build(
         model = wrap(backbone, reducer, schedule, parts, tensors=True)
     if not saved.get("library"):  # the towers of the others read them off the model
         model.backbone_args = {k: v for k, v in args.items() if k != "num_classes"}
+    kept = kept and _thresholds(model.reducer) == _thresholds(config["reducer"])
     if stored.shapes is not None:
         fit(
             model,
@@ -415,6 +417,12 @@ def _same_method(spec: Any, saved: Mapping[str, Any] | None) -> bool:
         return True
     name = spec.get("name") if isinstance(spec, Mapping) else getattr(spec, "name", spec)
     return saved is not None and name == saved["name"]
+
+
+def _thresholds(reducer: Reducer | Mapping[str, Any] | None) -> bool:
+    """Whether a method merges by thresholds that are saved with it, by its option of that name."""
+    given = reducer.config() if isinstance(reducer, Reducer) else reducer or {}
+    return bool(given.get("thresholds", False))
 
 
 def _tagged(saved: Mapping[str, Any], origin: Path) -> str:

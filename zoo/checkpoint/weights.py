@@ -204,7 +204,10 @@ def fit(
             "%s holds no parameters for %s; they keep their initial values",
             origin,
             _some(missing),
-            extra={"note": "untrained " + " and ".join(sorted({k.split(".")[0] for k in missing}))},
+            extra={
+                "note": "untrained " + " and ".join(sorted({k.split(".")[0] for k in missing})),
+                "missing": missing,
+            },
         )
     backbone.load_state_dict(body)
     if extras and rest:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from PIL.Image import Image
 from torch import Tensor
 
 import zoo
+from reduction.mixins.calibrating import THRESHOLDS
 from zoo.checkpoint.folder import save_pretrained
+from zoo.checkpoint.weights import fit
 from zoo.data.checks import data_config
 from zoo.data.digits import Digits
 from zoo.data.folder import image_extensions
@@ -28,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", help="a folder of images, labels not needed; or digits")
     parser.add_argument("--out", required=True, help="folder for the calibrated model")
     parser.add_argument("--reducer", help="use this method, e.g. dtome (default: the model's own)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="ARGUMENT=VALUE",
+        help="an argument of that method, e.g. settle=nearest; may be given several times",
+    )
     parser.add_argument(
         "--r",
         help="pairs per image that merge in each block: one number for all, or one for each, with "
@@ -48,29 +61,73 @@ def run(arguments: argparse.Namespace) -> int:
         raise ZooError("--batch-size and --limit must be 1 or more")
     if arguments.r is not None and arguments.r_total is not None:
         raise ZooError("give either --r or --r-total")
-    own = {} if arguments.reducer is None else {"reducer": {"name": arguments.reducer}}
-    model = zoo.load(arguments.model, **own)
+    if arguments.set and arguments.reducer is None:
+        raise ZooError(f"--set {arguments.set[0]} needs a method; type --reducer NAME, too")
+    own: dict[str, Any] = {}
+    if arguments.reducer is not None:
+        own["reducer"] = {"name": arguments.reducer, **_arguments(arguments.set)}
+    with _nothing_said_of(THRESHOLDS):
+        model = zoo.load(arguments.model, **own)
     r = _counts(arguments.r, model.depth)
     if arguments.r_total is not None:
         r = pairs_per_block(arguments.r_total, model.depth)
     batches = _batches(model, arguments.images, arguments.batch_size, arguments.limit)
-    was = getattr(model.reducer, "name", None)
+    was = model.reducer
     found = calibrate(model, batches, r)
-    now = getattr(model.reducer, "name", None)
-    if now != was:
-        print(f"{was} with thresholds is {now}: {_typed(model)}")
+    if was is not None and model.reducer is not None and model.reducer is not was:
+        now = model.reducer.config()
+        same = "" if now["name"] == was.name else f" is {now['name']}"
+        print(f"{was.name} with thresholds{same}: {_typed(was.config(), now)}")
     where = save_pretrained(model, arguments.out)
     print("thresholds:", " ".join(f"{value:.4f}" for value in found))
     print(f"saved: {where}")
     return 0
 
 
-def _typed(model: ReducedViT) -> str:
-    """The reducer as it is typed: `reducer=NAME reducer.ARGUMENT=VALUE`."""
-    config = {} if model.reducer is None else dict(model.reducer.config())
-    words = [f"reducer={config.pop('name', None)}"]
-    own = {key: value for key, value in config.items() if key in ("metric", "order", "prop_attn")}
-    return " ".join([*words, *(f"reducer.{k}={str(v).lower()}" for k, v in own.items())])
+@contextmanager
+def _nothing_said_of(names: frozenset[str]) -> Iterator[None]:
+    """Within, nobody is told that weights hold no parameters of these names."""
+
+    def to_be_said(record: logging.LogRecord) -> bool:
+        missing = getattr(record, "missing", None)
+        return missing is None or not {name.rpartition(".")[2] for name in missing} <= names
+
+    logger = logging.getLogger(fit.__module__)
+    logger.addFilter(to_be_said)
+    try:
+        yield
+    finally:
+        logger.removeFilter(to_be_said)
+
+
+def _arguments(given: Sequence[str]) -> dict[str, Any]:
+    """Arguments of a method, as they are typed elsewhere.
+
+    Raises:
+        ZooError: If one is not `ARGUMENT=VALUE`.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.removeprefix("reducer.").partition("=")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals or not name.isidentifier():
+            raise ZooError(f"--set must be ARGUMENT=VALUE, e.g. settle=nearest, got {text!r}")
+    return found
+
+
+def _typed(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """A reducer as it is typed: `reducer=NAME reducer.ARGUMENT=VALUE`, with what has changed."""
+    own = {key: value for key, value in now.items() if key != "name" and was.get(key) != value}
+    if was["name"] != now["name"]:
+        own = {key: value for key, value in now.items() if key in ("metric", "order", "prop_attn")}
+    return " ".join([f"reducer={now['name']}", *(f"reducer.{k}={_word(own[k])}" for k in own)])
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value).lower()
 
 
 def _counts(text: str | None, depth: int) -> list[int] | None:

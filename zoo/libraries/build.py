@@ -89,6 +89,20 @@ def of_recipe(
     return rebuild(library.name, name, recipe["num_classes"], given)
 
 
+def preprocessing(m: nn.Module) -> dict[str, Any]:
+    """How images are prepared for a backbone that its own library built, by timm's names.
+
+    Args:
+        m: A supported one.
+
+    Returns:
+        What the library says of it, or what is usual for its kind; empty where it says nothing.
+    """
+    package = tower_of(m).library
+    ask = None if package == "timm" else getattr(_module(by_package(package)), "usual_data", None)
+    return {} if ask is None else {k: v for k, v in ask(m).items() if v is not None}
+
+
 def _module(library: Library) -> Any:
     return importlib.import_module(f"zoo.libraries.{library.name}_models")
 

@@ -188,6 +188,15 @@ def _check_fields(given: Mapping[str, Any], name: str) -> None:
         )
 
 
+def usual_data(m: Any) -> dict[str, Any]:
+    """What a tower says of its images, by timm's names, or what open_clip does where it is silent.
+
+    Args:
+        m: The tower.
+    """
+    return _data(getattr(m, "preprocess_cfg", None) or {})
+
+
 def _data(tagged: Mapping[str, Any]) -> dict[str, Any]:
     """Preprocessing: open_clip's usual one, with what it says of these weights."""
     usual = PreprocessCfg()

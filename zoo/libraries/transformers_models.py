@@ -280,6 +280,25 @@ def _resize(model: Any, size: int | Sequence[int], name: str) -> None:
     model.config.image_size = height if height == width else [height, width]
 
 
+def usual_data(m: Any) -> dict[str, Any]:
+    """Preprocessing of a model that transformers built, by timm's names; nothing is fetched.
+
+    Args:
+        m: The model: one that was loaded by a name or from a folder still knows it.
+    """
+    name, kind = str(getattr(m.config, "_name_or_path", "") or ""), m.config.model_type
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (found := cached(name, "preprocessor_config.json")) is not None:
+        folder = found.parent
+    data = _processor(folder) if name else {}
+    if not data:
+        # The usual one of its kind: that of the first family there is.
+        kinds = (kind, f"{kind}_vision_model")
+        families = (one for one in hf_configs().values() if one["config"]["model_type"] in kinds)
+        data = (hf_configs().get(name) or next(families, {})).get("data", {})
+    return {k: v for k, v in _tuples(data).items() if k != "size"}
+
+
 def _processor(folder: Path) -> dict[str, Any]:
     """Preprocessing as an image processor has it, by timm's names; empty where there is none.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from reduction.base import Reducer
 from reduction.mixins.calibrating import Calibrates, TakesThresholds, noted_thresholds
+from reduction.registry import METHODS
 from zoo.errors import ZooError
 from zoo.model.reduced import ReducedViT
 
@@ -26,8 +27,8 @@ def calibrate(
     from then on: the schedule limits nothing any more.
 
     Args:
-        model: Whose reducer has thresholds, such as `dtome`, or has a form with thresholds, such as
-            `tome` and `pitome`, which then takes its place; it is changed.
+        model: Whose reducer has thresholds, such as `dtome`, or has a form with thresholds, as all
+            have in which pairs merge by similarity; that then takes its place. It is changed.
         batches: Images `(B, 3, H, W)` as the model expects them, or tuples that begin with them.
             Larger batches give better thresholds.
         r: Pairs per image that merge in each block on average; None: what the schedule removes.
@@ -39,7 +40,8 @@ def calibrate(
         ZooError: If the reducer has no thresholds, `r` has another length than the model, or there
             are no images.
     """
-    reducer = thresholded(model)
+    before = model.reducer
+    reducer = thresholded(before)
     counts = removed(model) if r is None else [int(v) for v in r]
     if min(counts, default=0) < 0:
         raise ZooError(f"r counts pairs per image in each block: expected 0 or more, got {counts}")
@@ -48,51 +50,83 @@ def calibrate(
             f"r must hold one count for each of the {model.depth} blocks, got {list(counts)}"
         )
     assert isinstance(reducer, Reducer)
-    before, model.reducer = model.reducer, reducer
     total, seen, was = torch.zeros(model.depth, dtype=torch.float64), 0, model.training
-    model.eval()
+    device = next(model.parameters()).device
+    model.reducer = reducer
     try:
+        reducer.setup(model.anatomy.spec([plan.step for plan in model.plan()]))
+        reducer.to(device)
+        model.eval()
         with torch.no_grad(), reducer.looking(counts):
             for batch in batches:
                 images = batch if isinstance(batch, Tensor) else batch[0]
-                device = next(model.parameters()).device
                 _, info = model(images.to(device), return_info=True)
                 total += noted_thresholds(info.final, model.depth).double().cpu()
                 seen += 1
+        if not seen:
+            raise ZooError("expected at least one batch of images to calibrate on, got none")
     except BaseException:
         model.reducer = before
         raise
     finally:
         model.train(was)
-    if not seen:
-        model.reducer = before
-        raise ZooError("expected at least one batch of images to calibrate on, got none")
     found = [float(v) if c else 1.0 for v, c in zip(total / seen, counts, strict=True)]
     reducer.set_thresholds(found, counts)
     return found
 
 
-def thresholded(model: ReducedViT) -> Calibrates:
-    """The reducer of a model, or the form of it that has thresholds.
+def thresholded(reducer: Reducer | None) -> Calibrates:
+    """A reducer that has thresholds as it is, or the form of it that has some.
 
     Raises:
         ZooError: If there is none.
     """
-    reducer = model.reducer
     if isinstance(reducer, Calibrates):
         return reducer
-    if not isinstance(reducer, TakesThresholds):
-        raise ZooError(
-            f"reducer {getattr(reducer, 'name', None)!r} has no thresholds to calibrate; choose "
-            "one that has, e.g. reducer='dtome', or that can have them: 'tome' or 'pitome'"
-        )
-    found = reducer.thresholded()
-    found.setup(model.anatomy.spec([plan.step for plan in model.plan()]))
-    return found.to(next(model.parameters()).device)
+    if isinstance(reducer, TakesThresholds):
+        return reducer.thresholded()
+    name = getattr(reducer, "name", None)
+    raise ZooError(
+        f"reducer {name!r} has no thresholds to calibrate: {_why(reducer)}; choose one that has, "
+        "e.g. reducer='dtome', or that can have them: 'tome' or 'pitome', which become dtome, or "
+        + ", ".join(repr(n) for n in takers() if n not in ("dtome", "tome", "pitome"))
+    )
+
+
+def takers() -> list[str]:
+    """Names of the methods that have thresholds, or can have them."""
+    classes = METHODS.load().items()
+    return sorted(n for n, c in classes if issubclass(c, Calibrates | TakesThresholds))
+
+
+def _why(reducer: Reducer | None) -> str:
+    """Why there are none."""
+    if reducer is None:
+        return "nothing is reduced"
+    kind = reducer.card.kind
+    return reducer.no_thresholds or next(
+        (text for word, text in _KINDS.items() if word in kind),
+        "no pair of tokens merges by how alike it is",
+    )
+
+
+#: What the kind of a method says, first things first.
+_KINDS = {
+    "before block 0": "it acts before block 0, where no block has compared tokens yet",
+    "soft": "every new token is a mixture of all, and no pair merges",
+    "cluster": "it has so many clusters as its schedule says",
+}
 
 
 def removed(model: ReducedViT) -> list[int]:
     """Tokens that the schedule of a model removes in each block."""
+    reducer = model.reducer
+    if isinstance(reducer, Calibrates) and not reducer.limit:
+        reducer.limit = True  # else it is asked for nothing
+        try:
+            return removed(model)
+        finally:
+            reducer.limit = False
     steps = [plan.step for plan in model.plan()]
     n, found = model.token_counts()[0][0] - model.prefix, []
     for step in steps:

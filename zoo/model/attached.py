@@ -117,6 +117,16 @@ def attached_in(m: nn.Module) -> dict[str, nn.Module]:
     return {name: part for name, part in m.named_modules() if attachment_of(part) is not None}
 
 
+def towers_in(model: nn.Module) -> dict[str, nn.Module]:
+    """Supported models in a model, by name, without those that are parts of one."""
+    found: dict[str, nn.Module] = {}
+    for name, part in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if not inside and find_tower(part) is not None:
+            found[name] = part
+    return found
+
+
 def as_reduced(model: nn.Module) -> ReducedViT:
     """A reduced model as it is, what is attached in a model, or a dense model wrapped.
 

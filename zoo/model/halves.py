@@ -114,6 +114,7 @@ class Halves(NamedTuple):
             shift=shift,
             tap=None if frame.watch is None else weights.append,
             free=stage.positions_changed or frame.own_kernels,
+            live=all_.mask,
             **self._rereading(stage, shift),
         )
         branch, result = adapter.attn_branch(block, all_.x, listen)

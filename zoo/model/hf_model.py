@@ -12,9 +12,11 @@ from torch import Tensor
 from reduction.eager import traced
 from reduction.functional.restoring import POLICIES, Change, restored
 from reduction.tokens import Tokens
+from zoo.adapters.tower import Sized
 from zoo.errors import ZooError
 from zoo.model.empty import for_any_batch
 from zoo.model.reduced import ReducedViT
+from zoo.model.sizes import joined, several_rasters
 from zoo.model.stream import Outflow, flow, own_answer
 
 RESTORE = ("none", *POLICIES)
@@ -62,7 +64,40 @@ class ReducedHfModel(ReducedViT):
             )
         if not images.shape[0]:
             options.pop("labels", None)
+        parts = self.tower.several(self.backbone, images, options)  # type: ignore[attr-defined]
+        if parts:
+            return self._by_size(images, parts, options, return_info)
         return self._call(images, options, return_info)
+
+    def _by_size(
+        self,
+        images: Tensor,
+        parts: Sequence[Sized],
+        options: dict[str, Any],
+        return_info: bool | str,
+    ) -> Any:
+        """Images of one size together and without padding; the answer is of the whole batch."""
+        m, tower = self.backbone, self.tower
+        if return_info and len(parts) > 1:
+            raise ZooError(several_rasters(parts))
+        if not return_info and self.unchanged([part.images for part in parts]):
+            return type(m).forward(m, images, **options)
+        as_dict = options.pop("return_dict", None)
+        labels = options.pop("labels", None)
+        dropped = ("pixel_attention_mask", "spatial_shapes")
+        own = {k: v for k, v in options.items() if k not in dropped} | {"return_dict": True}
+        found = [self._call(part.images, dict(own), return_info) for part in parts]
+        answers = [answer for answer, _ in found] if return_info else found
+        # One row per patch is handed out as long as the mask is, whose padding is zeros.
+        length = 0 if self.restore == "none" else images.shape[1]
+        fields = joined(answers, parts, length)
+        if labels is not None:
+            given = {**options, "labels": labels}
+            fields["loss"] = tower.loss(m, fields["logits"], given)  # type: ignore[attr-defined]
+        answer = type(answers[0])(**fields)
+        as_dict = getattr(m.config, "return_dict", True) if as_dict is None else as_dict
+        answer = answer if as_dict else answer.to_tuple()
+        return (answer, found[0][1]) if return_info else answer
 
     @for_any_batch
     def _call(self, images: Tensor, options: dict[str, Any], return_info: bool | str) -> Any:

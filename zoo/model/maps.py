@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reduction.tokens import Tokens
@@ -41,15 +43,14 @@ class AttentionMap(NamedTuple):
         Args:
             query: Row of `weights`: 0 is the class token of a model that has one.
         """
-        row = self.weights[:, :, query, self.prefix :]
-        held = self.source >= 0
-        place = self.source.clamp_min(0)
-        members = row.new_zeros(row.shape[0], row.shape[2])
-        members = members.scatter_add(1, place, held.to(row.dtype))
+        # One token more, without weight, which stands for what was dropped: it may be all there is.
+        row = F.pad(self.weights[:, :, query, self.prefix :], (0, 1))
+        place = torch.where(self.source < 0, row.shape[2] - 1, self.source)
+        members = place.new_zeros(row.shape[0], row.shape[2])
+        members = members.scatter_add(1, place, torch.ones_like(place))
         share = row / members.clamp_min(1).unsqueeze(1)
         index = place.unsqueeze(1).expand(-1, row.shape[1], -1)
-        patches = share.gather(2, index) * held.unsqueeze(1)
-        return patches.unflatten(2, self.grid)
+        return share.gather(2, index).unflatten(2, self.grid)
 
 
 def attention_maps(

@@ -20,6 +20,8 @@ from zoo.errors import ZooError
 from zoo.model.anatomy import Anatomy
 
 LAST_BLOCKS = ("full", "class_token")
+#: Values of the option, and how many groups each of them allows.
+BUCKETS: Mapping[int | str, int] = {1: 1, 2: 2, 3: 3, 4: 4, "auto": 4}
 
 
 class Runtime(NamedTuple):
@@ -33,6 +35,10 @@ class Runtime(NamedTuple):
         linear: "plain", torch's default; "packed" or "onednn", other matrix products of this CPU;
             or "auto", whichever a measurement on this machine says is fastest. Equal to rounding.
             "packed" keeps a second copy of the weights of linear layers, without gradients alone.
+        buckets: Groups of images of similar length that a batch may be run in, 1 to 4, where a
+            method keeps a different number of tokens in every image: none of them is padded to the
+            longest of the batch then. "auto" allows four. As many as pay by what rows cost; in
+            evaluation on a CPU alone. Equal to rounding.
         own_kernels: Use this package's choice of attention kernels also where nothing has been
             reduced yet. A dense model then runs as the reduced parts of others do, for fair
             comparisons; without it, the output with nothing reduced is exactly timm's.
@@ -41,6 +47,7 @@ class Runtime(NamedTuple):
     last_block: str = "full"
     linear: Mode = "plain"
     own_kernels: bool = False
+    buckets: int | str = "auto"
 
 
 def make_runtime(anatomy: Anatomy, now: Runtime, changes: Mapping[str, Any]) -> Runtime:
@@ -66,6 +73,10 @@ def make_runtime(anatomy: Anatomy, now: Runtime, changes: Mapping[str, Any]) -> 
     if chosen.last_block not in LAST_BLOCKS:
         raise ZooError(
             f"last_block must be one of {', '.join(LAST_BLOCKS)}, got {chosen.last_block!r}"
+        )
+    if isinstance(chosen.buckets, bool) or chosen.buckets not in tuple(BUCKETS):
+        raise ZooError(
+            f"buckets must be one of {', '.join(map(str, BUCKETS))}, got {chosen.buckets!r}"
         )
     if chosen.linear not in MODES:
         raise ZooError(f"linear must be one of {', '.join(MODES)}, got {chosen.linear!r}")

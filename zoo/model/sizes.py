@@ -33,10 +33,7 @@ def for_any_sizes(method: _F) -> _F:
         if method.__name__ == "forward":
             told = kwargs.get("return_info") or (args and args[0])
             if told and len(parts) > 1:
-                raise ZooError(
-                    "return_info tells of tokens over one raster, and these images have "
-                    f"{len(parts)} sizes; call the model with one size at a time"
-                )
+                raise ZooError(several_rasters(parts))
             if not told and self.unchanged([p.images for p in parts]):
                 return self.tower.whole(self.backbone, images)
         return joined([method(self, p.images, *args, **kwargs) for p in parts], parts)
@@ -44,17 +41,32 @@ def for_any_sizes(method: _F) -> _F:
     return whole  # type: ignore[return-value]  # wraps keeps the signature, which mypy cannot see
 
 
-def joined(answers: Sequence[Any], parts: Sequence[Sized]) -> Any:
-    """What was answered for every size, as one answer in the order of the batch."""
+def several_rasters(parts: Sequence[Sized]) -> str:
+    """Why one `Info` cannot tell of images of several sizes."""
+    return (
+        "return_info tells of tokens over one raster, and these images have "
+        f"{len(parts)} sizes; call the model with one size at a time"
+    )
+
+
+def joined(answers: Sequence[Any], parts: Sequence[Sized], length: int = 0) -> Any:
+    """What was answered for every size, as one answer in the order of the batch.
+
+    Args:
+        answers: One for each size.
+        parts: The sizes.
+        length: Tokens and features are padded to so many rows at least.
+    """
     first = answers[0]
     if isinstance(first, Tensor):
         order = torch.cat([p.places for p in parts]).argsort()
         if first.dim() == 3:
-            longest = max(x.shape[1] for x in answers)
+            longest = max(length, *(x.shape[1] for x in answers))
             answers = [F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in answers]
-        return first if len(answers) == 1 else torch.cat(list(answers)).index_select(0, order)
+        return answers[0] if len(answers) == 1 else torch.cat(list(answers)).index_select(0, order)
     if isinstance(first, Mapping):
-        return {name: joined([a[name] for a in answers], parts) for name in first}
-    if len(answers) == 1:
+        return {name: joined([a[name] for a in answers], parts, length) for name in first}
+    if first is None or (len(answers) == 1 and not length):
         return first
-    return type(first)(joined(list(items), parts) for items in zip(*answers, strict=True))
+    items = zip(*answers, strict=True)
+    return type(first)(joined(list(item), parts, length) for item in items)

@@ -83,7 +83,13 @@ class Straight(NamedTuple):
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def attention(
-        self, x: Tensor, bias: Tensor | None, need: frozenset[str], class_tokens: int, own: bool
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        need: frozenset[str],
+        class_tokens: int,
+        own: bool,
+        live: Tensor | None = None,
     ) -> tuple[Tensor, Signals]:
         """`x` plus the attention branch, `(B, N, C)`, and the signals in `need`.
 
@@ -93,6 +99,7 @@ class Straight(NamedTuple):
             need: Any signals that need no map of the whole attention, so all but "attn".
             class_tokens: Leading tokens that together act as the class token.
             own: Whether the kernel may be another than timm's.
+            live: Tokens that are no padding, `(B, N)`; None where all are.
         """
         batch, n, _ = x.shape
         y = torch.layer_norm(x, *self.norm1)
@@ -104,14 +111,14 @@ class Straight(NamedTuple):
             k = torch.layer_norm(k, *self.k_norm)
         column = None
         if own and "column" in need and shares_map(q, k, v, bias):
-            out, column = attention_and_column(q, k, v, self.scale, bias)
+            out, column = attention_and_column(q, k, v, self.scale, bias, live)
         else:
             kernel = choose(q, k, v, self.scale, bias) if own else fused
             out = kernel(q, k, v, self.scale, bias)
         seen = _NONE
         if need:
             left = need if column is None else need - {"column"}
-            seen = signals(q, k, self.scale, bias, left, class_tokens)
+            seen = signals(q, k, self.scale, bias, left, class_tokens, live)
             seen = seen._replace(
                 column=seen.column if column is None else column,
                 k=k if "k" in need else None,
@@ -152,7 +159,8 @@ class Line(NamedTuple):
         sizes = t.size if reducer is not None and reducer.prop_attn and not t.unit else None
         bias = attention_bias(sizes, t.mask, t.x.dtype)
         own = stage.positions_changed or frame.own_kernels
-        x, seen = self.block.attention(t.x, bias, stage.plan.need, frame.class_tokens, own)
+        need = stage.plan.need
+        x, seen = self.block.attention(t.x, bias, need, frame.class_tokens, own, t.mask)
         return t._replace(x=x), seen
 
     def mlp(self, x: Tensor) -> Tensor:

@@ -22,9 +22,11 @@ from reduction.tokens import Signals, Tokens
 from zoo.adapters.hooks import hooked
 from zoo.adapters.tower import Embedded
 from zoo.errors import ZooError
+from zoo.model.buckets import may_run_apart, run_apart
 from zoo.model.heard import warn_unheard
 from zoo.model.lane import NOBODY, Frame, Hear, Note, Watch
 from zoo.model.recorded import for_tracers
+from zoo.model.runtime import BUCKETS
 from zoo.model.stage import checkpointed, run, run_hooked, stages
 
 if TYPE_CHECKING:
@@ -132,10 +134,17 @@ def flow(
     if tower.checkpointing(m) and torch.is_grad_enabled() and watch is note is None:
         block = checkpointed(block, model.runtime.linear)
     kept = range(len(blocks)) if trace is True else (trace or ())
-    counts, states, signals = [], [], Signals()
+    counts: list[tuple[int, int]] = []
+    states: list[Tokens] = []
+    signals = Signals()
     heard: dict[int, tuple[Tokens, Signals]] = {}
     whole = stages(blocks, plans, frame, t, patches, hear)
-    for stage in whole[: None if until is None else until + 1]:
+    whole = whole[: None if until is None else until + 1]
+    most = BUCKETS[model.runtime.buckets]
+    if block is run and not hear and may_run_apart(most, frame, t, blocks):
+        t, counts, states = run_apart(whole, t, kept, most, blocks)
+        whole = []
+    for stage in whole:
         before, entering = t, t.x.shape[1]
         t, signals = block(stage, t, signals)
         if stage.block in hear:

@@ -85,6 +85,7 @@ _TAKEN = {
     "last_block": "runtime.last_block=",
     "linear": "runtime.linear=",
     "fast_linear": "runtime.linear=",
+    "buckets": "runtime.buckets=",
 }
 
 

@@ -15,9 +15,9 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zoo.measure.progress import say, show, wanted
 from zoo.run import help
@@ -26,6 +26,7 @@ from zoo.run.done import digest, done_before
 from zoo.run.messages import explain, unknown_flag
 from zoo.run.outcome import FAILED, INTERRUPTED, USAGE, State, complain, is_first_process
 from zoo.run.overrides import for_hydra, prepare
+from zoo.run.record import check_writable, command_line, failed_row, record, results_file
 from zoo.run.remarks import (
     Skipped,
     add_note,
@@ -120,12 +121,65 @@ def job(kind: str, cfg: DictConfig) -> Row:
     Raises:
         SystemExit: The run failed; the message has been printed.
     """
+    run = _read(kind, cfg)
+    try:
+        found = _run(run)
+        if found.earlier:
+            return _taken_over(run, found.rows)
+    except Exception as error:
+        return _failed(run, error)
+    finally:
+        os.environ[_FULL_ERROR] = "1"
+    return _told(run, found)
+
+
+class _Run(NamedTuple):
+    """One run as it was asked for.
+
+    Attributes:
+        kind: "train" or "eval".
+        cfg: The composed configuration.
+        overrides: What was typed; of the whole sweep where this is a job of one.
+        sweep: Whether it is.
+        aloud: Whether it prints its own line.
+        full_error: Whether errors are wanted as they are.
+    """
+
+    kind: str
+    cfg: DictConfig
+    overrides: list[str]
+    sweep: bool
+    aloud: bool
+    full_error: bool
+
+    def first(self) -> bool:
+        """Whether this process speaks for all of the run; who is first may turn out on the way."""
+        return is_first_process(self.kind == "train" or self.cfg.get("trainer") is not None)
+
+
+class _Found(NamedTuple):
+    """What a run has found.
+
+    Attributes:
+        rows: Of which the first stands for it.
+        job: Digest that tells it from other jobs.
+        more: What has to be typed beside the overrides to get it.
+        notes: What loading weights had to say.
+        earlier: Whether an earlier run of the job has found it.
+    """
+
+    rows: list[Row]
+    job: str | None
+    more: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    earlier: bool = False
+
+
+def _read(kind: str, cfg: DictConfig) -> _Run:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from zoo.run.launchers import elsewhere, join_tasks, speaks
-    from zoo.run.schema import check_config
-    from zoo.run.sweep import refuse_subprocess_ddp
+    from zoo.run.launchers import speaks
     from zoo.run.typed import command_words, typed
 
     # Lightning starts the other processes of a DDP run from sys.argv, and those need the
@@ -134,76 +188,101 @@ def job(kind: str, cfg: DictConfig) -> Row:
     _restore_full_error("1" if full_error else None)
     # Said by libraries to their own authors, on every run.
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    aloud = speaks(HydraConfig.get())
-    overrides, more, notes = _overrides(sweep), list[str](), list[str]()
-    what: str | None = None
-    try:
-        join_tasks()
-        if sweep:
-            refuse_subprocess_ddp(cfg)
-        check_config(cfg, kind, overrides)
-        show(wanted(cfg) if aloud else False)
-        _check_writable(_results(cfg))
-        if cfg.get("trainer") is not None and not sweep:
-            from zoo.run.deaths import announce
+    hydra = HydraConfig.get()
+    sweep = hydra.mode == RunMode.MULTIRUN
+    return _Run(kind, cfg, _overrides(sweep), sweep, speaks(hydra), full_error)
 
-            announce(partial(_died, cfg))
-        if kind == "train":
-            os.makedirs(str(cfg.output_dir), exist_ok=True)
-        if kind == "eval":
-            what = digest(cfg)
-            if earlier := done_before(cfg, what):
-                return _taken_over(earlier, aloud)
-            if sweep:
+
+def _run(run: _Run) -> _Found:
+    """Does the work, unless that was done before."""
+    cfg, job = run.cfg, None
+    more, notes = list[str](), list[str]()
+    try:
+        _begin(run)
+        if run.kind == "eval":
+            job = digest(cfg)
+            if earlier := done_before(cfg, job):
+                return _Found(earlier, job, earlier=True)
+            if run.sweep:
                 check_trained(cfg)
-        work = _work(kind)
-        with noted(quiet=sweep) as notes:
-            if sweep and sweeps_reducers(overrides):
-                rows, more = without_class_token(work, cfg, overrides)
+        work = _work(run.kind)
+        with noted(quiet=run.sweep) as notes:
+            if run.sweep and sweeps_reducers(run.overrides):
+                rows, more = without_class_token(work, cfg, run.overrides)
             else:
                 rows = work(cfg)
     except Skipped as reason:
-        rows = [_failed_row(cfg, str(reason), status="skipped")]
-    except Exception as error:
-        message = explain(error)
-        if is_first_process(kind == "train" or cfg.get("trainer") is not None):
-            with contextlib.suppress(Exception):  # the error itself is what has to be seen
-                _record(_failed_row(cfg, message or f"{type(error).__name__}: {error}"), cfg)
-        if full_error and not sweep:
-            raise
-        if message is None:
-            traceback.print_exc()
-        elif sweep and aloud:
-            say(f"error: {message} [{' '.join(HydraConfig.get().overrides.task)}]", sys.stderr)
-        if not sweep:
-            raise SystemExit(FAILED if message is None else complain(message)) from error
-        State.failed_jobs += 1
-        return {"status": "failed"}
-    finally:
-        os.environ[_FULL_ERROR] = "1"
-    for row in rows:
-        row["job"] = what
-        row["command"] = " ".join([command_line(), *map(shlex.quote, more)])
-        for note in notes if kind == "eval" else []:
-            add_note(row, note)
-    if not is_first_process(kind == "train" or cfg.get("trainer") is not None):
-        return rows[0]
+        rows = [failed_row(cfg, str(reason), status="skipped")]
+    return _Found(rows, job, more, notes)
+
+
+def _begin(run: _Run) -> None:
+    """All that can be refused before it costs anything."""
+    from zoo.run.launchers import join_tasks
+    from zoo.run.schema import check_config
+    from zoo.run.sweep import refuse_subprocess_ddp
+
+    cfg = run.cfg
+    join_tasks()
+    if run.sweep:
+        refuse_subprocess_ddp(cfg)
+    check_config(cfg, run.kind, run.overrides)
+    show(wanted(cfg) if run.aloud else False)
+    check_writable(results_file(cfg))
+    if cfg.get("trainer") is not None and not run.sweep:
+        from zoo.run.deaths import announce
+
+        announce(partial(_died, cfg))
+    if run.kind == "train":
+        os.makedirs(str(cfg.output_dir), exist_ok=True)
+
+
+def _failed(run: _Run, error: Exception) -> Row:
+    """Says and writes down that a run has failed; only a job of a sweep returns.
+
+    Raises:
+        SystemExit: It was a single run.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    message = explain(error)
+    if run.first():
+        with contextlib.suppress(Exception):  # the error itself is what has to be seen
+            record(failed_row(run.cfg, message or f"{type(error).__name__}: {error}"), run.cfg)
+    if run.full_error and not run.sweep:
+        raise error
+    if message is None:
+        traceback.print_exception(error)
+    elif run.sweep and run.aloud:
+        say(f"error: {message} [{' '.join(HydraConfig.get().overrides.task)}]", sys.stderr)
+    if not run.sweep:
+        raise SystemExit(FAILED if message is None else complain(message)) from error
+    State.failed_jobs += 1
+    return {"status": "failed"}
+
+
+def _told(run: _Run, found: _Found) -> Row:
+    """Writes rows down and says what is in them.
+
+    Raises:
+        SystemExit: They cannot be written, or a single run measured what is no number.
+    """
     from zoo.report.words import summary_line
 
-    remarks = [text.lstrip("+") for text in more] + (notes if sweep else [])
+    rows, sweep = found.rows, run.sweep
+    for row in rows:
+        row["job"] = found.job
+        row["command"] = " ".join([command_line(), *map(shlex.quote, found.more)])
+        for note in found.notes if run.kind == "eval" else []:
+            add_note(row, note)
+    if not run.first():
+        return rows[0]
+    remarks = [text.lstrip("+") for text in found.more] + (list(found.notes) if sweep else [])
     path = ""
     for row in rows:
         # First the row, then what is said about it: whoever reads along may have gone.
-        try:
-            path = _record(row, cfg)
-        except Exception as error:
-            # The disk filled up, or the folder went away: what was measured is still on the screen.
-            print(f"{summary_line(row)}\n{json.dumps(row)}", flush=True)
-            if elsewhere(HydraConfig.get()):  # the end of this process would tell the sweep nothing
-                raise
-            raise SystemExit(complain(explain(error) or str(error))) from error
-        if aloud:
+        path = _written(run, row)
+        if run.aloud:
             say(" | ".join([summary_line(row), *remarks]))
     if not sweep:
         print(f"{'row' if len(rows) == 1 else 'rows'}: {path}", flush=True)
@@ -214,20 +293,36 @@ def job(kind: str, cfg: DictConfig) -> Row:
     return rows[0]
 
 
-def _taken_over(rows: list[Row], aloud: bool) -> Row:
+def _written(run: _Run, row: Row) -> str:
+    """Writes a row down and returns where."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from zoo.report.words import summary_line
+    from zoo.run.launchers import elsewhere
+
+    try:
+        return record(row, run.cfg)
+    except Exception as error:
+        # The disk filled up, or the folder went away: what was measured is still on the screen.
+        print(f"{summary_line(row)}\n{json.dumps(row)}", flush=True)
+        if elsewhere(HydraConfig.get()):  # the end of this process would tell the sweep nothing
+            raise
+        raise SystemExit(complain(explain(error) or str(error))) from error
+
+
+def _taken_over(run: _Run, rows: list[Row]) -> Row:
     """Rows of an earlier run of this job; a sweep has them in its own file, too."""
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
 
     from zoo.report.words import summary_line
     from zoo.results.rows import append_row
     from zoo.run.sweep import sweep_rows_path
 
-    for row in rows:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+    for row in rows if run.first() else []:
+        if run.sweep:
             State.rows_path = str(sweep_rows_path(HydraConfig.get()))
             append_row(State.rows_path, row)
-        if aloud:
+        if run.aloud:
             say(f"{summary_line(row)} | done before")
     return rows[0]
 
@@ -248,26 +343,9 @@ def _died(cfg: DictConfig, text: str) -> bool:
     if State.rows_path is not None:
         return False
     with contextlib.suppress(Exception):
-        _record(_failed_row(cfg, text), cfg)
+        record(failed_row(cfg, text), cfg)
     print(f"error: {text}", file=sys.stderr)
     return True
-
-
-def command_line() -> str:
-    """Returns the command that repeats this one run, also from within a sweep."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from zoo.run.typed import command_words
-
-    argv = command_words()
-    program = os.path.basename(argv[0])
-    if program.endswith(".py"):
-        start = ["python", program] if program != "__main__.py" else ["python", "-m", "zoo"]
-    else:
-        start = [program]
-    if argv[1:2] and argv[1] in ("train", "eval"):
-        start.append(argv[1])
-    return shlex.join([*start, *HydraConfig.get().overrides.task])
 
 
 def _overrides(sweep: bool) -> list[str]:
@@ -280,92 +358,6 @@ def _overrides(sweep: bool) -> list[str]:
         return list(HydraConfig.get().overrides.task)
     params = HydraConfig.get().sweeper.get("params") or {}  # that an experiment brings along
     return [*(f"{k}={v}" for k, v in params.items()), *options(command_words()[1:])]
-
-
-def _results(cfg: DictConfig) -> str:
-    return str(cfg.get("results") or "results/local/rows.jsonl")
-
-
-def _check_writable(path: str) -> None:
-    """Refuses a run whose row could not be written, before it costs hours.
-
-    Raises:
-        ZooError: The file cannot be opened for appending.
-    """
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "ab"):
-            pass
-    except OSError as error:
-        from zoo.errors import ZooError
-
-        raise ZooError(f"results={path} cannot be written: {error.strerror}") from error
-
-
-def _record(row: Row, cfg: DictConfig) -> str:
-    """Appends the row to the collected rows and, in a sweep, to the sweep's own file."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    from zoo.results.rows import append_row
-    from zoo.run.sweep import sweep_rows_path
-
-    path = _results(cfg)
-    append_row(path, row)
-    State.rows_path = path
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        State.rows_path = str(sweep_rows_path(HydraConfig.get()))
-        append_row(State.rows_path, row)
-    return path
-
-
-def _failed_row(cfg: DictConfig, message: str, status: str = "failed") -> Row:
-    """A row that says what was tried; it must be writable whatever went wrong."""
-    from omegaconf import OmegaConf
-
-    from zoo.results.rows import new_row
-
-    def plain(key: str) -> Any:
-        try:
-            node = OmegaConf.select(cfg, key)
-            return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-        except Exception:
-            return None
-
-    def named(group: str) -> Any:
-        """The chosen option as rows hold it: registry name and arguments."""
-        node, name = plain(group), _choice(group)
-        if not isinstance(node, dict) or name in (None, "none"):
-            return None
-        if name == "default":  # of the schedules: r alone is short for constant_r
-            name, node = "constant_r", node if node.get("r") is not None else {}
-        args = {key: value for key, value in node.items() if not key.startswith("_")}
-        return {"name": name, **args} if args or group != "schedule" else None
-
-    task, weights, backbone = plain("task") or "train", plain("weights"), plain("backbone.name")
-    reducer = named("reducer")
-    return new_row(
-        status=status,
-        error=message,
-        command=command_line(),
-        task=[task] if isinstance(task, str) else task,
-        method=reducer["name"] if reducer else "none",
-        reducer=reducer,
-        # Without a backbone the weights bring theirs, but they may be what failed to load.
-        backbone=str(backbone or weights or "").partition(".")[0] or None,
-        dataset=plain("data.name"),
-        schedule=named("schedule") if reducer else None,
-        seed=plain("seed"),
-        weights=None if weights is None else str(weights),
-    )
-
-
-def _choice(group: str) -> str | None:
-    """The option of a group that was chosen, e.g. "tome" for the group "reducer"."""
-    from hydra.core.hydra_config import HydraConfig
-
-    choice = HydraConfig.get().runtime.choices.get(group)
-    return None if choice is None else str(choice)
 
 
 def _restore_full_error(value: str | None) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from reduction.errors import UnknownName
 from zoo.data.checks import IMAGE_OPTIONS
 from zoo.data.images import opened, reason
-from zoo.errors import ZooError
+from zoo.errors import NoClassToken, ZooError
 from zoo.measure.describe import method_name
 from zoo.model.selecting import SelectingTower
 from zoo.published import config_folder
@@ -104,10 +104,10 @@ def _readable(files: list[Path], strict: bool) -> list[Path]:
 def _models(cfg: DictConfig, model: ReducedViT, device: torch.device) -> dict[str, nn.Module]:
     """The model, and those that it is compared with, by their names."""
     found: dict[str, nn.Module] = {}
-    for other in (model, *_against(cfg)):
+    for other, more in ((model, ""), *_against(cfg)):
         other = other.to(device).eval()
         shown: nn.Module = other if cfg.get("selector") is None else _selecting(cfg, other)
-        found[_free(describe_model(shown), found)] = shown
+        found[_free(describe_model(shown) + more, found)] = shown
     return found
 
 
@@ -132,11 +132,31 @@ def _keeps(cfg: DictConfig) -> list[int | float]:
     return sorted(found, key=lambda k: (k < 1, k), reverse=False)[::-1]
 
 
-def _against(cfg: DictConfig) -> list[ReducedViT]:
-    """The same backbone and weights with other methods, under the same schedule."""
+def _against(cfg: DictConfig) -> list[tuple[ReducedViT, str]]:
+    """The same backbone and weights with other methods, under the same schedule.
+
+    Each with what its name has to tell besides: as in a sweep, a method that ranks by a class
+    token which the model does not have takes its other score.
+    """
     against = cfg.visualize.against
     names = [against] if isinstance(against, str) else list(against or ())
-    return [build_model(_with_reducer(cfg, str(name))) for name in names]
+    return [_built(_with_reducer(cfg, str(name)), str(name)) for name in names]
+
+
+def _built(cfg: DictConfig, name: str) -> tuple[ReducedViT, str]:
+    from omegaconf import OmegaConf
+
+    try:
+        return build_model(cfg), ""
+    except NoClassToken as error:
+        if not error.instead:
+            raise ZooError(f"visualize.against={name}: {error}") from error
+        more = error.instead
+    for key, value in more.items():
+        OmegaConf.update(cfg, f"reducer.{key}", value, force_add=True)
+    told = ", ".join(f"{key}={value}" for key, value in more.items())
+    print(f"visualize.against={name}: {told}, as the model has no class token", file=sys.stderr)
+    return build_model(cfg), f" ({told})"
 
 
 def _with_reducer(cfg: DictConfig, name: str) -> DictConfig:

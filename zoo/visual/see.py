@@ -11,8 +11,9 @@ from PIL import Image
 from torch import nn
 
 from reduction.selection.registry import SelectorLike, create_selector
-from zoo.errors import ZooError
-from zoo.model.attached import as_reduced
+from zoo.adapters.foreign import why_no_model
+from zoo.errors import UnsupportedModel, ZooError
+from zoo.model.attached import as_reduced, attached_in, towers_in
 from zoo.model.reduced import ReducedViT
 from zoo.model.selecting import SelectingTower
 from zoo.visual.drawing import draw
@@ -128,8 +129,9 @@ def visualize(
     """Draw what models keep, merge and drop of images, block by block.
 
     Args:
-        models: A model that `zoo.wrap` takes or returned, one with a reducer in place, or a
-            `SelectingTower`; several, as a list or a mapping by the names that they shall have.
+        models: A model that `zoo.wrap` takes or returned, one with a reducer in place, a
+            `SelectingTower`, or a model around one of these; several, as a list or a mapping by
+            the names that they shall have.
         images: A file, a folder, a pattern, a Pillow image, an array `(H, W, 3)` of 8 bits, a
             tensor `(C, H, W)` as the model takes it; or a list of them.
         selector: Also choose among the tokens that are left, see `zoo.selector`.
@@ -159,7 +161,7 @@ def visualize(
     keeps = list(keep) if isinstance(keep, Sequence) else []
     found: list[tuple[str, list[Strip]]] = []
     for name, model in chosen.items():
-        inner = as_reduced(model.tower if isinstance(model, SelectingTower) else model)
+        inner = _inside(model)
         for i, seen in enumerate(look(inner, pictures, data)):
             strip = _strip(model, inner, seen, name, attention, keeps)
             if i == len(found):
@@ -189,10 +191,14 @@ def _named(
     keep: int | float | Sequence[int | float] | None,
     block: int,
 ) -> dict[str, nn.Module]:
-    if isinstance(models, nn.Module):
-        models = [models]
+    if isinstance(models, nn.Module | str):
+        models = [models]  # type: ignore[list-item]  # a name is refused with what to type
     if not models:
         raise ZooError("there is no model to look at")
+    if isinstance(models, Mapping):
+        models = {name: looked_at(model) for name, model in models.items()}
+    else:
+        models = [looked_at(model) for model in models]
     if selector is not None:
         first = keep[0] if isinstance(keep, Sequence) and keep else keep
         chooser = create_selector(selector)
@@ -229,10 +235,42 @@ def describe_model(model: nn.Module) -> str:
     return " + ".join(map(str, parts)) or "dense"
 
 
+def looked_at(model: nn.Module) -> nn.Module:
+    """What is drawn of a model: itself, or the one tower that it holds.
+
+    Args:
+        model: A CLIP, a vision-language model, a training module or a shell such as that of
+            `torch.compile` may be around the tower.
+
+    Raises:
+        ZooError: If there are several towers.
+        UnsupportedModel: If there is none.
+    """
+    if reason := why_no_model(model):
+        raise UnsupportedModel(reason)
+    if isinstance(model, ReducedViT | SelectingTower) or attached_in(model):
+        return model
+    ready = {n: m for n, m in model.named_modules() if isinstance(m, ReducedViT | SelectingTower)}
+    outermost = [n for n in ready if not any(n.startswith(f"{outer}.") for outer in ready)]
+    found = {n: ready[n] for n in outermost} or towers_in(model)
+    if len(found) > 1:
+        names = ", ".join(found)
+        raise ZooError(
+            f"the {type(model).__name__} holds {len(found)} towers: {names}; give the one to look "
+            f"at, model.{next(iter(found))}"
+        )
+    return next(iter(found.values()), model)
+
+
+def _inside(model: nn.Module) -> ReducedViT:
+    """The model whose blocks are run."""
+    return as_reduced(model.tower if isinstance(model, SelectingTower) else model)
+
+
 def _title(models: Mapping[str, nn.Module], found: Sequence[tuple[str, Sequence[Strip]]]) -> str:
     inner = []
     for model in models.values():
-        tower = as_reduced(model.tower if isinstance(model, SelectingTower) else model)
+        tower = _inside(model)
         known: Any = tower.pretrained_cfg or {}
         name = known.get("architecture") or type(tower.backbone).__name__
         inner.append(str(name))

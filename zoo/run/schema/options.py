@@ -47,6 +47,7 @@ _WORDS = text()
 _RUNTIME: Options = {
     "last_block": choice("full", "class_token"),
     "linear": choice("plain", "auto", "packed", "onednn"),
+    "buckets": either(whole(1, 4), choice("auto")),
     "own_kernels": flag(),
 }
 
