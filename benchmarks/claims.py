@@ -6,7 +6,8 @@ A number in a page is followed by a comment that says where it is from:
 
 names a file below results/, what tells the row from others there (of several the last counts), and
 the field. A paired test names two rows, with `vs` between them, and `p`, `first` or `second`; a
-difference of one field of both is `minus FIELD`.
+difference of one field of both is `minus FIELD`. `share` is the cost in percent of the dense
+model's; `over timm` and `over dense` are speed-ups.
 
     python -m benchmarks.claims docs/findings.md --write
 
@@ -37,6 +38,7 @@ _CLAIM = re.compile(
     r"(?P<number>-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?)(?P<unit>[ \u00a0]?(?:%|x|points|images|ms)?)"
     r"<!--\s+(?P<source>[^:]+?):\s+(?P<field>[^>]+?)\s+-->"
 )
+_OVER = {"over timm": "imgs_per_s_timm", "over dense": "imgs_per_s_dense"}
 _PAIRED = ("p", "first", "second", "images")
 
 Row = Mapping[str, Any]
@@ -119,6 +121,8 @@ def value_of(claim: Claim, rows: Sequence[Row]) -> float:
         found = one - other
     elif claim.field == "share":
         found = 100 * rows[0]["gmacs"]["total"] / rows[0]["gmacs_dense"]
+    elif claim.field in _OVER and rows[0].get("imgs_per_s"):
+        found = rows[0]["imgs_per_s"] / rows[0][_OVER[claim.field]]
     else:
         found = field(rows[0], claim.field)
     if not isinstance(found, (int, float)) or isinstance(found, bool):

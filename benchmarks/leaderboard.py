@@ -136,6 +136,7 @@ def _paired(ours: Sequence[Row], theirs: Sequence[Row]) -> list[str]:
     if test is None or ours[0] is theirs[0]:
         return ["", "", ""]
     p = f"{test.p:.2f}" if test.p >= 0.01 else f"{test.p:.0e}".replace("e-0", "e-")
+    p = p if test.p else "< 1e-300"  # beyond what a float holds
     return [str(test.first), str(test.second), p if test.p >= NOISE else f"**{p}**"]
 
 
@@ -155,7 +156,7 @@ def dinov2_table(rows: Sequence[Row]) -> str:
             found[_who(row), _sizes(row)][fraction] = row
     heads = [f"answers as dense, {100 * b:g} %" for b in budgets]
     last = budgets[-1] if budgets else 0.0
-    rest = ["crop found again", "centred cosine", "worst image"]
+    rest = ["centred cosine", "worst image"]
     heads = ["method", "sizes", *heads, *(f"{name}, {100 * last:g} %" for name in rest)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
 
@@ -166,9 +167,7 @@ def dinov2_table(rows: Sequence[Row]) -> str:
     for key in sorted(found, key=lambda k: (best(k), k)):
         at = found[key].get(last)
         cells = [*key, *(_agreement(found[key].get(b), b) for b in budgets)]
-        crop = ((at or {}).get("retrieval") or {}).get("crop") or {}
         cosine = (at or {}).get("centred_cosine") or {}
-        cells.append(_number(crop.get("recall1"), ".1f"))
         cells += [_number(cosine.get(name), ".3f") for name in ("mean", "worst")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
