@@ -14,6 +14,7 @@ makes the tables from results/leaderboard, whose rows these commands append:
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import statistics
 import subprocess
@@ -31,8 +32,9 @@ from zoo.results.rows import read_rows
 ROOT = Path(__file__).parents[1]
 PAGE, ROWS = ROOT / "docs" / "leaderboard.md", ROOT / "results" / "leaderboard"
 FASHION, DINOV2 = ROWS / "fashion.jsonl", ROWS / "dinov2.jsonl"
-# Methods and budgets that `--quick` runs: both ends of the table, a control, and what costs most.
-QUICK = (("tome", 0.5), ("topk", 0.5), ("evit", 0.35), ("pitome", 0.35), ("random", 0.5))
+# Methods that `--quick` runs at half the cost: both ends of the table, and tokens drawn by lot.
+QUICK = ("tome", "topk", "evit", "pitome", "random")
+_OPTION = re.compile(r"\breducer\.(\w+)=(\S+)")
 NOISE = 0.05  # a p below which two methods are said to differ
 
 Row = Mapping[str, Any]
@@ -58,6 +60,11 @@ def is_dense(row: Row) -> bool:
     return bool(row["method"] == "none")
 
 
+def options(row: Row) -> dict[str, str]:
+    """Arguments of the method that were typed, such as `prop_attn=true`."""
+    return dict(_OPTION.findall(row["command"] or ""))
+
+
 # ------------------------------------------------------------------------------ classification
 
 
@@ -67,7 +74,7 @@ def fashion_table(rows: Sequence[Row]) -> str:
     Args:
         rows: Of the leaderboard on Fashion-MNIST, as they were appended.
     """
-    rows = [row for row in good(rows) if not is_dense(row)]
+    rows = [row for row in good(rows) if not is_dense(row) and not options(row)]
     budgets = sorted({b for row in rows if (b := budget(row))}, reverse=True)
     found: dict[str, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -89,6 +96,28 @@ def fashion_table(rows: Sequence[Row]) -> str:
         cells.append(_interval(at[0]) if at else "")
         cells += _paired(found.get("tome", {}).get(middle, []), at) if middle else ["", "", ""]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sizes_table(rows: Sequence[Row]) -> str:
+    """Markdown: top-1 with and without sizes in the attention, where both were run.
+
+    Args:
+        rows: Of the leaderboard on Fashion-MNIST, as they were appended.
+    """
+    found: dict[tuple[str, float], dict[str, Row]] = defaultdict(dict)
+    for row in good(rows):
+        asked = options(row).get("prop_attn", "").lower()
+        if asked in ("true", "false") and (fraction := budget(row)):
+            found[row["method"], fraction][asked] = row
+    heads = ["method", "budget", "with sizes", "without", "right alone with", "without", "p"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for (method, fraction), pair in sorted(found.items()):
+        if len(pair) == 2:
+            on, off = pair["true"], pair["false"]
+            cells = [f"[`{method}`](methods/{method}.md)", f"{100 * fraction:g} %"]
+            cells += [f"{row['top1']:.2f}" for row in (on, off)] + _paired([on], [off])
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -202,6 +231,7 @@ def _number(value: float | None, form: str) -> str:
 TABLES = {
     "fashion": (fashion_table, FASHION),
     "controls": (control_table, FASHION),
+    "sizes": (sizes_table, FASHION),
     "dinov2": (dinov2_table, DINOV2),
 }
 
@@ -224,8 +254,8 @@ def chosen_quickly(rows: Sequence[Row]) -> list[Row]:
     dense = [r for r in rows if is_dense(r)]
     full = max((r["gmacs"]["total"] for r in dense), default=None)
     found = [r for r in dense if r["gmacs"]["total"] == full][:1]
-    for method, fraction in QUICK:
-        same = [r for r in rows if r["method"] == method and budget(r) == fraction]
+    for method in QUICK:
+        same = [r for r in rows if r["method"] == method and budget(r) == 0.5 and not options(r)]
         found += [r for r in same if r["seed"] == 0][:1]
     return found
 

@@ -59,6 +59,16 @@ def test_two_methods_are_compared_on_the_same_images() -> None:
     assert cells(lines[2])[-3:] == ["", "", ""]  # with itself
 
 
+def test_methods_with_options_stand_apart() -> None:
+    on, off = (
+        row("tome", 0.5, right, command=f"python eval.py reducer=tome reducer.prop_attn={said}")
+        for right, said in ((70, "True"), (66, "False"))
+    )
+    assert leaderboard.fashion_table([*ROWS, on, off]) == leaderboard.fashion_table(ROWS)
+    lines = leaderboard.sizes_table([*ROWS, on, off]).splitlines()
+    assert [cells(line)[1:] for line in lines[2:]] == [["50 %", "70.00", "66.00", "4", "0", "0.12"]]
+
+
 def test_controls_stand_by_their_cost() -> None:
     lines = leaderboard.control_table(ROWS).splitlines()
     assert [cells(line)[1:4] for line in lines[2:]] == [
