@@ -18,6 +18,7 @@ from benchmarks import buckets as benchmark
 from reduction.mixins.calibrating import Calibrates
 from reduction.tokens import Tokens
 from tests.cases import METHODS, Row, backbone, images, model, refused
+from tests.covering import crossed
 from zoo.model import buckets
 from zoo.model.reduced import ReducedViT
 from zoo.results.rows import read_rows
@@ -78,8 +79,7 @@ def uneven(row: Row, name: str) -> ReducedViT:
     return m.eval()
 
 
-@pytest.mark.parametrize("name", ["plain", "eva02"])
-@pytest.mark.parametrize("row", ADAPTIVE, ids=lambda r: r.id)
+@pytest.mark.parametrize(("row", "name"), crossed(ADAPTIVE, ["plain", "eva02"], lambda _: ""))
 def test_groups_answer_as_one_image_at_a_time(row: Row, name: str, formed: list[int]) -> None:
     if refused(row, name):
         pytest.skip("this method does not run on this model")

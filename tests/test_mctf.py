@@ -10,10 +10,12 @@ import zoo
 from reduction.assignment import apply
 from reduction.counts import Budget, Step
 from reduction.functional.fusion import fuse_map, two_way_matching
-from reduction.methods.mctf import MCTF, Share, class_gap, confident
+from reduction.methods.mctf import MCTF
+from reduction.mixins.consistency import class_gap, confident
 from reduction.mixins.training import Outcome
 from reduction.schedules.constant_r import ConstantR
 from reduction.schedules.keep_rate import KeepRate
+from reduction.schedules.part import Part
 from reduction.tokens import Signals, Tokens
 from tests.cases import backbone, images
 from zoo.adapters.hollow import hollow
@@ -158,10 +160,10 @@ def test_the_gradient_passes_through_the_fused_map() -> None:
 
 
 def test_the_second_pass_removes_a_share() -> None:
-    half = Share(ConstantR(8), 0.5)
+    half = Part(ConstantR(8), 0.5)
     assert half.budget(0, 4, 64, 64) == Budget(60)
-    assert Share(ConstantR(8), 0.0).budget(0, 4, 64, 64) is None
-    assert Share(KeepRate(0.5, [1]), 0.5).budget(1, 4, 64, 64) == Budget(48)
+    assert Part(ConstantR(8), 0.0).budget(0, 4, 64, 64) is None
+    assert Part(KeepRate(0.5, [1]), 0.5).budget(1, 4, 64, 64) == Budget(48)
     model = build(teacher_share=0.0).train()
     labels = torch.tensor([1, 2])
     teacher = model.peer(images(), labels)

@@ -196,9 +196,12 @@ def test_errors_arrive_whole_or_as_their_words():
 def test_what_one_process_does_alone_is_refused():
     for task in ("throughput", "export", "select"):
         with pytest.raises(ZooError, match=f"task={task} is done by one process, and these are 2"):
-            _check_shared(["accuracy", task], None, 2)
+            _check_shared(OmegaConf.create(), ["accuracy", task], 2)
+    timed = OmegaConf.create({"schedule": {"_target_": "zoo.budget.time.TargetMs"}})
     with pytest.raises(ZooError, match="a budget in time"):
-        _check_shared(["accuracy"], {"_target_": "zoo.budget.time.TargetMs"}, 2)
+        _check_shared(timed, ["accuracy"], 2)
+    with pytest.raises(ZooError, match="answers=true keeps the images in their order"):
+        _check_shared(OmegaConf.create({"answers": True}), ["accuracy"], 2)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from torch import nn
 
 import zoo
 from tests.cases import backbone
+from tests.covering import every
 from tests.families import family
 from tests.hf_cases import model as hugging_face
 from tests.test_visualize import photo
@@ -54,7 +55,7 @@ TOWERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", every(list(TOWERS), 2))
 def test_every_librarys_towers_are_drawn(name: str) -> None:
     tower = TOWERS[name]().eval()
     model = zoo.wrap(tower, "tome", R1)

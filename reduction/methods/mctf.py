@@ -9,7 +9,7 @@ from torch import Tensor
 from reduction.assignment import Keep, Merge, apply
 from reduction.base import Card, Site
 from reduction.checks import boolean, count, number, one_of, share
-from reduction.counts import Budget, Dims, Step
+from reduction.counts import Dims, Step
 from reduction.functional.clustering import mean_shares
 from reduction.functional.fusion import fuse_map, one_way_partners, two_way_matching
 from reduction.functional.joining import Decision, Partners
@@ -18,34 +18,15 @@ from reduction.functional.received import column_mean, mean_row
 from reduction.functional.thresholds import live_first
 from reduction.mixins.attention import AttentionInput, AttentionOutput, OwnAttention
 from reduction.mixins.calibrating import Calibrates
+from reduction.mixins.consistency import class_gap, confident
 from reduction.mixins.pairing import Pairs
 from reduction.mixins.training import Outcome, Trains
 from reduction.registry import register
 from reduction.schedules.base import Schedule
+from reduction.schedules.part import Part
 from reduction.tokens import Signals, Tokens, take_rows
 
 POOLING = ("attention", "size", "max", "mean")
-
-
-class Share(Schedule):
-    """A share of what another schedule removes, in the same blocks.
-
-    Args:
-        other: That schedule.
-        share: In [0, 1].
-    """
-
-    def __init__(self, other: Schedule, share: float) -> None:
-        self.other = other
-        self.share = share
-        self.strict = False
-
-    def budget(self, block: int, depth: int, n: int, n0: int) -> Budget | None:
-        budget = self.other.budget(block, depth, n, n0)
-        if budget is None:
-            return None
-        drop = int(self.share * max(0, n - budget.keep))
-        return Budget(n - drop) if drop else None
 
 
 @register("mctf")
@@ -280,7 +261,7 @@ class MCTF(OwnAttention, Trains, Pairs):
     def peer(self, schedule: Schedule) -> Schedule | None:
         if self.teacher_share is None or isinstance(self, Calibrates):
             return None  # thresholds hear no schedule
-        return Share(schedule, self.teacher_share * torch.rand(()).item())
+        return Part(schedule, self.teacher_share * torch.rand(()).item())
 
     def auxiliary_losses(self, outcome: Outcome) -> dict[str, Tensor]:
         if outcome.teacher is None:
@@ -310,38 +291,3 @@ def _bins(a: Merge) -> Tensor:
 def _shares(weight: Tensor, a: Merge) -> Tensor:
     """Weights as shares of the groups, `(B, N)`."""
     return mean_shares(weight, _bins(a), a.leader.shape[1] + 1)
-
-
-def class_gap(outcome: Outcome) -> Tensor:
-    """Mean squared difference to the teacher's class token, per image, `(B,)`.
-
-    Where there is no prefix token, of the size-weighted means instead. The teacher gets no
-    gradient from it.
-    """
-    assert outcome.teacher is not None
-    return (_summary(outcome.teacher.final).detach() - _summary(outcome.final)).square().mean(1)
-
-
-def _summary(t: Tokens) -> Tensor:
-    if t.prefix:
-        return t.x[:, 0]
-    share = t.size / t.size.sum(1, keepdim=True)
-    return (t.x * share.unsqueeze(2).to(t.x.dtype)).sum(1)
-
-
-@torch.no_grad()
-def confident(logits: Tensor, targets: Tensor, above: float) -> Tensor:
-    """1 for images whose label, or labels together where they are mixed, are that probable.
-
-    Args:
-        logits: `(B, classes)`.
-        targets: Labels `(B,)` or soft labels `(B, classes)`.
-        above: Probability.
-    """
-    probability = logits.softmax(-1)
-    if targets.dim() == 1:
-        own = probability.gather(1, targets.unsqueeze(1)).squeeze(1)
-    else:
-        # Smoothing gives every class the same little; what has more is a label.
-        own = (probability * (targets > targets.amin(1, keepdim=True))).sum(1)
-    return (own > above).to(logits.dtype)

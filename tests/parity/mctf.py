@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import zoo
-from reduction.methods.mctf import class_gap
+from reduction.mixins.consistency import class_gap
 from tests.parity.fixture import Case, Fixture, gradient_check
 from tests.parity.runner import handles
 from tests.parity.stages import check_blocks, check_counts

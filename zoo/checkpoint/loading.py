@@ -47,7 +47,6 @@ class _Keep:
 
 KEEP: Any = _Keep()
 """Default of :func:`load`'s arguments: take what the model was saved with."""
-
 _ASSETS = Path(__file__).parents[1] / "assets"
 # Numbers by which weights may differ from a recipe when an image size or classes are changed.
 _SLACK = 1 << 24
@@ -72,8 +71,7 @@ def load(
         schedule: another schedule than the saved one.
         plugins: other plugins than the saved ones.
         **backbone_overrides: arguments of ``timm.create_model`` that differ from the saved ones.
-            ``img_size`` resamples the position embedding, ``patch_size`` the patch embedding as
-            well; ``num_classes`` brings a new classifier.
+            ``img_size`` and ``patch_size`` resample embeddings; ``num_classes``: a new classifier.
 
     Returns:
         The model.
