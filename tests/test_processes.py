@@ -5,6 +5,7 @@ Processes are threads here, which give each other what they found as processes d
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import subprocess
@@ -128,8 +129,9 @@ def test_several_processes_measure_what_one_does(together, model, pictures, coun
     cfg = OmegaConf.create({"weights": "vit_digits", "compile": False, "limit": None})
 
     def measure(processes):
-        data = attached(pictures, model, 4)
-        args = cfg, model, data, CPU, torch.float32
+        own = copy.deepcopy(model)  # what enters its classifier is watched by each for itself
+        data = attached(pictures, own, 4)
+        args = cfg, own, data, CPU, torch.float32
         with torch.inference_mode():
             accuracy = measure_accuracy(*args, processes=processes)
             return accuracy, measure_fidelity(*args, processes=processes)["fidelity"]

@@ -14,6 +14,8 @@ import zoo
 from tests.hf_cases import model
 from zoo.errors import ZooError
 
+pytest.importorskip("transformers", minversion="5.0")
+
 R2 = {"name": "constant_r", "r": 2}
 SIZES = ((40, 90), (64, 64), (90, 40), (64, 64))
 

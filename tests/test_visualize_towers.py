@@ -16,10 +16,10 @@ from PIL import Image
 from torch import nn
 
 import zoo
+from tests import hf_cases
 from tests.cases import backbone
 from tests.covering import every
 from tests.families import family
-from tests.hf_cases import model as hugging_face
 from tests.test_visualize import photo
 from zoo.cli.main import main
 from zoo.errors import UnsupportedModel, ZooError
@@ -27,6 +27,11 @@ from zoo.model.reduced import ReducedViT
 from zoo.visual.photographs import look
 
 R1 = {"name": "constant_r", "r": 1}
+
+
+def hugging_face(kind: str) -> Any:
+    pytest.importorskip("transformers", minversion="5.0")
+    return hf_cases.model(kind)
 
 
 def open_clip(kind: str) -> Any:
@@ -37,6 +42,7 @@ def open_clip(kind: str) -> Any:
 
 
 def whole_clip() -> Any:
+    pytest.importorskip("transformers", minversion="5.0")
     from transformers import CLIPConfig, CLIPModel
 
     vision: dict[str, Any] = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 3}
