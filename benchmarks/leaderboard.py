@@ -270,8 +270,6 @@ def run_again(row: Row, folder: Path) -> Row:
     words = [w for w in shlex.split(row["command"]) if not w.startswith(("results=", "done="))]
     words = [sys.executable, *words[1:], f"results={file}", "done=again", "progress=false"]
     words.append("control=[]")  # those of a sweep have rows, and commands, of their own
-    if is_dense(row) and any(w.startswith("experiment=leaderboard/") for w in words):
-        words.append("schedule.fraction=0.5")  # of the budgets that the experiment sweeps any one
     subprocess.run(words, cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
     found = read_rows(file) if file.is_file() else []
     if not found or found[-1]["status"] != "ok":

@@ -245,3 +245,9 @@ def test_the_command_saves_a_calibrated_model(tmp_path: Path, capfd: pytest.Capt
     ]:
         assert main(wrong) == 2
         assert says in capfd.readouterr().err
+
+
+@torch.no_grad()
+def test_a_model_whose_weights_were_cast_takes_images_as_they_are() -> None:
+    found = calibrate(dtome().to(torch.bfloat16), [images(4)])
+    assert len(found) == 4 and all(0 <= v < 1 for v in found)

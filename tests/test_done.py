@@ -95,6 +95,22 @@ def test_every_table_is_one_command(run: Run, name: str) -> None:
     assert {row["method"] for row in found} == methods
 
 
+@pytest.mark.parametrize("name", ["fashion", "dinov2"])
+def test_the_dense_row_of_a_table_is_one_run_by_its_command(run: Run, name: str) -> None:
+    swept, _ = FEW[""]
+    assert not run(
+        f"eval experiment=leaderboard/{name} weights=vit_digits backbone=vit_digits data=digits "
+        f"{swept} results=rows.jsonl ++backbone.args.img_size=16 control=dense "
+        "schedule.fraction=0.75"
+    )[0]
+    dense = read_rows("rows.jsonl")[-1]
+    words = dense["command"].removeprefix("zoo ").replace("rows.jsonl", "again.jsonl")
+    code, _, err = run(f"{words} done=again")
+    assert (code, err) == (0, "")
+    (again,) = read_rows("again.jsonl")
+    assert again["method"] == "none" and again["gmacs"] == dense["gmacs"]
+
+
 def test_the_options_of_a_sweep_are_shown(run: Run) -> None:
     code, out, err = run("eval experiment=leaderboard/fashion --cfg job")
     assert (code, err) == (0, "") and "fraction: " in out and "answers: true" in out

@@ -11,6 +11,7 @@ from reduction.base import Reducer
 from reduction.mixins.calibrating import Calibrates, TakesThresholds, noted_thresholds
 from reduction.registry import METHODS
 from zoo.errors import ZooError
+from zoo.measure.device import like_weights
 from zoo.model.reduced import ReducedViT
 
 
@@ -60,7 +61,7 @@ def calibrate(
         with torch.no_grad(), reducer.looking(counts):
             for batch in batches:
                 images = batch if isinstance(batch, Tensor) else batch[0]
-                _, info = model(images.to(device), return_info=True)
+                _, info = model(like_weights(images, model, device), return_info=True)
                 total += noted_thresholds(info.final, model.depth).double().cpu()
                 seen += 1
         if not seen:

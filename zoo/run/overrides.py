@@ -54,7 +54,8 @@ def prepare(arguments: Sequence[str]) -> str | None:
 def for_hydra(arguments: Sequence[str]) -> list[str]:
     """The arguments as Hydra has to see them.
 
-    An experiment that is a sweep is run as one, with `-m`. Of a sweep Hydra composes the options
+    An experiment that is a sweep is run as one, with `-m`; but for the dense model alone, which has
+    no use for methods and budgets: that is one run. Of a sweep Hydra composes the options
     that are not swept first, and an option of a part that is swept has no part to go to then; as a
     choice of one it goes along with each job.
 
@@ -66,6 +67,8 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
     params = _sweep_of_experiment(arguments)
     found = list(arguments)
     if params is not None and not {"-m", "--multirun"} & set(found):
+        if "reducer=none" in found and not any(o.is_sweep_override() for o in _overrides(found)):
+            return [*found, "hydra.mode=RUN"]
         found.insert(0, "-m")
     if not {"-m", "--multirun"} & set(found):
         return found
