@@ -124,3 +124,8 @@ def _within(name: str, value: T, what: str, null: bool, fits: bool) -> T:
     if fits or (null and value is None):
         return value
     raise ZooError(f"{name} must be {what}{', or null' if null else ''}, got {value!r}")
+
+
+def typed(value: object) -> str:
+    """A value as it is typed on a command line: `null`, `true`, `nearest`, `0.5`."""
+    return "null" if value is None else str(value).lower()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reduction.assignment import Assignment, apply
 from reduction.base import Reducer
+from reduction.checks import typed
 from reduction.counts import Budget, Dims, Spec, Step
 from reduction.errors import ZooError
 from reduction.functional.joining import Decision, Partners, partners, ranked_partners
@@ -102,10 +103,10 @@ class Pairs(TakesThresholds, Partnered, Reducer):
         given = self.arguments()
         for name, values in self.only:
             if given[name] not in values:
-                typed = ", or ".join(f"reducer.{name}={_word(value)}" for value in values)
+                words = ", or ".join(f"reducer.{name}={typed(value)}" for value in values)
                 raise ZooError(
                     f"{self.name}: {name}={given[name]!r} is of merging by counts, and no pair has "
-                    f"a threshold with it; type {typed}"
+                    f"a threshold with it; type {words}"
                 )
 
     def thresholded(self) -> Calibrates:
@@ -240,10 +241,6 @@ def form_of(method: type[Pairs]) -> type[Pairs]:
     made: Any = metaclass(f"{method.__name__}ByThresholds", (ByThresholds, method), own)
     found: type[Pairs] = made
     return found
-
-
-def _word(value: Any) -> str:
-    return "null" if value is None else str(value).lower()
 
 
 def _blank(method: type[Pairs]) -> Pairs:

@@ -15,6 +15,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 import zoo
+from reduction.checks import typed
 from reduction.mixins.calibrating import THRESHOLDS
 from zoo.checkpoint.folder import save_pretrained
 from zoo.checkpoint.weights import fit
@@ -123,11 +124,7 @@ def _typed(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     own = {key: value for key, value in now.items() if key != "name" and was.get(key) != value}
     if was["name"] != now["name"]:
         own = {key: value for key, value in now.items() if key in ("metric", "order", "prop_attn")}
-    return " ".join([f"reducer={now['name']}", *(f"reducer.{k}={_word(own[k])}" for k in own)])
-
-
-def _word(value: Any) -> str:
-    return "null" if value is None else str(value).lower()
+    return " ".join([f"reducer={now['name']}", *(f"reducer.{k}={typed(own[k])}" for k in own)])
 
 
 def _counts(text: str | None, depth: int) -> list[int] | None:
