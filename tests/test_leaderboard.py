@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from benchmarks import leaderboard
+from benchmarks import leaderboard, standings
 from zoo.results.answers import packed
 from zoo.results.rows import FIELDS, read_rows
 
@@ -21,6 +21,7 @@ def row(method: str, fraction: float | None = None, right: int = 80, seed: int =
         **{"dataset": "fashion_mnist", "split": "test", "n_images": 100, "img_size": 28},
         "schedule": None if fraction is None else {"name": "target_gmacs", "fraction": fraction},
         "gmacs": {"total": cost},
+        **{"weights_dtype": "bfloat16", "gallery": "dense"},
         **{"gmacs_dense": 1.0, "backbone": "vit_fashion", "top1": float(right)},
         "ci95": [right - 5.0, right + 5.0],
         "answers": {"accuracy": packed(answers)},
@@ -39,12 +40,15 @@ ROWS = [
 ]
 
 
+KNN = {"top1": 46.0, "ci95": [43.0, 49.0], "agreement": 95.0, "agreement_ci95": [93.0, 97.0]}
+
+
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
 def test_methods_stand_by_their_accuracy_at_half_the_cost() -> None:
-    lines = leaderboard.fashion_table(ROWS).splitlines()
+    lines = standings.fashion_table(ROWS).splitlines()
     names = [cells(line)[0].split("`")[1] for line in lines[2:]]
     assert names == ["tome", "ats", "random", "topk"]
     by_name = dict(zip(names, map(cells, lines[2:]), strict=True))
@@ -54,7 +58,7 @@ def test_methods_stand_by_their_accuracy_at_half_the_cost() -> None:
 
 
 def test_two_methods_are_compared_on_the_same_images() -> None:
-    lines = leaderboard.fashion_table(ROWS).splitlines()
+    lines = standings.fashion_table(ROWS).splitlines()
     assert cells(lines[-1])[-3:] == ["28", "0", "**7e-9**"]
     assert cells(lines[2])[-3:] == ["", "", ""]  # with itself
 
@@ -64,13 +68,13 @@ def test_methods_with_options_stand_apart() -> None:
         row("tome", 0.5, right, command=f"python eval.py reducer=tome reducer.prop_attn={said}")
         for right, said in ((70, "True"), (66, "False"))
     )
-    assert leaderboard.fashion_table([*ROWS, on, off]) == leaderboard.fashion_table(ROWS)
-    lines = leaderboard.sizes_table([*ROWS, on, off]).splitlines()
+    assert standings.fashion_table([*ROWS, on, off]) == standings.fashion_table(ROWS)
+    lines = standings.sizes_table([*ROWS, on, off]).splitlines()
     assert [cells(line)[1:] for line in lines[2:]] == [["50 %", "70.00", "66.00", "4", "0", "0.12"]]
 
 
 def test_controls_stand_by_their_cost() -> None:
-    lines = leaderboard.control_table(ROWS).splitlines()
+    lines = standings.control_table(ROWS).splitlines()
     assert [cells(line)[1:4] for line in lines[2:]] == [
         ["28", "1.000", "100 %"],
         ["20", "0.500", "50 %"],
@@ -80,19 +84,100 @@ def test_controls_stand_by_their_cost() -> None:
 def test_of_rows_for_one_job_the_last_counts_and_failed_ones_do_not() -> None:
     first = row("tome", 0.5, 10)
     failed = {**row("topk", 0.5, 99), "status": "failed"}
-    assert leaderboard.good([first, *ROWS, failed]) == ROWS
+    assert standings.good([first, *ROWS, failed]) == ROWS
 
 
 def test_agreement_with_the_dense_tower() -> None:
-    knn = {"top1": 46.0, "agreement": 95.0}
     rows = [
-        row("tome", 0.35, reducer={"name": "tome", "prop_attn": True}, knn=knn,
+        row("tome", 0.35, reducer={"name": "tome", "prop_attn": True}, knn=KNN,
             centred_cosine={"mean": 0.999, "worst": 0.9}),
-        row("tome", 0.35, reducer={"name": "tome", "prop_attn": False}, knn=knn | {"agreement": 9}),
+        row("tome", 0.35, reducer={"name": "tome", "prop_attn": False}, knn=KNN | {"agreement": 9}),
     ]  # fmt: skip
-    lines = leaderboard.dinov2_table(rows).splitlines()
-    assert cells(lines[2])[1:] == ["yes", "95.0", "0.999", "0.900"]
+    lines = standings.agreement_table(rows).splitlines()
+    assert cells(lines[2])[1:] == ["yes", "95.0", "93.0 to 97.0", "0.999", "0.900"]
     assert cells(lines[3])[1:3] == ["no", "9.0"]
+    assert len(standings.agreement_table(rows, "openclipart").splitlines()) == 2
+
+
+def test_smaller_images_are_compared_with_the_dense_tower() -> None:
+    lines = standings.resolution_table(
+        [
+            row("none", img_size=size, gmacs={"total": cost}, knn=KNN | {"agreement": agreement})
+            for size, cost, agreement in ((154, 2.7, 50.4), (224, 6.0, 100.0))
+        ]
+    ).splitlines()
+    assert [cells(line)[:4] for line in lines[2:]] == [
+        ["224", "6.00", "100 %", "100.0"],
+        ["154", "2.70", "45 %", "50.4"],
+    ]
+
+
+def test_galleries_stand_beside_each_other() -> None:
+    rows = [
+        row("tome", 0.35, reducer={"name": "tome", "prop_attn": True}, img_size=224, gallery=which,
+            knn=KNN | {"top1": top1})
+        for which, top1 in (("dense", 56.9), ("own", 57.2))
+    ]  # fmt: skip
+    rows.append({**rows[0], "method": "topk", "job": "no own gallery"})
+    lines = standings.gallery_table(rows).splitlines()
+    assert [cells(line)[2:] for line in lines[2:]] == [
+        ["35 %", "56.9", "43.0 to 49.0", "57.2", "43.0 to 49.0"]
+    ]
+
+
+def test_precisions_are_compared_on_the_same_images() -> None:
+    rows = [
+        *ROWS,
+        row("tome", 0.5, 86, weights_dtype=None),
+        row("topk", 0.2, 9, weights_dtype=None),
+    ]
+    lines = standings.precision_table(rows).splitlines()
+    assert [cells(line)[1:] for line in lines[2:]] == [["50 %", "86.00", "88.00", "0", "2", "0.50"]]
+    assert standings.fashion_table(rows) == standings.fashion_table(ROWS)
+
+
+def test_trained_models_stand_beside_those_off_the_shelf() -> None:
+    tuned = "python train.py experiment=leaderboard/trained reducer="
+    plain, clca = {"plugins": []}, {"plugins": [{"name": "clca"}]}
+    rows = [
+        row("none", None, 91, job=None, recipe=plain, command=f"{tuned}none"),
+        row("topk", 0.5, 85, job=None, recipe=plain, command=f"{tuned}topk"),
+        row("topk", 0.5, 86, job=None, recipe=clca, command=f"{tuned}topk plugin=clca"),
+        row("dtem", 0.5, 89, job=None, recipe=plain, command=f"{tuned}dtem module=reducer_only"),
+    ]
+    lines = standings.trained_table(rows, ROWS).splitlines()
+    assert [cells(line)[:5] for line in lines[2:]] == [
+        ["`vit_fashion`", "everything", "100 %", "90.00", "91.00"],
+        ["`dtem`", "the reducer", "50 %", "", "89.00"],
+        ["`topk` + `clca`", "everything", "50 %", "", "86.00"],
+        ["`topk`", "everything", "50 %", "60.00", "85.00"],
+    ]
+
+
+def test_selectors_stand_above_their_controls() -> None:
+    def seen(agreement: float) -> dict[str, float]:
+        return {"agreement": agreement, "centred_cosine": 0.5, "coverage_mean": 0.1}
+
+    rows = [
+        {
+            "job": name, "command": name, "seed": 0, "status": "ok",
+            "select": {
+                "selector": {"name": name},
+                "by_keep": [
+                    {"keep": 32, "selector": seen(value), "random": seen(60), "resolution": None}
+                ],
+            },
+        }
+        for name, value in (("apet", 70), ("scope", 80))
+    ]  # fmt: skip
+    lines = standings.selector_table(rows).splitlines()
+    assert [cells(line)[0] for line in lines[2:]] == [
+        "[`scope`](selectors/scope.md)",
+        "[`apet`](selectors/apet.md)",
+        "*random*",
+        "*resolution*",
+    ]
+    assert cells(lines[4])[1:] == ["60.0", "0.500", "0.100"] and cells(lines[5])[1:] == [""] * 3
 
 
 def test_a_row_falls_inside_its_interval_or_outside() -> None:
@@ -115,7 +200,7 @@ def test_a_row_is_run_again_by_its_command(tmp_path) -> None:
 def test_the_committed_table_is_that_of_the_rows() -> None:
     page = leaderboard.PAGE.read_text(encoding="utf-8")
     assert leaderboard.write_tables(page) == page
-    for _, file in leaderboard.TABLES.values():
+    for file in sorted(leaderboard.ROWS.glob("*.jsonl")):
         for found in read_rows(file):
             assert found["dirty"] is False and found["git"] and found["command"], found["run_id"]
 

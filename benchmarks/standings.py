@@ -1,0 +1,363 @@
+"""Tables of the leaderboards, from their rows."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from zoo.results.answers import compared
+
+_OPTION = re.compile(r"\breducer\.(\w+)=(\S+)")
+NOISE = 0.05  # a p below which two methods are said to differ
+
+Row = Mapping[str, Any]
+
+
+def good(rows: Iterable[Row]) -> list[Row]:
+    """Rows that measured something; of rows for one job the last."""
+    kept = [row for row in rows if row["status"] == "ok"]
+    return list({(r["job"] or r["command"], r["seed"]): r for r in kept}.values())
+
+
+def share(row: Row) -> float:
+    """GMACs in percent of the dense model's at its own image size."""
+    return 100 * float(row["gmacs"]["total"]) / float(row["gmacs_dense"])
+
+
+def budget(row: Row) -> float | None:
+    """The fraction that was asked for."""
+    return (row["schedule"] or {}).get("fraction")
+
+
+def is_dense(row: Row) -> bool:
+    """Whether nothing is reduced, at whatever image size."""
+    return bool(row["method"] == "none")
+
+
+def options(row: Row) -> dict[str, str]:
+    """Arguments of the method that were typed, such as `prop_attn=true`."""
+    return dict(_OPTION.findall(row["command"] or ""))
+
+
+# ------------------------------------------------------------------------------ classification
+
+
+def fashion_table(rows: Sequence[Row]) -> str:
+    """Markdown: top-1 of every method at every budget, the best at half the cost first.
+
+    Args:
+        rows: Of the leaderboard on Fashion-MNIST, as they were appended.
+    """
+    rows = [row for row in good(rows) if not is_dense(row) and not options(row)]
+    rows = [row for row in rows if row["weights_dtype"] == "bfloat16"]
+    budgets = sorted({b for row in rows if (b := budget(row))}, reverse=True)
+    found: dict[str, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if fraction := budget(row):
+            found[row["method"]][fraction].append(row)
+    middle = 0.5 if 0.5 in budgets else (budgets or [None])[0]
+    heads = [f"{100 * b:g} %" for b in budgets]
+    rest = ["95 % at 50 %", "ToMe is right alone", "it is right alone", "p"]
+    lines = ["| " + " | ".join(["method", *heads, *rest]) + " |", "|---" * (len(heads) + 5) + "|"]
+
+    def best(name: str) -> float:
+        at = found[name].get(middle, []) if middle else []
+        return -_mean(at) if at else 0.0
+
+    for name in sorted(found, key=lambda n: (best(n), n)):
+        cells = [f"[`{name}`](methods/{name}.md)"]
+        cells += [_top1(found[name].get(b, []), b) for b in budgets]
+        at = found[name].get(middle, []) if middle else []
+        cells.append(_interval(at[0]) if at else "")
+        cells += _paired(found.get("tome", {}).get(middle, []), at) if middle else ["", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sizes_table(rows: Sequence[Row]) -> str:
+    """Markdown: top-1 with and without sizes in the attention, where both were run.
+
+    Args:
+        rows: Of the leaderboard on Fashion-MNIST, as they were appended.
+    """
+    found: dict[tuple[str, float], dict[str, Row]] = defaultdict(dict)
+    for row in good(rows):
+        asked = options(row).get("prop_attn", "").lower()
+        if asked in ("true", "false") and (fraction := budget(row)):
+            found[row["method"], fraction][asked] = row
+    heads = ["method", "budget", "with sizes", "without", "right alone with", "without", "p"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for (method, fraction), pair in sorted(found.items()):
+        if len(pair) == 2:
+            on, off = pair["true"], pair["false"]
+            cells = [f"[`{method}`](methods/{method}.md)", f"{100 * fraction:g} %"]
+            cells += [f"{row['top1']:.2f}" for row in (on, off)] + _paired([on], [off])
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def control_table(rows: Sequence[Row]) -> str:
+    """Markdown: the dense model, the same at lower resolution, and smaller models."""
+    lines = ["| control | pixels | GMACs | of the dense cost | top-1 | 95 % |", "|---" * 6 + "|"]
+    dense = [r for r in good(rows) if is_dense(r) and r["weights_dtype"] == "bfloat16"]
+    full = max((row["gmacs"]["total"] for row in dense), default=1.0)
+    for row in sorted(dense, key=lambda r: -r["gmacs"]["total"]):
+        total = row["gmacs"]["total"]
+        cells = [
+            f"`{row['backbone']}`, dense",
+            str(row["img_size"]),
+            f"{total:.3f}",
+            f"{100 * total / full:.0f} %",
+            f"{row['top1']:.2f}",
+            _interval(row),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def precision_table(rows: Sequence[Row]) -> str:
+    """Markdown: top-1 in bfloat16 and in float32, where both were run.
+
+    Args:
+        rows: Of the leaderboard on Fashion-MNIST, as they were appended.
+    """
+    found: dict[tuple[str, float], dict[str, Row]] = defaultdict(dict)
+    for row in good(rows):
+        if (row["seed"], options(row), row["img_size"]) == (0, {}, 28):
+            found[row["method"], budget(row) or 1.0][row["weights_dtype"] or "float32"] = row
+    heads = ["method", "budget", "float32", "bfloat16", "right alone in float32", "in bfloat16"]
+    lines = ["| " + " | ".join([*heads, "p"]) + " |", "|---" * 7 + "|"]
+    for (method, fraction), pair in sorted(found.items()):
+        if len(pair) == 2:
+            name = "dense" if method == "none" else f"[`{method}`](methods/{method}.md)"
+            both = pair["float32"], pair["bfloat16"]
+            cells = [name, f"{100 * fraction:g} %", *(f"{row['top1']:.2f}" for row in both)]
+            lines.append("| " + " | ".join(cells + _paired([both[0]], [both[1]])) + " |")
+    return "\n".join(lines)
+
+
+# What a recipe fits, where it is not the whole model.
+_FITTED = {"module=reducer_only": "the reducer", "module=diffrate_search": "the counts"}
+
+
+def trained_table(rows: Sequence[Row], free: Sequence[Row]) -> str:
+    """Markdown: top-1 after a short training, beside that of the same method off the shelf.
+
+    Args:
+        rows: Of benchmarks.trained.
+        free: Of the leaderboard on Fashion-MNIST.
+    """
+    before = {
+        row["method"]: row["top1"]
+        for row in good(free)
+        if (budget(row) == 0.5 or is_dense(row)) and row["img_size"] == 28 and not options(row)
+        and row["weights_dtype"] == "bfloat16" and row["seed"] == 0
+    }  # fmt: skip
+    heads = ["model", "fitted", "of vit_fashion's GMACs", "off the shelf", "trained", "95 %"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = good(rows)
+    full = max((row["gmacs"]["total"] for row in rows), default=1.0)
+    for row in sorted(rows, key=lambda r: -r["top1"]):
+        words = shlex.split(row["command"])
+        tuned = "experiment=leaderboard/trained" in words
+        fitted = next((_FITTED[w] for w in words if w in _FITTED), "everything")
+        plugins = [plugin["name"] for plugin in row["recipe"]["plugins"]]
+        name = row["backbone"] if is_dense(row) or not row["method"] else row["method"]
+        shelf = before.get(row["method"]) if tuned and not plugins else None
+        if row["backbone"] != "vit_fashion" or not tuned:
+            shelf = None
+        cells = [
+            " + ".join(f"`{part}`" for part in [name, *plugins]),
+            fitted if tuned else "everything, from scratch",
+            f"{100 * row['gmacs']['total'] / full:.0f} %",
+            _number(shelf, ".2f"),
+            f"{row['top1']:.2f}",
+            _interval(row),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean(rows: Sequence[Row]) -> float:
+    return statistics.fmean(row["top1"] for row in rows)
+
+
+def _top1(rows: Sequence[Row], asked: float) -> str:
+    if not rows:
+        return ""
+    text = f"{_mean(rows):.2f}"
+    if len(rows) > 1:
+        text += f" ± {statistics.stdev(row['top1'] for row in rows):.2f}"
+    cost = statistics.fmean(share(row) for row in rows)
+    return text if abs(cost - 100 * asked) < 1.5 else f"{text} ({cost:.0f} %)"
+
+
+def _interval(row: Row) -> str:
+    low, high = row["ci95"]
+    return f"{low:.1f} to {high:.1f}"
+
+
+def _paired(ours: Sequence[Row], theirs: Sequence[Row]) -> list[str]:
+    """Images that only one of two models gets right, and how probable that is by chance."""
+    test = compared(ours[0], theirs[0]) if ours and theirs else None
+    if test is None or ours[0] is theirs[0]:
+        return ["", "", ""]
+    p = f"{test.p:.2f}" if test.p >= 0.01 else f"{test.p:.0e}".replace("e-0", "e-")
+    p = p if test.p else "< 1e-300"  # beyond what a float holds
+    return [str(test.first), str(test.second), p if test.p >= NOISE else f"**{p}**"]
+
+
+# ------------------------------------------------------------------------------------- features
+
+
+def agreement_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str:
+    """Markdown: agreement with the dense tower, with and without sizes in the attention.
+
+    Args:
+        rows: Of the leaderboard on DINOv2, as they were appended.
+        dataset: Of which images.
+    """
+    rows = [row for row in of_features(rows, dataset) if not is_dense(row)]
+    found: dict[tuple[str, str], dict[float, Row]] = defaultdict(dict)
+    budgets = sorted({b for row in rows if (b := budget(row))}, reverse=True)
+    for row in rows:
+        if fraction := budget(row):
+            found[_who(row), _sizes(row)][fraction] = row
+    last = budgets[-1] if budgets else 0.0
+    heads = [f"{100 * b:g} %" for b in budgets]
+    rest = ["95 %", "centred cosine", "worst image"]
+    heads = ["method", "sizes", *heads, *(f"{name} at {100 * last:g} %" for name in rest)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+
+    def best(key: tuple[str, str]) -> float:
+        row = found[key].get(last)
+        return -row["knn"]["agreement"] if row else 0.0
+
+    for key in sorted(found, key=lambda k: (best(k), k)):
+        at = found[key].get(last)
+        cells = [*key, *(_agreement(found[key].get(b), b) for b in budgets)]
+        cells += [_agreed(at) if at else "", *_cosines(at)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def of_features(rows: Sequence[Row], dataset: str, gallery: str = "dense") -> list[Row]:
+    """Good rows that looked these images up in this gallery."""
+    return [r for r in good(rows) if (r["dataset"], r["gallery"]) == (dataset, gallery)]
+
+
+def resolution_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str:
+    """Markdown: the dense tower fed smaller images, against itself.
+
+    Args:
+        rows: Of the leaderboard on DINOv2, as they were appended.
+        dataset: Of which images.
+    """
+    heads = ["pixels", "GMACs", "of the dense cost", "answers as dense", "95 %"]
+    heads += ["centred cosine", "worst image"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = [row for row in of_features(rows, dataset) if is_dense(row)]
+    full = max((row["gmacs"]["total"] for row in rows), default=1.0)
+    for row in sorted(rows, key=lambda r: -r["img_size"]):
+        total = row["gmacs"]["total"]
+        cells = [str(row["img_size"]), f"{total:.2f}", f"{100 * total / full:.0f} %"]
+        cells += [f"{row['knn']['agreement']:.1f}", _agreed(row), *_cosines(row)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gallery_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str:
+    """Markdown: right labels by the dense tower's gallery and by the reduced tower's own.
+
+    Args:
+        rows: Of the leaderboard on DINOv2, as they were appended.
+        dataset: Of which images.
+    """
+    found: dict[tuple[str, str, float], dict[str, Row]] = defaultdict(dict)
+    for gallery in ("dense", "own"):
+        for row in of_features(rows, dataset, gallery):
+            if row["img_size"] == 224:
+                found[_who(row), _sizes(row), budget(row) or 1.0][gallery] = row
+    heads = ["method", "sizes", "budget", "dense gallery", "95 %", "own gallery", "95 %"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    both = [(key, pair) for key, pair in found.items() if len(pair) == 2]
+    for key, pair in sorted(both, key=lambda item: -item[1]["own"]["knn"]["top1"]):
+        name, sizes, fraction = key
+        dense = fraction == 1.0
+        cells = ["dense" if dense else name, "" if dense else sizes, f"{100 * fraction:g} %"]
+        for gallery in ("dense", "own"):
+            knn = pair[gallery]["knn"]
+            cells += [f"{knn['top1']:.1f}", "{:.1f} to {:.1f}".format(*knn["ci95"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def selector_table(rows: Sequence[Row]) -> str:
+    """Markdown: what selectors leave, against random tokens and lower resolution.
+
+    Args:
+        rows: Of the leaderboard of selectors, as they were appended.
+    """
+    rows = good(rows)
+    keeps = [found["keep"] for found in rows[0]["select"]["by_keep"]] if rows else []
+    parts = ("answers as dense", "centred cosine", "coverage error")
+    heads = ["selector", *(f"{part}, {k} tokens" for k in keeps for part in parts)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    table: dict[str, list[str]] = {}
+    for row in sorted(rows, key=lambda r: -r["select"]["by_keep"][-1]["selector"]["agreement"]):
+        by_keep = row["select"]["by_keep"]
+        name = row["select"]["selector"]["name"]
+        table[f"[`{name}`](selectors/{name}.md)"] = [
+            cell for found in by_keep for cell in _selected(found["selector"])
+        ]
+        for control in ("random", "resolution"):  # the same for every selector
+            cells = [cell for found in by_keep for cell in _selected(found[control])]
+            table.setdefault(f"*{control}*", cells)
+    controls = [f"*{name}*" for name in ("random", "resolution")]
+    for name in [*(n for n in table if n not in controls), *(n for n in controls if n in table)]:
+        lines.append("| " + " | ".join([name, *table[name]]) + " |")
+    return "\n".join(lines)
+
+
+def _selected(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return ["", "", ""]
+    parts = (("agreement", ".1f"), ("centred_cosine", ".3f"), ("coverage_mean", ".3f"))
+    return [_number(found.get(key), form) for key, form in parts]
+
+
+def _agreed(row: Row) -> str:
+    return "{:.1f} to {:.1f}".format(*row["knn"]["agreement_ci95"])
+
+
+def _cosines(row: Row | None) -> list[str]:
+    cosine = (row or {}).get("centred_cosine") or {}
+    return [_number(cosine.get(name), ".3f") for name in ("mean", "worst")]
+
+
+def _who(row: Row) -> str:
+    reducer = dict(row["reducer"] or {})
+    settle = reducer.get("settle")
+    name = f"[`{row['method']}`](methods/{row['method']}.md)"
+    return f"{name}, settle=nearest" if settle == "nearest" else name
+
+
+def _sizes(row: Row) -> str:
+    asked = (row["reducer"] or {}).get("prop_attn")
+    return {True: "yes", False: "no"}.get(asked, "as published")
+
+
+def _agreement(row: Row | None, asked: float) -> str:
+    if row is None:
+        return ""
+    text = f"{row['knn']['agreement']:.1f}"
+    cost = share(row)
+    return text if abs(cost - 100 * asked) < 1.5 else f"{text} ({cost:.0f} %)"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
