@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -48,22 +49,23 @@ def kth_smallest(x: Tensor, k: int) -> Tensor:
     return x.kthvalue(k, dim=-1).values
 
 
-_rounded: list[bool] = []
+# Of the call that exports, and of no other thread's.
+_rounded: ContextVar[bool] = ContextVar("to_be_rounded", default=False)
 
 
 @contextlib.contextmanager
 def to_be_rounded() -> Iterator[None]:
     """Within, what is exported may be quantised: a maximum and what it is compared with, apart."""
-    _rounded.append(True)
+    before = _rounded.set(True)
     try:
         yield
     finally:
-        _rounded.pop()
+        _rounded.reset(before)
 
 
 def best_of(x: Tensor) -> tuple[Tensor, Tensor]:
     """The largest entry along the last dimension, and where it is; the first of equal ones."""
-    if not exporting() or _rounded:
+    if not exporting() or _rounded.get():
         return x.max(-1)
     # Runtimes find a place by sorting the largest to the front; a maximum of whole numbers is
     # cheaper. They are int32, since bfloat16 knows none above 256.
