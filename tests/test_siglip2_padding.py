@@ -129,3 +129,10 @@ def test_what_cannot_be_is_one_line(batch: dict[str, Tensor]) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(ZooError, match="expected pixel_attention_mask beside patches"):
         whole(**without)
+
+
+def test_selectors_refuse_padded_batches(batch: dict[str, Tensor]) -> None:
+    eyes = zoo.selector(zoo.wrap(model("siglip2"), None), "divprune", keep=8)
+    for given in (batch, batch["pixel_values"]):
+        with pytest.raises(ZooError, match="only the tower itself takes them"):
+            eyes(given)

@@ -25,8 +25,8 @@ def for_any_batch(method: _F) -> _F:
     @wraps(method)
     def whole(self: Any, *args: Any, **kwargs: Any) -> Any:
         images, args = taken(first, args, kwargs)
-        # A tracer would fix the size of the batch.
-        if traced() or images.dim() != 4 or images.shape[0]:
+        # A tracer would fix the size of the batch; what are no images is the method's to refuse.
+        if traced() or not isinstance(images, Tensor) or images.dim() != 4 or images.shape[0]:
             return method(self, images, *args, **kwargs)
         blank = images.new_zeros((1, *images.shape[1:]))
         return nothing_of(method(self, blank, *args, **kwargs))

@@ -177,7 +177,16 @@ class SelectingTower(nn.Module):
 
         Args:
             images: `(B, 3, H, W)`.
+
+        Raises:
+            ZooError: They are no images of one shape, such as a padded batch.
         """
+        if not isinstance(images, Tensor) or images.dim() != 4:
+            got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ZooError(
+                f"a selector expects images (B, C, H, W) of one shape, got {got}; images of a "
+                "padded batch differ in tokens, and only the tower itself takes them"
+            )
         tower = self.tower
         tower.checked(images)
         wanted = self.signals
