@@ -249,3 +249,20 @@ def test_speed_ups_are_over_dense_or_over_the_untouched_model(page, tmp_path):
     choose(page, "setting", "cpu, float32, onnxruntime, batch 1")
     assert page.evaluate(own) == ["", "112 %"]
     assert page.complaints() == []
+
+
+def test_what_was_skipped_is_not_counted_as_failed(page, tmp_path):
+    rows = [
+        dense(),
+        row("tome", r=8, gmacs=3.0, hits=352),
+        row("topk", r=90, hits=None, status="failed", error="at most 50 tokens"),
+        *(
+            row(name, hits=None, status="skipped", error="needs training")
+            for name in ("dtem", "avit")
+        ),
+    ]
+    page.open(write_report(rows, tmp_path).html, 1400, 900)
+    page.wait(DRAWN)
+    text = page.evaluate("document.getElementById('count').textContent")
+    assert text.startswith("2 of 2 and 1 failed and 2 skipped;")
+    assert page.complaints() == []

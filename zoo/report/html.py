@@ -255,7 +255,8 @@ def _failure(row: Row, row_id: int, folder: Path) -> str:
     )
     first = _name_cell(method, "", '<i class="failure"></i>', links_of(row), folder)
     return (
-        f'<tr class="failure" data-row="{row_id}" data-method="{escape(method)}">{first}{cells}'
+        f'<tr class="failure" data-row="{row_id}" data-method="{escape(method)}" '
+        f'data-status="{escape(str(row.get("status")))}">{first}{cells}'
         f'<td class="error" colspan="{len(_COLUMNS) - 4}">{escape(error)}</td></tr>'
     )
 

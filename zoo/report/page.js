@@ -382,7 +382,10 @@
     showEngines(records.filter((row) => !row.hidden && !row.matches(".failure, .old")).map((row) => data.entries[row.dataset.entry]));
     hideEmptyColumns();
     const runs = records.filter((row) => !row.matches(".failure, .guest")).length;
-    const lost = failures.size ? ` and ${failures.size} failed` : "";
+    const without = records.filter((row) => row.classList.contains("failure") && failures.has(Number(row.dataset.row)));
+    const skipped = without.filter((row) => row.dataset.status === "skipped").length;
+    const counted = [[without.length - skipped, "failed"], [skipped, "skipped"]].filter(([count]) => count);
+    const lost = counted.map(([count, word]) => ` and ${count} ${word}`).join("");
     $("count").textContent = `${shown} of ${Math.max(runs, shown)}${lost}; click ▸ for the whole row`;
     $("everything-field").hidden = runs === view.entries.length;
   }
