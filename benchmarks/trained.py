@@ -69,7 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     todo = missing(read_rows(ROWS)) if ROWS.is_file() and not given.list else list(RECIPES)
     failed = 0
     for recipe in todo:
-        typed = ["train.py", *shlex.split(recipe), f"results={ROWS.relative_to(ROOT)}", "progress=false"]
+        typed = [
+            "train.py",
+            *shlex.split(recipe),
+            f"results={ROWS.relative_to(ROOT)}",
+            "progress=false",
+        ]
         print("python", shlex.join(typed), flush=True)
         if not given.list:
             done = subprocess.run([sys.executable, *typed], cwd=ROOT, check=False)
