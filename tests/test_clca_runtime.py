@@ -249,7 +249,7 @@ def test_every_option_file_has_the_defaults() -> None:
 # ------------------------------------------------------------------ cost
 
 
-@pytest.mark.parametrize("row", parts(METHODS, 0, of=2))
+@pytest.mark.parametrize("row", parts(METHODS, 0, of=4))
 def test_three_counts_agree(row: Row) -> None:
     # A method may take no tokens that a plugin adds; a plugin that adds none goes with all.
     spares = row.reducer().get("fuser") or reduction.create(row.name).added_tokens == "refuse"

@@ -9,7 +9,7 @@ from tests import composition
 from tests.covering import every
 
 
-@pytest.mark.parametrize("name", every(["none", *reduction.list_methods()], 3))
+@pytest.mark.parametrize("name", every(["none", *reduction.list_methods()], 6))
 def test_it_works_or_is_refused_in_one_sentence(name: str) -> None:
     for family in composition.COLUMNS:
         for plugin in composition.PLUGINS:

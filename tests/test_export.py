@@ -42,7 +42,7 @@ def check_trace(row: Row, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("row", parts(FIRST, 2))
+@pytest.mark.parametrize("row", parts(FIRST, 2, of=6))
 def test_tracing(row: Row) -> None:
     check_trace(row, "plain")
 

@@ -177,7 +177,7 @@ def test_selectors_stand_above_their_controls() -> None:
         "*random*",
         "*resolution*",
     ]
-    assert cells(lines[4])[1:] == ["60.0", "0.500", "0.100"] and cells(lines[5])[1:] == [""] * 3
+    assert cells(lines[4])[1:] == ["60.0", "0.500", "100.00"] and cells(lines[5])[1:] == [""] * 3
 
 
 def test_a_row_falls_inside_its_interval_or_outside() -> None:

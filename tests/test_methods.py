@@ -26,7 +26,7 @@ rows = pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
 first, second, third = (pytest.mark.parametrize("row", by_turns(METHODS, n)) for n in range(3))
 
 # Tracing takes seconds: in the fast tier one half of the methods goes one way and one the other.
-traced, exported = (pytest.mark.parametrize("row", parts(METHODS, part)) for part in range(2))
+traced, exported = (pytest.mark.parametrize("row", parts(METHODS, part, of=6)) for part in range(2))
 core = pytest.mark.parametrize(("row", "name"), pairs())
 
 

@@ -53,7 +53,7 @@ def check(dense: nn.Module) -> None:
     assert found.gmacs == pytest.approx(torch_gmacs(model, images), rel=2e-3)
 
 
-@pytest.mark.parametrize("name", every(ACCEPTED, 2))
+@pytest.mark.parametrize("name", every(ACCEPTED, 4))
 def test_what_is_accepted_is_counted_and_runs(name: str) -> None:
     check(on_meta(name))
 
