@@ -39,7 +39,7 @@ RECIPES = (
     f"{TUNED} reducer=ltmp module=reducer_only optim=thresholds optim.lr=0.01 "
     "reducer.limit=false augment=none",
     f"{TUNED} reducer=diffrate module=diffrate_search optim=rates lr_schedule=rates "
-    "optim.lr=0.01 callbacks=search trainer.gradient_clip_val=null trainer.limit_train_batches=800",
+    "optim.lr=0.01 callbacks=search trainer.gradient_clip_val=null",
     f"{TUNED} backbone=lookupvit_digits +backbone.args.img_size=28 +backbone.args.depth=12 "
     "+backbone.args.num_heads=3 +backbone.args.mlp_ratio=4 backbone.args.compressed_grid=5",
     # Jumbo is another architecture: from scratch, beside a plain ViT of as many steps.
