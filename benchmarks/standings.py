@@ -323,7 +323,8 @@ def selector_table(rows: Sequence[Row]) -> str:
     for row in sorted(rows, key=lambda r: -r["select"]["by_keep"][-1]["selector"]["agreement"]):
         by_keep = row["select"]["by_keep"]
         name = row["select"]["selector"]["name"]
-        table[f"[`{name}`](selectors/{name}.md)"] = [
+        page = name.removesuffix("_plus")  # a paper's variants share its page
+        table[f"[`{name}`](selectors/{page}.md)"] = [
             cell for found in by_keep for cell in _selected(found["selector"])
         ]
         for control in ("random", "resolution"):  # the same for every selector
