@@ -114,7 +114,7 @@ def _label(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
     for height, name, color in sorted(labels, reverse=True):
         last = min(height - 1.2, last - step)
         axes.annotate(
-            f"{name}",
+            name,
             (1.03, last / 103),
             xycoords="axes fraction",
             fontsize=9.5,

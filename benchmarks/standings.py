@@ -44,6 +44,16 @@ def options(row: Row) -> dict[str, str]:
     return dict(_OPTION.findall(row["command"] or ""))
 
 
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table of cells, the first line of which is its head."""
+    rows = ["| " + " | ".join(cells) + " |" for cells in lines]
+    return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
+
+
+def _linked(name: str) -> str:
+    return f"[`{name}`](methods/{name}.md)"
+
+
 # ------------------------------------------------------------------------------ classification
 
 
@@ -63,20 +73,20 @@ def fashion_table(rows: Sequence[Row]) -> str:
     middle = 0.5 if 0.5 in budgets else (budgets or [None])[0]
     heads = [f"{100 * b:g} %" for b in budgets]
     rest = ["95 % at 50 %", "ToMe is right alone", "it is right alone", "p"]
-    lines = ["| " + " | ".join(["method", *heads, *rest]) + " |", "|---" * (len(heads) + 5) + "|"]
+    lines = [["method", *heads, *rest]]
 
     def best(name: str) -> float:
         at = found[name].get(middle, []) if middle else []
         return -_mean(at) if at else 0.0
 
     for name in sorted(found, key=lambda n: (best(n), n)):
-        cells = [f"[`{name}`](methods/{name}.md)"]
+        cells = [_linked(name)]
         cells += [_top1(found[name].get(b, []), b) for b in budgets]
         at = found[name].get(middle, []) if middle else []
         cells.append(_interval(at[0]) if at else "")
         cells += _paired(found.get("tome", {}).get(middle, []), at) if middle else ["", "", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return _markdown(lines)
 
 
 def sizes_table(rows: Sequence[Row]) -> str:
@@ -91,19 +101,19 @@ def sizes_table(rows: Sequence[Row]) -> str:
         if asked in ("true", "false") and (fraction := budget(row)):
             found[row["method"], fraction][asked] = row
     heads = ["method", "budget", "with sizes", "without", "right alone with", "without", "p"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = [heads]
     for (method, fraction), pair in sorted(found.items()):
         if len(pair) == 2:
             on, off = pair["true"], pair["false"]
-            cells = [f"[`{method}`](methods/{method}.md)", f"{100 * fraction:g} %"]
+            cells = [_linked(method), f"{100 * fraction:g} %"]
             cells += [f"{row['top1']:.2f}" for row in (on, off)] + _paired([on], [off])
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return _markdown(lines)
 
 
 def control_table(rows: Sequence[Row]) -> str:
     """Markdown: the dense model, the same at lower resolution, and smaller models."""
-    lines = ["| control | pixels | GMACs | of the dense cost | top-1 | 95 % |", "|---" * 6 + "|"]
+    lines = [["control", "pixels", "GMACs", "of the dense cost", "top-1", "95 %"]]
     dense = [r for r in good(rows) if is_dense(r) and r["weights_dtype"] == "bfloat16"]
     full = max((row["gmacs"]["total"] for row in dense), default=1.0)
     for row in sorted(dense, key=lambda r: -r["gmacs"]["total"]):
@@ -116,8 +126,8 @@ def control_table(rows: Sequence[Row]) -> str:
             f"{row['top1']:.2f}",
             _interval(row),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return _markdown(lines)
 
 
 def precision_table(rows: Sequence[Row]) -> str:
@@ -131,14 +141,14 @@ def precision_table(rows: Sequence[Row]) -> str:
         if (row["seed"], options(row), row["img_size"]) == (0, {}, 28):
             found[row["method"], budget(row) or 1.0][row["weights_dtype"] or "float32"] = row
     heads = ["method", "budget", "float32", "bfloat16", "right alone in float32", "in bfloat16"]
-    lines = ["| " + " | ".join([*heads, "p"]) + " |", "|---" * 7 + "|"]
+    lines = [[*heads, "p"]]
     for (method, fraction), pair in sorted(found.items()):
         if len(pair) == 2:
-            name = "dense" if method == "none" else f"[`{method}`](methods/{method}.md)"
+            name = "dense" if method == "none" else _linked(method)
             both = pair["float32"], pair["bfloat16"]
             cells = [name, f"{100 * fraction:g} %", *(f"{row['top1']:.2f}" for row in both)]
-            lines.append("| " + " | ".join(cells + _paired([both[0]], [both[1]])) + " |")
-    return "\n".join(lines)
+            lines.append(cells + _paired([both[0]], [both[1]]))
+    return _markdown(lines)
 
 
 # What a recipe fits, where it is not the whole model.
@@ -159,7 +169,7 @@ def trained_table(rows: Sequence[Row], free: Sequence[Row]) -> str:
         and row["weights_dtype"] == "bfloat16" and row["seed"] == 0
     }  # fmt: skip
     heads = ["model", "fitted", "of vit_fashion's GMACs", "off the shelf", "trained", "95 %"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = [heads]
     rows = good(rows)
     full = max((row["gmacs"]["total"] for row in rows), default=1.0)
     for row in sorted(rows, key=lambda r: -r["top1"]):
@@ -167,10 +177,8 @@ def trained_table(rows: Sequence[Row], free: Sequence[Row]) -> str:
         tuned = "experiment=leaderboard/trained" in words
         fitted = next((_FITTED[w] for w in words if w in _FITTED), "everything")
         plugins = [plugin["name"] for plugin in row["recipe"]["plugins"]]
-        name = row["backbone"] if is_dense(row) or not row["method"] else row["method"]
+        name = row["backbone"] if is_dense(row) else row["method"]
         shelf = before.get(row["method"]) if tuned and not plugins else None
-        if row["backbone"] != "vit_fashion" or not tuned:
-            shelf = None
         cells = [
             " + ".join(f"`{part}`" for part in [name, *plugins]),
             fitted if tuned else "everything, from scratch",
@@ -179,8 +187,8 @@ def trained_table(rows: Sequence[Row], free: Sequence[Row]) -> str:
             f"{row['top1']:.2f}",
             _interval(row),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return _markdown(lines)
 
 
 def _mean(rows: Sequence[Row]) -> float:
@@ -234,7 +242,7 @@ def agreement_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str:
     told = max((_recall(row) or 0.0 for row in rows), default=0.0) >= TOLD
     rest += ["other crop found first"] * told
     heads = ["method", "sizes", *heads, *(f"{name} at {100 * last:g} %" for name in rest)]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = [heads]
 
     def best(key: tuple[str, str]) -> float:
         row = found[key].get(last)
@@ -245,8 +253,8 @@ def agreement_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str:
         cells = [*key, *(_agreement(found[key].get(b), b) for b in budgets)]
         cells += [_agreed(at) if at else "", *_cosines(at)]
         cells += [_number(_recall(at), ".1f")] * told
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return _markdown(lines)
 
 
 def _recall(row: Row | None) -> float | None:
@@ -271,15 +279,15 @@ def resolution_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str
     told = max((_recall(row) or 0.0 for row in rows), default=0.0) >= TOLD
     heads = ["pixels", "GMACs", "of the dense cost", "answers as dense", "95 %"]
     heads += ["centred cosine", "worst image", *["other crop found first"] * told]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = [heads]
     full = max((row["gmacs"]["total"] for row in rows), default=1.0)
     for row in sorted(rows, key=lambda r: -r["img_size"]):
         total = row["gmacs"]["total"]
         cells = [str(row["img_size"]), f"{total:.2f}", f"{100 * total / full:.0f} %"]
         cells += [f"{row['knn']['agreement']:.1f}", _agreed(row), *_cosines(row)]
         cells += [_number(_recall(row), ".1f")] * told
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return _markdown(lines)
 
 
 def gallery_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str:
@@ -295,7 +303,7 @@ def gallery_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str:
             if row["img_size"] == 224:
                 found[_who(row), _sizes(row), budget(row) or 1.0][gallery] = row
     heads = ["method", "sizes", "budget", "dense gallery", "95 %", "own gallery", "95 %"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = [heads]
     both = [(key, pair) for key, pair in found.items() if len(pair) == 2]
     for key, pair in sorted(both, key=lambda item: -item[1]["own"]["knn"]["top1"]):
         name, sizes, fraction = key
@@ -304,8 +312,8 @@ def gallery_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str:
         for gallery in ("dense", "own"):
             knn = pair[gallery]["knn"]
             cells += [f"{knn['top1']:.1f}", "{:.1f} to {:.1f}".format(*knn["ci95"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return _markdown(lines)
 
 
 def selector_table(rows: Sequence[Row]) -> str:
@@ -318,7 +326,7 @@ def selector_table(rows: Sequence[Row]) -> str:
     keeps = [found["keep"] for found in rows[0]["select"]["by_keep"]] if rows else []
     parts = ("answers as dense", "centred cosine", "coverage error x 1000")
     heads = ["selector", *(f"{part}, {k} tokens" for k in keeps for part in parts)]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = [heads]
     table: dict[str, list[str]] = {}
     for row in sorted(rows, key=lambda r: -r["select"]["by_keep"][-1]["selector"]["agreement"]):
         by_keep = row["select"]["by_keep"]
@@ -332,8 +340,8 @@ def selector_table(rows: Sequence[Row]) -> str:
             table.setdefault(f"*{control}*", cells)
     controls = [f"*{name}*" for name in ("random", "resolution")]
     for name in [*(n for n in table if n not in controls), *(n for n in controls if n in table)]:
-        lines.append("| " + " | ".join([name, *table[name]]) + " |")
-    return "\n".join(lines)
+        lines.append([name, *table[name]])
+    return _markdown(lines)
 
 
 def _selected(found: Mapping[str, Any] | None) -> list[str]:
@@ -357,7 +365,7 @@ def _cosines(row: Row | None) -> list[str]:
 def _who(row: Row) -> str:
     reducer = dict(row["reducer"] or {})
     settle = reducer.get("settle")
-    name = f"[`{row['method']}`](methods/{row['method']}.md)"
+    name = _linked(row["method"])
     return f"{name}, settle=nearest" if settle == "nearest" else name
 
 
