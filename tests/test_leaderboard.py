@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 import pytest
+from omegaconf import OmegaConf
 
 from benchmarks import leaderboard, standings
 from zoo.results.answers import packed
@@ -138,20 +139,42 @@ def test_precisions_are_compared_on_the_same_images() -> None:
 
 def test_trained_models_stand_beside_those_off_the_shelf() -> None:
     tuned = "python train.py experiment=leaderboard/trained reducer="
-    plain, clca = {"plugins": []}, {"plugins": [{"name": "clca"}]}
+    backbone = {"args": {"patch_size": 4}}
+    plain, clca = (
+        {"job": None, "recipe": {"plugins": plugins, "backbone": backbone}}
+        for plugins in ([], [{"name": "clca"}])
+    )
+    short, long = ({"training": {"partial": n == 1, "epochs": n}} for n in (1, 3))
+    scratch, all_parts = "python train.py experiment=vit_fashion_coarse", "everything, from scratch"
     rows = [
-        row("none", None, 91, job=None, recipe=plain, command=f"{tuned}none"),
-        row("topk", 0.5, 85, job=None, recipe=plain, command=f"{tuned}topk"),
-        row("topk", 0.5, 86, job=None, recipe=clca, command=f"{tuned}topk plugin=clca"),
-        row("dtem", 0.5, 89, job=None, recipe=plain, command=f"{tuned}dtem module=reducer_only"),
+        row("none", None, 91, command=f"{tuned}none", **plain, **short),
+        row("topk", 0.5, 85, command=f"{tuned}topk", **plain, **short),
+        row("topk", 0.5, 86, command=f"{tuned}topk plugin=clca", **clca, **short),
+        row("dtem", 0.5, 89, command=f"{tuned}dtem module=reducer_only", **plain, **long),
+        row("none", None, 80, command=scratch, gmacs={"total": 0.2}, **plain, **long),
     ]
     lines = standings.trained_table(rows, ROWS).splitlines()
-    assert [cells(line)[:5] for line in lines[2:]] == [
-        ["`vit_fashion`", "everything", "100 %", "90.00", "91.00"],
-        ["`dtem`", "the reducer", "50 %", "", "89.00"],
-        ["`topk` + `clca`", "everything", "50 %", "", "86.00"],
-        ["`topk`", "everything", "50 %", "60.00", "85.00"],
+    assert [cells(line)[:6] for line in lines[2:]] == [
+        ["`vit_fashion`", "everything", "400 steps", "100 %", "90.00", "91.00"],
+        ["`dtem`", "the reducer", "3 epochs", "50 %", "", "89.00"],
+        ["`topk` + `clca`", "everything", "400 steps", "50 %", "", "86.00"],
+        ["`topk`", "everything", "400 steps", "50 %", "60.00", "85.00"],
+        ["`vit_fashion`, patches of 4", all_parts, "3 epochs", "20 %", "", "80.00"],
     ]
+
+
+def test_a_short_training_is_as_long_as_the_table_says() -> None:
+    config = OmegaConf.load(leaderboard.ROOT / "configs/experiment/leaderboard/trained.yaml")
+    assert standings.SHORT == f"{config.trainer.limit_train_batches} steps"
+
+
+def test_a_smaller_model_is_a_control_and_no_dense_model() -> None:
+    small = row("none", None, 86, backbone="vit_fashion_small", gmacs={"total": 0.5}, job="small")
+    low = row("none", None, 84, backbone="vit_fashion_small", weights_dtype=None, job="low")
+    lines = [cells(line) for line in standings.control_table([*ROWS, small]).splitlines()[2:]]
+    assert ["`vit_fashion_small`, dense", "28", "0.500", "50 %", "86.00", "81.0 to 91.0"] in lines
+    assert standings.precision_table([*ROWS, small, low]) == standings.precision_table(ROWS)
+    assert leaderboard.chosen_quickly([*ROWS, small])[0]["backbone"] == "vit_fashion"
 
 
 def test_selectors_stand_above_their_controls() -> None:
