@@ -2,12 +2,13 @@
 
     python -m benchmarks.leaderboard --write
 
-makes the tables from results/leaderboard, whose rows these commands append:
+makes the tables from the rows that these commands append:
 
     python eval.py experiment=leaderboard/fashion
     python eval.py experiment=leaderboard/dinov2 weights=FILE
     python eval.py experiment=leaderboard/selectors weights=FILE
     python -m benchmarks.trained
+    python -m benchmarks.speed --suite modes --fraction 0.5 0.35 --only dinov2_small,vit_fashion
 
 `--quick` runs a few points of the first table again and says of each whether it falls inside the
 95 % interval of the committed row; `--again RUN_ID` does so with any row.
@@ -24,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import standings
+from benchmarks import modes, modes_table, standings
 from benchmarks.standings import budget, good, is_dense, options, share
 from benchmarks.table import inserted
 from zoo.results.rows import read_rows
@@ -67,6 +68,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "clip art": _dinov2(standings.agreement_table, "openclipart"),
     "clip art resolution": _dinov2(standings.resolution_table, "openclipart"),
     "selectors": lambda: standings.selector_table(_rows(SELECTORS)),
+    "speed": lambda: modes_table.points_table(_rows(ROOT / modes.POINTS)),
 }
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.modes import METHODS, MODELS, jobs
+from benchmarks.jobs import FRACTION, METHODS, MODELS, MODES, PRECISIONS, Job, jobs
 from zoo.measure.machine import in_words
 
 BEGIN = "<!-- modes: python -m benchmarks.table results/speed/modes.jsonl --write -->"
@@ -73,6 +74,43 @@ def deployed_table(rows: Sequence[Row]) -> str:
     if len(lines) == 2:
         return "No rows yet: `python -m benchmarks.speed --suite modes` writes them."
     return "\n".join([_where(rows), "", *lines])
+
+
+def points_table(rows: Sequence[Row]) -> str:
+    """Markdown: speed-up over the dense model of every method at every cost in every mode.
+
+    Args:
+        rows: Of the suite with `--fraction`, as they were appended.
+    """
+    found = _by_job(rows)
+    if not found:
+        return "No rows yet: `python -m benchmarks.speed --suite modes --fraction 0.5` writes them."
+    known = {method for own in found.values() for method in own}
+    methods = [method for method in METHODS if method in known]
+    head = ["model", "cost", "precision, mode", "batch", "dense ms", *methods]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    costs = sorted({row["bench"].get("fraction", FRACTION) for row in of_modes(rows)})
+    for job, cost in itertools.product(sorted(jobs("cpu"), key=_as_told), reversed(costs)):
+        if (own := found.get(str(job._replace(fraction=cost)))) is None:
+            continue
+        dense = next((row["bench"]["ms_dense"] for row in own.values() if _ok(row)), {})
+        cells = [MODELS[job.model][2], f"{100 * cost:g} %", f"{job.precision}, {job.mode}"]
+        cells += [str(job.batch), f"{min(dense.values()):.1f}" if dense else ""]
+        cells += [_times(own.get(method)) for method in methods]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([_where(rows), "", *lines])
+
+
+def _as_told(job: Job) -> tuple[int, ...]:
+    """Models, precisions, modes and batches in the order in which they are named."""
+    names = (MODELS, job.model), (PRECISIONS, job.precision), (MODES, job.mode)
+    return *(list(known).index(name) for known, name in names), job.batch, job.threads
+
+
+def _times(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['bench']['speedup']:.2f}x" if _ok(row) else "failed"
 
 
 def _by_job(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:

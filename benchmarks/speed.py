@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.suite == "modes":
             from benchmarks import modes
 
-            options.out = options.out or modes.ROWS
+            options.out = options.out or (modes.POINTS if options.fraction else modes.ROWS)
             return modes.run(options)
         options.batch, options.dtype = options.batch or [16], options.dtype or ["float32"]
         options.out = options.out or Path("results/local/speed.jsonl")
@@ -124,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     modes = usage.add_argument_group("of the suite modes")
     modes.add_argument("--only", help="backbones with commas, e.g. deit_small,dinov2_small_518")
     modes.add_argument("--modes", help="with commas: eager, aligned, compile, onnxruntime, ...")
+    modes.add_argument("--fraction", type=float, nargs="+", help="of the dense GMACs; 0.6")
     modes.add_argument("--minutes", type=float, help="begin no job that would end later")
     modes.add_argument("--job-seconds", type=float, default=40, help="what rounds are fitted to")
     modes.add_argument("--list", action="store_true", help="say what is left, and do nothing")

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks import jobs as suite
 from benchmarks import modes, modes_table, speed, table
-from benchmarks.modes import MODELS, Job, done_jobs, jobs, target, target_over_timm
+from benchmarks.jobs import MODELS, Job, jobs, target, target_over_timm
+from benchmarks.modes import done_jobs
 from zoo.results.rows import new_row, read_rows
 
 
@@ -61,9 +63,9 @@ def test_the_targets_over_the_untouched_model() -> None:
 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = ("test_vit", {}, "Tiny")
-    monkeypatch.setattr(modes, "MODELS", {"deit_small": tiny, "siglip_base": tiny})
-    monkeypatch.setattr(modes_table, "MODELS", modes.MODELS)
-    monkeypatch.setattr(modes, "FRACTION", 0.8)  # four blocks cannot do with less, aligned
+    for module in (suite, modes, modes_table):
+        monkeypatch.setattr(module, "MODELS", {"deit_small": tiny, "siglip_base": tiny})
+    monkeypatch.setattr(suite, "FRACTION", 0.8)  # four blocks cannot do with less, aligned
 
 
 QUICK = "--rounds 3 --min-time 0.001 --job-seconds 0.1 --reducers tome,topk".split()
@@ -123,6 +125,7 @@ def test_bfloat16_runs_packed_and_casts_weights(
         (["--modes", "fast"], "--modes fast: expected one of eager"),
         (["--modes", "onnxruntime", "--dtype", "bfloat16"], "no job of the suite"),
         (["--batch", "4"], "batches are 1 and 16"),
+        (["--fraction", "1.5"], "--fraction 1.5: expected numbers between 0 and 1"),
         (["--device", "cuda:7"], "--device=cuda:7 cannot be used here"),
     ],
 )
@@ -144,6 +147,24 @@ def test_a_method_that_cannot_be_run_is_a_row(
     found = {row["method"]: row for row in read_rows(out)}
     assert found["topk"]["status"] == "ok" and found["nothing"]["status"] == "failed"
     assert "nothing" in found["nothing"]["error"]
+
+
+def test_other_costs_are_other_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small(monkeypatch)
+    out = tmp_path / "points.jsonl"
+    words = "--only deit_small --modes eager --dtype float32 --threads 1 --batch 1"
+    assert run(out, *words.split(), "--fraction", "0.9", "0.8") == 0
+    rows = read_rows(out)
+    by_cost = {(row["method"], (row["schedule"] or {}).get("fraction")) for row in rows}
+    assert by_cost == {(m, f) for m in ("tome", "topk") for f in (0.9, 0.8)} | {("none", None)}
+    assert done_jobs(out) == {
+        "deit_small float32 eager, batch 1, 1 thread, 90 %",
+        "deit_small float32 eager, batch 1, 1 thread",  # the cost that is asked for by default
+    }
+    assert all(row["bench"]["target"] is None for row in rows if row["bench"]["fraction"] == 0.9)
+    lines = modes_table.points_table(rows).splitlines()
+    assert [line.split("|")[2].strip() for line in lines[4:]] == ["90 %", "80 %"]
+    assert all(line.count("x |") == 2 for line in lines[4:])
 
 
 # ------------------------------------------------------------------------------------- tables
