@@ -170,21 +170,21 @@ def stages(
             lane = halves if own else Whole(whole, adapter)
         out.append(
             Stage(
-                i,
-                plan,
-                frame,
-                lane,
-                halves,
-                changed,
-                reduce if site == "pre" else None,
-                reduce if site == "mid" else None,
-                _behind(i, reduce if site == "post" else None, follows, parks, frame.note),
-                asks and lane is not halves,
-                inside,
-                follows is not None or i in hear,
-                bool(OF_THE_MLP & plan.need),
-                "x_in" in plan.need,
-                reducer if isinstance(reducer, Gates) and step is not None else None,
+                block=i,
+                plan=plan,
+                frame=frame,
+                lane=lane,
+                halves=halves,
+                positions_changed=changed,
+                before=reduce if site == "pre" else None,
+                between=reduce if site == "mid" else None,
+                behind=_behind(i, reduce if site == "post" else None, follows, parks, frame.note),
+                asks=asks and lane is not halves,
+                inside=inside,
+                keeps=follows is not None or i in hear,
+                shows_mlp=bool(OF_THE_MLP & plan.need),
+                shows_input="x_in" in plan.need,
+                gates=reducer if isinstance(reducer, Gates) and step is not None else None,
             )
         )
         added = sum(p.added(i, depth) for p in frame.plugins)
