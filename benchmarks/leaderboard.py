@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks import modes, modes_table, standings
 from benchmarks.standings import budget, good, is_dense, options, share
 from benchmarks.table import inserted
-from zoo.results.rows import read_rows
+from zoo.results.rows import read_rows, wilson_interval
 
 ROOT = Path(__file__).parents[1]
 PAGE, ROWS = ROOT / "docs" / "leaderboard.md", ROOT / "results" / "leaderboard"
@@ -104,8 +104,9 @@ def run_again(row: Row, folder: Path) -> Row:
     """
     file = folder / f"{row['run_id']}.jsonl"
     words = [w for w in shlex.split(row["command"]) if not w.startswith(("results=", "done="))]
-    words = [sys.executable, *words[1:], f"results={file}", "done=again", "progress=false"]
-    words.append("control=[]")  # those of a sweep have rows, and commands, of their own
+    words = [sys.executable, *words[1:], f"results={file}", "progress=false"]
+    if "train.py" not in words:
+        words += ["done=again", "control=[]"]  # controls have rows, and commands, of their own
     subprocess.run(words, cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
     found = read_rows(file) if file.is_file() else []
     if not found or found[-1]["status"] != "ok":
@@ -113,15 +114,34 @@ def run_again(row: Row, folder: Path) -> Row:
     return found[-1]
 
 
+def measured(row: Row) -> tuple[str, float, tuple[float, float]]:
+    """What a row is about: its name, in percent, and the 95 % interval."""
+    if row["top1"] is not None:
+        return "top-1", row["top1"], tuple(row["ci95"])
+    if row["select"]:
+        kept = row["select"]["by_keep"][-1]
+        share, count = kept["selector"]["agreement"], row["select"]["n_images"]
+        around = wilson_interval(round(share * count / 100), count)
+        return f"answers as dense by {kept['keep']} tokens", share, around
+    knn = row["knn"]
+    if "agreement" in knn:
+        return "answers as dense", knn["agreement"], tuple(knn["agreement_ci95"])
+    return "top-1 of neighbours", knn["top1"], tuple(knn["ci95"])
+
+
 def verdict(old: Row, new: Row) -> tuple[bool, str]:
     """Whether a new row falls inside the interval of a committed one, and a line that says so."""
-    if old["top1"] is not None:
-        name, low, high, value = "top-1", *old["ci95"], new["top1"]
-    else:
-        name, value = "answers as dense", new["knn"]["agreement"]
-        low, high = old["knn"]["agreement_ci95"]
+    name, _, (low, high) = measured(old)
+    value = measured(new)[1]
     inside = bool(low <= value <= high)
-    what = "dense" if is_dense(old) else f"{old['method']} at {share(old):.0f} %"
+    if old["select"]:
+        what = old["select"]["selector"]["name"]
+    elif is_dense(old):
+        what = "dense"
+    elif old["gmacs_dense"]:
+        what = f"{old['method']} at {share(old):.0f} %"
+    else:  # an architecture of its own
+        what = f"{old['method']} at {old['gmacs']['total']:.3f} GMACs"
     said = "inside" if inside else "OUTSIDE"
     return inside, f"{what}: {name} {value:.2f}, {said} [{low:.2f}, {high:.2f}]"
 

@@ -211,6 +211,26 @@ def test_a_row_falls_inside_its_interval_or_outside() -> None:
     assert line == "tome at 50 %: top-1 80.00, OUTSIDE [83.00, 93.00]"
 
 
+@pytest.mark.parametrize("file", sorted(leaderboard.ROWS.glob("*.jsonl")), ids=lambda f: f.stem)
+def test_every_committed_row_can_be_compared(file) -> None:
+    for old in standings.good(read_rows(file)):
+        _, value, (low, high) = leaderboard.measured(old)
+        assert low <= value <= high
+        assert leaderboard.verdict(old, old)[0]
+
+
+def test_a_training_is_run_again_without_words_that_only_evaluation_knows(
+    monkeypatch, tmp_path
+) -> None:
+    typed: list[str] = []
+    monkeypatch.setattr(leaderboard.subprocess, "run", lambda words, **_: typed.extend(words))
+    old = {**row("topk"), "command": "python train.py reducer=topk results=lost progress=false"}
+    with pytest.raises(RuntimeError, match="left no row"):
+        leaderboard.run_again(old, tmp_path)
+    assert typed[1:3] == ["train.py", "reducer=topk"] and "results=lost" not in typed
+    assert not [word for word in typed if word.startswith(("done=", "control="))]
+
+
 def test_a_row_is_run_again_by_its_command(tmp_path) -> None:
     command = "python eval.py weights=vit_digits limit=20 task=accuracy done=skip results=lost"
     again = leaderboard.run_again({**row("none"), "command": command}, tmp_path)

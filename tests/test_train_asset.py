@@ -44,25 +44,33 @@ def test_they_are_small_and_say_what_they_are():
     assert "python train.py experiment=vit_digits" in card
 
 
-FASHION = ASSET.with_name("vit_fashion")
+FASHION = ("vit_fashion", "vit_fashion_small")
 
 
+@pytest.mark.parametrize("name", FASHION)
 @torch.no_grad()
-def test_the_model_for_clothes_is_timm_s_in_half_precision():
-    model, plain = zoo.load("vit_fashion"), timm.create_model("vit_fashion", pretrained=True).eval()
+def test_the_models_for_clothes_are_timm_s_in_half_precision(name):
+    model, plain = zoo.load(name), timm.create_model(name, pretrained=True).eval()
     assert next(model.parameters()).dtype == torch.float32
     images = torch.rand(2, 1, 28, 28)
     torch.testing.assert_close(plain(images), model(images), rtol=0, atol=0)
     assert model.token_counts()[0][0] == 197 and model.depth == 12  # as DeiT has them
-    assert (FASHION / "model.safetensors").stat().st_size < 4_000_000
-    card = (FASHION / "README.md").read_text(encoding="utf-8")
+    folder = ASSET.with_name(name)
+    assert (folder / "model.safetensors").stat().st_size < 4_000_000
+    card = (folder / "README.md").read_text(encoding="utf-8")
     assert "experiment=vit_fashion_coarse" in card and "experiment=vit_fashion " in card
 
 
+def test_the_small_one_costs_half():
+    large, small = (zoo.profile(zoo.load(name)).gmacs for name in FASHION)
+    assert 0.45 < small / large < 0.55
+
+
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+@pytest.mark.parametrize("name", FASHION)
 @torch.no_grad()
-def test_it_knows_clothes():
-    model = zoo.load("vit_fashion")
+def test_they_know_clothes(name):
+    model = zoo.load(name)
     data = ImageData("fashion_mnist", test_split="test", eval_batch_size=400).attach(model)
     images, labels = next(iter(data.test_dataloader()))
     assert (model(images).argmax(1) == labels).float().mean() > 0.86

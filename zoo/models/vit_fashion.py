@@ -20,11 +20,11 @@ __all__ = ["MEAN", "STD"]
 # Of the 55,000 training images of `zoo.data.fashion_mnist`, scaled to [0, 1].
 MEAN, STD = 0.286, 0.353
 
-ASSET = Path(__file__).resolve().parent.parent / "assets" / "vit_fashion"
+_ASSETS = Path(__file__).resolve().parent.parent / "assets"
 default_cfgs = generate_default_cfgs(
     {
-        "vit_fashion": {"file": str(ASSET / "model.safetensors"), **grey(28, MEAN, STD)},
-        "vit_fashion_small": grey(28, MEAN, STD),
+        name: {"file": str(_ASSETS / name / "model.safetensors"), **grey(28, MEAN, STD)}
+        for name in ("vit_fashion", "vit_fashion_small")
     }
 )
 
@@ -61,8 +61,11 @@ def vit_fashion_small(pretrained: bool = False, **kwargs: Any) -> VisionTransfor
     Width 64 instead of 96 and two heads, everything else as in `vit_fashion`.
 
     Args:
-        pretrained: Needs a file of yours in `pretrained_cfg_overlay`.
+        pretrained: Load the weights that ship with the package.
         **kwargs: Passed on to timm's VisionTransformer.
+
+    Returns:
+        A plain timm model that takes images of shape (B, 1, 28, 28).
     """
     args: dict[str, Any] = {**_ARGS, "embed_dim": 64, "num_heads": 2}
     return _create("vit_fashion_small", pretrained, {**args, **kwargs})
