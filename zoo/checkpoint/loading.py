@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from reduction.base import Reducer
 from reduction.registry import create_reducer, create_schedule
 from zoo.build import CONSUMED_ARGS, set_tag, wrap
 from zoo.checkpoint import config as cfg
-from zoo.checkpoint.containers import Tower
-from zoo.checkpoint.files import file_sha256, first_line, read_any, read_shapes
+from zoo.checkpoint.files import file_sha256, first_line
 from zoo.checkpoint.hub import HUB, download
 from zoo.checkpoint.positions import own_grid
 from zoo.checkpoint.rebuild import tuples, twin
+from zoo.checkpoint.stored import Stored, check_size, in_folder, of_run, of_the_file, writer
 from zoo.checkpoint.untrusted import cut, short
 from zoo.checkpoint.weights import (
-    check_fits,
-    classifiers_of,
-    difference,
     fit,
-    parts_of,
-    read_folder,
-    tower_of,
 )
 from zoo.errors import BadCheckpoint, UnknownName, ZooError
 from zoo.libraries.build import of_recipe
@@ -48,8 +38,6 @@ class _Keep:
 KEEP: Any = _Keep()
 """Default of :func:`load`'s arguments: take what the model was saved with."""
 _ASSETS = Path(__file__).parents[1] / "assets"
-# Numbers by which weights may differ from a recipe when an image size or classes are changed.
-_SLACK = 1 << 24
 
 
 def load(
@@ -81,7 +69,7 @@ def load(
         UnknownName: no file, folder or shipped model of that name.
     """
     source = find(path_or_hub_name)
-    stored = _folder(source) if source.is_dir() else _run(source)
+    stored = in_folder(source) if source.is_dir() else of_run(source)
     return _build(stored, reducer, schedule, plugins, backbone_overrides)
 
 
@@ -126,80 +114,8 @@ def weights_sha256(path_or_hub_name: str | Path) -> str | None:
     return file_sha256(path) if path.is_file() else None
 
 
-class _Stored(NamedTuple):
-    """A model on disk, before anything large is read or built.
-
-    Attributes:
-        config: The checked recipe.
-        origin: The file of its weights, for messages.
-        shapes: Of the weights, by the backbone's names and by those of the rest; None where they
-            are timm's, to be fetched by tag.
-        read: Reads the weights.
-    """
-
-    config: dict[str, Any]
-    origin: Path
-    shapes: Callable[[nn.Module], Tower] | None
-    read: Callable[[nn.Module], Tower]
-
-
-def _folder(folder: Path) -> _Stored:
-    config = cfg.read_config(folder)
-    weights = config["weights"]
-    named = {cfg.MODEL: weights["model"], cfg.REDUCER: weights["reducer"]}
-    for name in (name for name, given in named.items() if given):
-        if not (folder / name).is_file():
-            raise BadCheckpoint(
-                f"{folder / name}: no such file, but {cfg.CONFIG} names it; copy it too"
-            )
-
-    def shapes(_: nn.Module) -> Tower:
-        found = [read_shapes(folder / name) if given else {} for name, given in named.items()]
-        return Tower("", *found)
-
-    def read(_: nn.Module) -> Tower:
-        _check_hash(folder / cfg.MODEL, weights["sha256"])
-        if weights["reducer"]:
-            _check_hash(folder / cfg.REDUCER, weights["reducer_sha256"])
-        return read_folder(folder)
-
-    return _Stored(config, folder / cfg.MODEL, shapes if weights["model"] else None, read)
-
-
-def _check_hash(path: Path, expected: str | None) -> None:
-    if expected is None:
-        return
-    actual = file_sha256(path)
-    if actual != expected:
-        raise BadCheckpoint(
-            f"{path}: not the file that {cfg.CONFIG} describes (sha256 {actual[:12]}..., "
-            f"expected {expected[:12]}...); copy or download the folder again"
-        )
-
-
-def _run(path: Path) -> _Stored:
-    loaded = read_any(path)
-    try:
-        recipe = cfg.recipe_of_run(loaded)
-    except BadCheckpoint as error:
-        raise BadCheckpoint(f"{path}: {error}") from error
-    if recipe is None:
-        raise BadCheckpoint(
-            f"{path}: weights without a recipe; create the model first and use "
-            "zoo.checkpoint.load_weights(model, path)"
-        )
-    config = cfg.check_config(recipe, f"{path} (recipe)")
-    if (config["schedule"] or {}).get("file"):
-        raise BadCheckpoint(f"{path}: the recipe's schedule points at a file; expected its counts")
-
-    def tower(backbone: nn.Module) -> Tower:
-        return tower_of(loaded, backbone, path)
-
-    return _Stored(config, path, tower, tower)
-
-
 def _build(
-    stored: _Stored,
+    stored: Stored,
     reducer: Any,
     schedule: Any,
     plugins: Any,
@@ -214,7 +130,7 @@ def _build(
     if not saved.get("library") and not timm.is_model(saved["name"]):
         raise BadCheckpoint(
             f"{origin}: {UnknownName('backbone', saved['name'][:80], timm.list_models())} "
-            f"({_writer(config)}); a newer timm may have it"
+            f"({writer(config)}); a newer timm may have it"
         )
     if stored.shapes is None and not saved["tag"]:
         raise BadCheckpoint(
@@ -229,7 +145,7 @@ def _build(
         args["num_classes"] = saved["num_classes"]
     kept = plugins is KEEP and _same_method(reducer, config["reducer"])
     who = saved.get("library") or "timm"
-    with _of_the_file(origin, config, f"{who} cannot build {saved['name']} with {saved['args']}"):
+    with of_the_file(origin, config, f"{who} cannot build {saved['name']} with {saved['args']}"):
         before = twin(saved)
     # Built here, one by one, so that a message tells the file's mistakes from the caller's.
     own_reducer = reducer is KEEP
@@ -242,9 +158,9 @@ def _build(
     schedule = saved_schedule if own_schedule else schedule
     parts = config["plugins"] if plugins is KEEP else plugins
     own = own_reducer and own_schedule and plugins is KEEP and not overrides
-    _check_size(stored, before, exact=not overrides, whole=own)
+    check_size(stored, before, exact=not overrides, whole=own)
     backbone = _backbone(stored, args, overrides)
-    with _of_the_file(origin, config, only=own):
+    with of_the_file(origin, config, only=own):
         model = wrap(backbone, reducer, schedule, parts, tensors=True)
     if not saved.get("library"):  # the towers of the others read them off the model
         model.backbone_args = {k: v for k, v in args.items() if k != "num_classes"}
@@ -267,61 +183,7 @@ def _build(
     return model.eval()
 
 
-def _check_size(stored: _Stored, before: nn.Module, exact: bool, whole: bool) -> None:
-    """Compare a recipe with its weights by names and shapes, before memory is taken for either.
-
-    Args:
-        stored: Recipe and weights.
-        before: The recipe's backbone without content.
-        exact: Nothing of the backbone is changed on loading.
-        whole: Nor anything else.
-
-    Raises:
-        BadCheckpoint: They do not belong together, or the recipe's model is out of proportion.
-    """
-    config, origin = stored.config, stored.origin
-    name, want, extras = config["backbone"]["name"], before.state_dict(), None
-    if whole:
-        with _of_the_file(origin, config), torch.device("meta"):
-            parts = config["reducer"], config["schedule"], config["plugins"]
-            model = wrap(before, *parts, tensors=True)
-            extras = parts_of(model)[1]
-    if stored.shapes is None:
-        if not config["backbone"].get("library"):
-            _check_proportion(before, name, origin)
-        return
-    with _of_the_file(origin, config):
-        found = stored.shapes(before)
-    if exact:
-        check_fits(want, found.body, classifiers_of(before), origin, name)
-    have, need = (sum(t.numel() for t in s.values()) for s in (found.body, want))
-    if not need / 8 - _SLACK <= have <= 8 * need + _SLACK:
-        raise BadCheckpoint(
-            f"{origin}: the weights are not those of {name}: the file holds {have / 1e6:.3g} M "
-            f"numbers, the recipe asks for {need / 1e6:.3g} M"
-        )
-    problem = difference(extras, found.extras) if extras and found.extras else ""
-    if problem:
-        raise BadCheckpoint(
-            f"{origin.parent / cfg.REDUCER}: the parameters of the reducer or plugins do not fit "
-            f"{name}: {problem}"
-        )
-
-
-def _check_proportion(before: nn.Module, name: str, origin: Path) -> None:
-    """timm's weights by tag are for the architecture of that name, give or take an image size."""
-    usual = sum(
-        t.numel() for t in twin({"name": name, "args": {}, "num_classes": None}).parameters()
-    )
-    asked = sum(t.numel() for t in before.parameters())
-    if asked > 4 * usual + _SLACK:
-        raise BadCheckpoint(
-            f"{origin.parent}: a recipe without weights asks for {asked / 1e6:.3g} M parameters; "
-            f"{name} has {usual / 1e6:.3g} M"
-        )
-
-
-def _backbone(stored: _Stored, args: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
+def _backbone(stored: Stored, args: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
     import timm
 
     config, origin, pretrained = stored.config, stored.origin, stored.shapes is None
@@ -351,7 +213,7 @@ def _refusal(
     return BadCheckpoint(
         f"{origin}: {saved.get('library') or 'timm'} cannot build {saved['name']} with "
         f"{short(dict(args), 200)}: "
-        f"{cut(first_line(error))} ({_writer(config)})"
+        f"{cut(first_line(error))} ({writer(config)})"
     )
 
 
@@ -364,50 +226,18 @@ def _refuse_consumed(overrides: Mapping[str, Any]) -> None:
         )
 
 
-@contextlib.contextmanager
-def _of_the_file(
-    origin: Path, config: Mapping[str, Any], doing: str = "", only: bool = True
-) -> Iterator[None]:
-    """Whatever goes wrong within is the file's fault, and ends as one line.
-
-    Args:
-        origin: The file.
-        config: Its recipe.
-        doing: What cannot be done, for errors that do not say it.
-        only: False where the caller gave parts of his own, whose mistakes keep their words.
-    """
-    try:
-        yield
-    except BadCheckpoint:
-        raise
-    except ZooError as error:
-        if not only:
-            raise
-        raise BadCheckpoint(f"{origin}: {cut(error)} ({_writer(config)})") from error
-    except Exception as error:  # a recipe may hold anything, and libraries check little
-        if not only:
-            raise
-        reason = cut(first_line(error)) if str(error).strip() else type(error).__name__
-        what = short(doing, 200)[1:-1] if doing else "a recipe that nothing can be built from"
-        raise BadCheckpoint(f"{origin}: {what}: {reason} ({_writer(config)})") from error
-
-
 def _saved(create: Callable[[Any], Any], config: Mapping[str, Any], part: str, origin: Path) -> Any:
     try:
         # Dropping an argument would quietly run another method, so this is no mere warning.
-        with _of_the_file(origin, config, f"{part} {config[part]}"):
+        with of_the_file(origin, config, f"{part} {config[part]}"):
             return create(config[part])
     except BadCheckpoint as error:
         if not isinstance(error.__cause__, UnknownName):
             raise
         raise BadCheckpoint(
             f"{origin}: {cut(error.__cause__)}; import the module that registers it before loading "
-            f"({_writer(config)})"
+            f"({writer(config)})"
         ) from error
-
-
-def _writer(config: Mapping[str, Any]) -> str:
-    return f"written by tokenzoo {config['zoo']}, this is {cfg.zoo_version()}"
 
 
 def _same_method(spec: Any, saved: Mapping[str, Any] | None) -> bool:
