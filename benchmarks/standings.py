@@ -190,7 +190,7 @@ def trained_table(rows: Sequence[Row], free: Sequence[Row]) -> str:
         cells = [
             " + ".join(f"`{part}`" for part in [name, *plugins]) + other,
             fitted if tuned else "everything, from scratch",
-            SHORT if row["training"]["partial"] else f"{row['training']['epochs']} epochs",
+            SHORT if row["training"]["epochs"] == 1 else f"{row['training']['epochs']} epochs",
             f"{100 * row['gmacs']['total'] / full:.0f} %",
             _number(shelf, ".2f"),
             f"{row['top1']:.2f}",

@@ -144,7 +144,7 @@ def test_trained_models_stand_beside_those_off_the_shelf() -> None:
         {"job": None, "recipe": {"plugins": plugins, "backbone": backbone}}
         for plugins in ([], [{"name": "clca"}])
     )
-    short, long = ({"training": {"partial": n == 1, "epochs": n}} for n in (1, 3))
+    short, long = ({"training": {"epochs": n}} for n in (1, 3))
     scratch, all_parts = "python train.py experiment=vit_fashion_coarse", "everything, from scratch"
     rows = [
         row("none", None, 91, command=f"{tuned}none", **plain, **short),
