@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.measure.device import like_weights
+from zoo.measure.growing import Growing
 from zoo.model.answers import check_finite
 
 
@@ -79,8 +80,7 @@ def collect(
         ZooError: The model gives more than one vector per image.
     """
     embed = embed.to(device).eval()
-    vectors: list[Tensor] = []
-    about: list[tuple[Tensor, Tensor]] = []
+    vectors, classes, where = Growing(), Growing(), Growing()
     total = 0
     for images, labels, *rest in batches:
         if limit is not None:
@@ -94,12 +94,13 @@ def collect(
                 f"{tuple(found.shape[1:])}; pool its tokens, e.g. +backbone.args.global_pool=avg"
             )
         check_finite(found, places, who, name)
-        vectors.append(found.float().cpu())
-        about.append((torch.as_tensor(labels).long(), places[: len(labels)]))
+        vectors.add(found.float())
+        classes.add(torch.as_tensor(labels).long())
+        where.add(places[: len(labels)])
         total += len(labels)
         if limit is not None and total >= limit:
             break
-    if not vectors:
+    if not total:
         none = torch.zeros(0, dtype=torch.long)
         return Features(torch.zeros(0, 0), none, none)
-    return Features(torch.cat(vectors), *(torch.cat(part) for part in zip(*about, strict=True)))
+    return Features(vectors.tensor(), classes.tensor(), where.tensor())

@@ -13,6 +13,7 @@ from reduction.selection.base import Selection, Selector
 from reduction.selection.registry import pick
 from zoo.measure.device import like_weights
 from zoo.measure.features import Features
+from zoo.measure.growing import Growing
 from zoo.model.answers import check_finite
 from zoo.model.selecting import SelectingTower
 
@@ -62,8 +63,8 @@ def look(
         NotFinite: A token holds NaN or infinity.
     """
     tower = tower.to(device).eval()
-    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {"": [], **{k: [] for k in choices}}
-    about: list[tuple[Tensor, Tensor]] = []
+    found = {what: (Growing(), Growing(), Growing()) for what in ("", *choices)}
+    classes, where = Growing(), Growing()
     total = 0
     for images, labels, *rest in batches:
         if limit is not None:
@@ -85,16 +86,17 @@ def look(
                 chosen = pick(selector, given, keep)
                 kept[what] = (pooled(chosen), *covered(given.x, chosen))
         for what, values in kept.items():
-            x, mean, worst = (value.float().cpu() for value in values)
-            found[what].append((x, mean, worst))
-        about.append((torch.as_tensor(labels).long(), places[: len(labels)]))
+            for part, value in zip(found[what], values, strict=True):
+                part.add(value.float())
+        classes.add(torch.as_tensor(labels).long())
+        where.add(places[: len(labels)])
         total += len(labels)
         if limit is not None and total >= limit:
             break
-    labels, places = (torch.cat(part) for part in zip(*about, strict=True))
+    labels, places = classes.tensor(), where.tensor()
     seen = {}
     for what, parts in found.items():
-        x, mean, worst = (torch.cat(part) for part in zip(*parts, strict=True))
+        x, mean, worst = (part.tensor() for part in parts)
         seen[what] = Seen(Features(x, labels, places), mean, worst)
     return seen
 
