@@ -38,8 +38,7 @@ def modes_table(rows: Sequence[Row]) -> str:
             continue
         first = next((row for row in own.values() if _ok(row)), None)
         both = (first["bench"]["ms_dense"] if first else {}) or {}
-        name = f"{job.precision}, {job.mode}" + (f", {job.align}" if job.align > 1 else "")
-        cells = [MODELS[job.model][2], name, str(job.batch)]
+        cells = [MODELS[job.model][2], _kind(job), str(job.batch)]
         cells.append(str(job.threads) if job.device == "cpu" else job.device)
         cells += [f"{both[key]:.1f}" if key in both else "" for key in ("dense", "timm")]
         for method in METHODS:
@@ -94,17 +93,21 @@ def points_table(rows: Sequence[Row]) -> str:
         if (own := found.get(str(job._replace(fraction=cost)))) is None:
             continue
         dense = next((row["bench"]["ms_dense"] for row in own.values() if _ok(row)), {})
-        cells = [MODELS[job.model][2], f"{100 * cost:g} %", f"{job.precision}, {job.mode}"]
+        cells = [MODELS[job.model][2], f"{100 * cost:g} %", _kind(job)]
         cells += [str(job.batch), f"{min(dense.values()):.1f}" if dense else ""]
         cells += [_times(own.get(method)) for method in methods]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([_where(rows), "", *lines])
 
 
+def _kind(job: Job) -> str:
+    return f"{job.precision}, {job.mode}" + (f", {job.align}" if job.align > 1 else "")
+
+
 def _as_told(job: Job) -> tuple[int, ...]:
     """Models, precisions, modes and batches in the order in which they are named."""
     names = (MODELS, job.model), (PRECISIONS, job.precision), (MODES, job.mode)
-    return *(list(known).index(name) for known, name in names), job.batch, job.threads
+    return *(list(known).index(name) for known, name in names), job.align, job.batch, job.threads
 
 
 def _times(row: Row | None) -> str:
