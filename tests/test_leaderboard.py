@@ -231,6 +231,7 @@ def test_a_training_is_run_again_without_words_that_only_evaluation_knows(
     assert not [word for word in typed if word.startswith(("done=", "control="))]
 
 
+@pytest.mark.slow  # starts Python twice
 def test_a_row_is_run_again_by_its_command(tmp_path) -> None:
     command = "python eval.py weights=vit_digits limit=20 task=accuracy done=skip results=lost"
     again = leaderboard.run_again({**row("none"), "command": command}, tmp_path)

@@ -67,10 +67,10 @@ def test_the_small_one_costs_half():
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
-@pytest.mark.parametrize("name", FASHION)
+@pytest.mark.parametrize("name", [FASHION[0], pytest.param(FASHION[1], marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_they_know_clothes(name):
     model = zoo.load(name)
-    data = ImageData("fashion_mnist", test_split="test", eval_batch_size=400).attach(model)
+    data = ImageData("fashion_mnist", test_split="test", eval_batch_size=200).attach(model)
     images, labels = next(iter(data.test_dataloader()))
     assert (model(images).argmax(1) == labels).float().mean() > 0.86
