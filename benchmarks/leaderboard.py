@@ -120,9 +120,9 @@ def measured(row: Row) -> tuple[str, float, tuple[float, float]]:
         return "top-1", row["top1"], tuple(row["ci95"])
     if row["select"]:
         kept = row["select"]["by_keep"][-1]
-        share, count = kept["selector"]["agreement"], row["select"]["n_images"]
-        around = wilson_interval(round(share * count / 100), count)
-        return f"answers as dense by {kept['keep']} tokens", share, around
+        same, count = kept["selector"]["agreement"], row["select"]["n_images"]
+        around = wilson_interval(round(same * count / 100), count)
+        return f"answers as dense by {kept['keep']} tokens", same, around
     knn = row["knn"]
     if "agreement" in knn:
         return "answers as dense", knn["agreement"], tuple(knn["agreement_ci95"])

@@ -52,10 +52,11 @@ def run(options: argparse.Namespace) -> int:
     pick_device(device, "--device")
     if wrong := [part for part in options.fraction or () if not 0 < part < 1]:
         raise ZooError(f"--fraction {wrong[0]:g}: expected numbers between 0 and 1")
+    asked = select(suite.jobs(device), options)
     chosen = [
         job._replace(fraction=part)
         for part in options.fraction or [suite.FRACTION]
-        for job in select(suite.jobs(device), options)
+        for job in asked
     ]
     done = done_jobs(options.out)
     left = [job for job in chosen if str(job) not in done]
@@ -76,7 +77,8 @@ def run(options: argparse.Namespace) -> int:
         longest = max(took, 0.8 * longest)  # the next one may take as long
         print(f"{job}: {took:.0f} s; {len(left)} left", flush=True)
     print("\n".join(f"left: {job}" for job in left) or "nothing is left")
-    print(f"rows: {options.out}; python -m benchmarks.table {options.out} --write")
+    table = "leaderboard" if options.fraction else f"table {options.out}"
+    print(f"rows: {options.out}; python -m benchmarks.{table} --write")
     return 0
 
 

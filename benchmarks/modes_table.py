@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.jobs import FRACTION, METHODS, MODELS, MODES, PRECISIONS, Job, jobs
+from benchmarks.markdown import markdown
 from zoo.measure.machine import in_words
 
 BEGIN = "<!-- modes: python -m benchmarks.table results/speed/modes.jsonl --write -->"
@@ -29,9 +30,7 @@ def modes_table(rows: Sequence[Row]) -> str:
     found = _by_job(rows)
     if not found:
         return "No rows yet: `python -m benchmarks.speed --suite modes` writes them."
-    lines = [_where(rows), ""]
-    head = ["model", "precision, mode", "batch", "threads", "dense ms", "timm ms", *METHODS]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = [["model", "precision, mode", "batch", "threads", "dense ms", "timm ms", *METHODS]]
     reached = aimed = 0
     for job in (*jobs("cpu"), *jobs("cuda")):
         if (own := found.get(str(job))) is None:
@@ -47,16 +46,15 @@ def modes_table(rows: Sequence[Row]) -> str:
             for value, _, aim in _results(row):
                 aimed += aim is not None
                 reached += aim is not None and value >= aim
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"{reached} of {aimed} numbers with a target reach it.", _gpu(rows)]
-    return "\n".join(lines)
+        lines.append(cells)
+    said = f"{reached} of {aimed} numbers with a target reach it."
+    return "\n".join([_where(rows), "", markdown(lines), "", said, _gpu(rows)])
 
 
 def deployed_table(rows: Sequence[Row]) -> str:
     """Markdown: what the exported models of the page on deploying take."""
     found = _by_job(rows)
-    head = ["model", "runtime", "precision", "threads", "method", "dense ms", "ms", "speed-up"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = [["model", "runtime", "precision", "threads", "method", "dense ms", "ms", "speed-up"]]
     for job in jobs("cpu"):
         if job.model not in _ON_DEPLOY or job.mode not in ("onnxruntime", "openvino"):
             continue
@@ -69,10 +67,10 @@ def deployed_table(rows: Sequence[Row]) -> str:
             times = row["bench"]["speedup"]
             cells = [MODELS[job.model][2], job.mode, job.precision, str(job.threads), method]
             cells += [f"{dense:.1f}", f"{row['ms']:.1f}", f"{times:.2f}x"]
-            lines.append("| " + " | ".join(cells) + " |")
-    if len(lines) == 2:
+            lines.append(cells)
+    if len(lines) == 1:
         return "No rows yet: `python -m benchmarks.speed --suite modes` writes them."
-    return "\n".join([_where(rows), "", *lines])
+    return "\n".join([_where(rows), "", markdown(lines)])
 
 
 def points_table(rows: Sequence[Row]) -> str:
@@ -86,18 +84,17 @@ def points_table(rows: Sequence[Row]) -> str:
         return "No rows yet: `python -m benchmarks.speed --suite modes --fraction 0.5` writes them."
     known = {method for own in found.values() for method in own}
     methods = [method for method in METHODS if method in known]
-    head = ["model", "cost", "precision, mode", "batch", "dense ms", *methods]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = [["model", "cost", "precision, mode", "batch", "threads", "dense ms", *methods]]
     costs = sorted({row["bench"].get("fraction", FRACTION) for row in of_modes(rows)})
     for job, cost in itertools.product(sorted(jobs("cpu"), key=_as_told), reversed(costs)):
         if (own := found.get(str(job._replace(fraction=cost)))) is None:
             continue
         dense = next((row["bench"]["ms_dense"] for row in own.values() if _ok(row)), {})
         cells = [MODELS[job.model][2], f"{100 * cost:g} %", _kind(job)]
-        cells += [str(job.batch), f"{min(dense.values()):.1f}" if dense else ""]
-        cells += [_times(own.get(method)) for method in methods]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([_where(rows), "", *lines])
+        cells += [str(job.batch), str(job.threads)]
+        cells.append(f"{min(dense.values()):.1f}" if dense else "")
+        lines.append(cells + [_times(own.get(method)) for method in methods])
+    return "\n".join([_where(rows), "", markdown(lines)])
 
 
 def _kind(job: Job) -> str:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.markdown import markdown
 from zoo.results.answers import compared
 
 _OPTION = re.compile(r"\breducer\.(\w+)=(\S+)")
@@ -49,12 +50,6 @@ def options(row: Row) -> dict[str, str]:
     return dict(_OPTION.findall(row["command"] or ""))
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table of cells, the first line of which is its head."""
-    rows = ["| " + " | ".join(cells) + " |" for cells in lines]
-    return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
-
-
 def _linked(name: str) -> str:
     return f"[`{name}`](methods/{name}.md)"
 
@@ -91,7 +86,7 @@ def fashion_table(rows: Sequence[Row]) -> str:
         cells.append(_interval(at[0]) if at else "")
         cells += _paired(found.get("tome", {}).get(middle, []), at) if middle else ["", "", ""]
         lines.append(cells)
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def sizes_table(rows: Sequence[Row]) -> str:
@@ -113,7 +108,7 @@ def sizes_table(rows: Sequence[Row]) -> str:
             cells = [_linked(method), f"{100 * fraction:g} %"]
             cells += [f"{row['top1']:.2f}" for row in (on, off)] + _paired([on], [off])
             lines.append(cells)
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def control_table(rows: Sequence[Row]) -> str:
@@ -132,7 +127,7 @@ def control_table(rows: Sequence[Row]) -> str:
             _interval(row),
         ]
         lines.append(cells)
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def precision_table(rows: Sequence[Row]) -> str:
@@ -153,7 +148,7 @@ def precision_table(rows: Sequence[Row]) -> str:
             both = pair["float32"], pair["bfloat16"]
             cells = [name, f"{100 * fraction:g} %", *(f"{row['top1']:.2f}" for row in both)]
             lines.append(cells + _paired([both[0]], [both[1]]))
-    return _markdown(lines)
+    return markdown(lines)
 
 
 SHORT = "400 steps"  # of experiment=leaderboard/trained, where nothing else is asked for
@@ -197,7 +192,7 @@ def trained_table(rows: Sequence[Row], free: Sequence[Row]) -> str:
             _interval(row),
         ]
         lines.append(cells)
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _mean(rows: Sequence[Row]) -> float:
@@ -263,7 +258,7 @@ def agreement_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str:
         cells += [_agreed(at) if at else "", *_cosines(at)]
         cells += [_number(_recall(at), ".1f")] * told
         lines.append(cells)
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _recall(row: Row | None) -> float | None:
@@ -296,7 +291,7 @@ def resolution_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str
         cells += [f"{row['knn']['agreement']:.1f}", _agreed(row), *_cosines(row)]
         cells += [_number(_recall(row), ".1f")] * told
         lines.append(cells)
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def gallery_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str:
@@ -322,7 +317,7 @@ def gallery_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str:
             knn = pair[gallery]["knn"]
             cells += [f"{knn['top1']:.1f}", "{:.1f} to {:.1f}".format(*knn["ci95"])]
         lines.append(cells)
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def selector_table(rows: Sequence[Row]) -> str:
@@ -350,7 +345,7 @@ def selector_table(rows: Sequence[Row]) -> str:
     controls = [f"*{name}*" for name in ("random", "resolution")]
     for name in [*(n for n in table if n not in controls), *(n for n in controls if n in table)]:
         lines.append([name, *table[name]])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _selected(found: Mapping[str, Any] | None) -> list[str]:

@@ -14,6 +14,8 @@ from typing import Any
 
 from benchmarks import modes_table
 from benchmarks.acceptance import AT_1, AT_16, BASE, METHODS, SMALL
+from benchmarks.jobs import FRACTION
+from benchmarks.markdown import markdown
 from benchmarks.models import backbone_name
 from zoo.results.rows import read_rows
 
@@ -35,7 +37,7 @@ def table(rows: Sequence[Row]) -> str:
     names = {SMALL: "DeiT-S", BASE: "DeiT-B"}
     head = ["method", *(f"{names[backbone]}, batch {batch}" for backbone, batch in places)]
     head += ["over the straightforward form, batch 16, 1", "peak memory / dense"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = [head]
     for method in METHODS:
         mine = {(b, n): found.get((backbone_name(b), n, method)) for b, n in places}
         cells = [method]
@@ -45,8 +47,8 @@ def table(rows: Sequence[Row]) -> str:
         small = [row["bench"] for batch in (16, 1) if (row := mine[SMALL, batch])]
         cells.append(", ".join(f"{bench['over_straightforward']:.3f}" for bench in small))
         cells.append(_memory(mine[SMALL, 16]))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(lines)
 
 
 def _efficiency(row: Row | None, target: float) -> str:
@@ -79,6 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = [(PAGE, table, BEGIN, END)]
     if modes := modes_table.of_modes(rows):
         rows = list(modes)
+        if all(row["bench"].get("fraction", FRACTION) != FRACTION for row in rows):
+            print(
+                f"{options.rows} holds no rows at {FRACTION} of the GMACs, which these pages show; "
+                "others stand in docs/leaderboard.md: python -m benchmarks.leaderboard --write",
+                file=sys.stderr,
+            )
+            return 2
         parts = [
             (PAGE, modes_table.modes_table, modes_table.BEGIN, modes_table.END),
             (

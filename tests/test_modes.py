@@ -191,6 +191,20 @@ def test_the_table_says_what_is_missed() -> None:
     assert "No rows yet" in modes_table.modes_table([])
 
 
+def test_rows_at_other_costs_do_not_replace_the_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from zoo.results.rows import append_row
+
+    one = job("float32", "onnxruntime", 1)._replace(fraction=0.5)
+    made = row(one, "tome", 0.9, 1.5)
+    append_row(tmp_path / "rows.jsonl", made | {"bench": made["bench"] | {"fraction": 0.5}})
+    before = table.PAGE.read_text(encoding="utf-8")
+    assert table.main([str(tmp_path / "rows.jsonl"), "--write"]) == 2
+    assert "python -m benchmarks.leaderboard --write" in capsys.readouterr()[1]
+    assert table.PAGE.read_text(encoding="utf-8") == before
+
+
 def test_the_page_on_deploying_gets_its_own_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

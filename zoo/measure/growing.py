@@ -18,10 +18,7 @@ class Growing:
     """
 
     def __init__(self, first: int = 1024) -> None:
-        self._room, self._rows, self._count = first, torch.empty(0), 0
-
-    def __len__(self) -> int:
-        return self._count
+        self._first, self._rows, self._count = first, torch.empty(0), 0
 
     def add(self, rows: Tensor) -> None:
         """Take a batch of them.
@@ -29,13 +26,14 @@ class Growing:
         Args:
             rows: `(B, ...)`, all batches of one type and, but for B, of one shape.
         """
+        if not len(rows):
+            return
         end = self._count + len(rows)
-        if not self._count:
-            self._room = max(self._room, end)
-            self._rows = torch.empty(self._room, *rows.shape[1:], dtype=rows.dtype)
-        elif end > len(self._rows):
-            larger = self._rows.new_empty(max(end, 2 * len(self._rows)), *rows.shape[1:])
-            larger[: self._count] = self._rows[: self._count]
+        if end > len(self._rows):
+            room = max(self._first, end, 2 * len(self._rows))
+            larger = torch.empty(room, *rows.shape[1:], dtype=rows.dtype)
+            if self._count:
+                larger[: self._count] = self._rows[: self._count]
             self._rows = larger
         self._rows[self._count : end] = rows
         self._count = end
