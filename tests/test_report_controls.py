@@ -14,7 +14,8 @@ from zoo.errors import ZooError
 from zoo.measure.fidelity import compare_answers
 from zoo.report.compare import compare
 from zoo.report.controls import LONGER, RESOLUTION, SMALLER
-from zoo.report.tables import csv_table, markdown_table
+from zoo.report.spreadsheet import csv_table
+from zoo.report.tables import markdown_table
 from zoo.results.rows import read_rows
 from zoo.run.controls import lower_sizes
 

@@ -10,7 +10,8 @@ import pytest
 from tests.test_report import dense, payload, row
 from zoo.report import evidence, table, write_report
 from zoo.report.compare import compare
-from zoo.report.tables import csv_table, markdown_table
+from zoo.report.spreadsheet import csv_table
+from zoo.report.tables import markdown_table
 from zoo.results.rows import FIELDS, append_row, new_row
 
 FULL, SMOKE = {"n_images": 360}, {"n_images": 20, "top1": 100.0, "ci95": [83.9, 100.0]}

@@ -13,7 +13,8 @@ from tests.cases import METHODS, Row, backbone, images, model
 from zoo.cli.main import main
 from zoo.errors import ZooError
 from zoo.report.compare import compare
-from zoo.report.tables import csv_table, table
+from zoo.report.spreadsheet import csv_table
+from zoo.report.tables import table
 from zoo.report.words import summary_line
 from zoo.results.rows import new_row, read_rows
 

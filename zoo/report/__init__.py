@@ -64,7 +64,8 @@ def write_report(
     from zoo.report.compare import compare
     from zoo.report.html import html_page
     from zoo.report.png import write_png
-    from zoo.report.tables import csv_table, markdown_table
+    from zoo.report.spreadsheet import csv_table
+    from zoo.report.tables import markdown_table
 
     others = None if published is None else read(Path(published))
     comparison, title = compare(found), printable(title)

@@ -16,8 +16,8 @@ from zoo.report.links import title_of
 from zoo.report.published import TRAININGS, Published, points
 from zoo.report.quality import METRICS, TOP1, shown
 from zoo.report.readings import Row, Speed
+from zoo.report.spreadsheet import csv_table
 from zoo.report.tables import (
-    csv_table,
     fidelity_cells,
     format_memory,
     format_score,

@@ -8,40 +8,34 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
 
 from reduction.functional import kernels
-from zoo.cost.sampling import CostSampler, is_adaptive, patch_counts
 from zoo.errors import ZooError
-from zoo.measure.accuracy import top_k
-from zoo.measure.costs import count_costs, sampled_costs
+from zoo.measure.costs import count_costs
 from zoo.measure.describe import describe, method_name
 from zoo.measure.device import pick_device, pick_dtype
 from zoo.measure.processes import ALONE, Processes
 from zoo.model.answers import NotFinite
 from zoo.model.runtime import Runtime
-from zoo.results.answers import packed
-from zoo.results.rows import new_row, wilson_interval
+from zoo.results.rows import new_row
+from zoo.run.accuracy import image_limit, measure_accuracy
 from zoo.run.build import build_model
-from zoo.run.costs import has_weights, sample_costs
+from zoo.run.costs import sample_costs
 from zoo.run.features import FEATURE_TASKS, measure_features
 from zoo.run.machines import by_processes
 from zoo.run.outcome import started
-from zoo.run.shares import Share, measured
 from zoo.run.throughput import engines_of, measure_throughput
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from zoo.data.module import ImageData
     from zoo.model.reduced import ReducedViT
-    from zoo.model.stream import Info
 
 TASKS = (
     "accuracy",
@@ -157,7 +151,7 @@ def _measured(
     """
     # Costs first: they are exact and take no time, and the rest may be interrupted.
     yield processes.first(lambda: count_costs(model, trace="flops" in tasks))
-    limit = _limit(cfg.limit)
+    limit = image_limit(cfg.limit)
     if "flops" in tasks and "accuracy" not in tasks:
         yield processes.first(lambda: sample_costs(cfg, model, limit))
     data: Any = None
@@ -289,84 +283,6 @@ def _check_same(model: ReducedViT, processes: Processes) -> None:
         )
 
 
-class _Counted(NamedTuple):
-    """What one process has seen of the images."""
-
-    hits: tuple[int, int, int]
-    right: list[bool]
-    tokens: list[tuple[tuple[int, int], list[list[int]]]]
-
-
-def measure_accuracy(
-    cfg: DictConfig,
-    model: ReducedViT,
-    data: ImageData,
-    device: torch.device,
-    dtype: torch.dtype,
-    processes: Processes = ALONE,
-) -> dict[str, Any]:
-    """Returns top-1, top-5 and the 95 % interval on the test split of the data.
-
-    Raises:
-        NotFinite: The model answers an image with NaN or infinity.
-        ZooError: There are no images, or an image has no label.
-    """
-    if not has_weights(cfg) and processes.rank == 0:
-        print(
-            "warning: accuracy of untrained weights; give weights=... or backbone.pretrained=true",
-            file=sys.stderr,
-        )
-    model.to(device)
-    runner: Any = torch.compile(model) if cfg.compile else model
-    answers = bool(cfg.get("answers"))
-    # A compiled graph keeps the upper limit, and does not say what it does.
-    adaptive = is_adaptive(model) and not cfg.compile
-
-    def count(share: Share) -> _Counted:
-        tokens: list[tuple[tuple[int, int], list[list[int]]]] = []
-        right: list[bool] = []
-
-        def watch(info: Info) -> None:
-            tokens.append((info.grid, patch_counts(info).tolist()))
-
-        hits = top_k(
-            runner,
-            share.batches(data),
-            device,
-            dtype,
-            limit=share.limit,
-            watch=watch if adaptive else None,
-            name=share.name,
-            note=(lambda hits: right.extend(hits.tolist())) if answers else None,
-        )
-        return _Counted(hits, right, tokens)
-
-    parts = measured(processes, data, _limit(cfg.limit), count, lambda part: part.hits[2])
-    top1, top5, images = (sum(part.hits[i] for part in parts) for i in range(3))
-    if not images:
-        unread = f"; {data.damaged}" if data.damaged else ""
-        raise ZooError(f"{data.label}: no images in the split {data.splits['test']!r}{unread}")
-    return {
-        "class_order": data.class_order,
-        "n_images": images,
-        "top1": 100 * top1 / images,
-        # Among five classes or fewer everything is in the first five.
-        "top5": 100 * top5 / images if model.num_classes > 5 else None,
-        "ci95": list(wilson_interval(top1, images)),
-        **({"answers": {"accuracy": packed(parts[0].right)}} if answers else {}),
-        **(_costs_of(model, parts) if adaptive else {}),
-    }
-
-
-def _costs_of(model: ReducedViT, parts: Sequence[_Counted]) -> dict[str, Any]:
-    """What the images have cost."""
-    sampler = CostSampler(model)
-    for part in parts:
-        for grid, tokens in part.tokens:
-            sampler.add_counts(grid, tokens)
-    return sampled_costs(sampler.profile())
-
-
 def _provenance(cfg: DictConfig, model: ReducedViT) -> dict[str, Any]:
     """Which file the weights came from, and whether and how they were trained with this reducer."""
     if cfg.weights is None:
@@ -408,12 +324,6 @@ def _trained_method(checkpoint: Path) -> str | None:
 
 def _listed(value: Any) -> list[dict[str, Any]]:
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
-
-
-def _limit(value: Any) -> int | None:
-    if value is not None and (int(value) != value or value < 1):
-        raise ZooError(f"limit must be a whole number from 1, or null for all images; got {value}")
-    return None if value is None else int(value)
 
 
 def _device_name(device: torch.device, count: int = 1) -> str:

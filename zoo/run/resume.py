@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,6 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from zoo.checkpoint.untrusted import check_plain, short
 from zoo.errors import BadCheckpoint
 from zoo.published import config_folder
+
+if TYPE_CHECKING:
+    from zoo.model.reduced import ReducedViT
 
 Key = tuple[str, ...]
 
@@ -108,6 +111,40 @@ def resumed(cfg: DictConfig, stored: Mapping[str, Any], path: Path) -> DictConfi
     merged = OmegaConf.create(result)
     OmegaConf.set_struct(merged, True)
     return merged
+
+
+def check_model(path: Path, model: ReducedViT, volatile: frozenset[str]) -> int:
+    """Refuses a checkpoint of another model before Lightning fails on it key by key.
+
+    Args:
+        path: The checkpoint.
+        model: What the command has built.
+        volatile: Parts of its recipe that a training may change.
+
+    Returns:
+        The number of epochs that it is after.
+
+    Raises:
+        BadCheckpoint: It is of another model, e.g. because its weights have changed on disk.
+    """
+    stored = read_checkpoint(path)
+    was = stored["hyper_parameters"].get("recipe") or {}
+    check_plain(was, f"{path} (recipe)")
+    was, now = (_untagged(as_json(recipe)) for recipe in (was, model.recipe))
+    differ = sorted(k for k in {*was, *now} - volatile if was and was.get(k) != now.get(k))
+    if differ:
+        raise BadCheckpoint(
+            f"{path}: trained with another {' and '.join(differ)} than this command asks for; "
+            f"repeat the options of that run (was {[was.get(k) for k in differ]})"
+        )
+    return int(stored["epoch"]) + 1
+
+
+def as_json(value: Any) -> Any:
+    """A copy with lists for tuples."""
+    if isinstance(value, Mapping):
+        return {str(k): as_json(v) for k, v in value.items()}
+    return [as_json(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _stored_options(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -214,3 +251,8 @@ def _and(words: list[str]) -> str:
 def _value(cfg: DictConfig, key: Key) -> str:
     value = _resolved(cfg, key)
     return "null" if value in (None, _ABSENT) else short(value, 60).strip("'")
+
+
+def _untagged(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the tag, which older versions wrote into models from scratch, too."""
+    return {**recipe, "backbone": {**recipe["backbone"], "tag": None}} if recipe else recipe

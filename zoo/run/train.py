@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf, open_dict
 
 from reduction.functional import kernels
-from zoo.checkpoint.untrusted import check_plain
 from zoo.cost.sampling import is_adaptive, sample
 from zoo.data import build_data
 from zoo.data.module import spread_images
@@ -32,10 +28,11 @@ from zoo.measure.device import pick_dtype
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model, instantiate
 from zoo.run.evaluate import kernels_chosen
+from zoo.run.fitting import checkpoint_of, fit, pick_weights, say
 from zoo.run.machines import where
 from zoo.run.notes import training_notes, unread_images
 from zoo.run.outcome import started
-from zoo.run.resume import options_to_store, read_checkpoint, resumed
+from zoo.run.resume import as_json, check_model, options_to_store, read_checkpoint, resumed
 from zoo.run.teacher import teacher_of
 from zoo.run.training import training_of
 
@@ -104,7 +101,7 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
         module.evaluated_in = pick_dtype(str(cfg.weights_dtype), "weights_dtype")
     done = None
     if cfg.ckpt is not None:
-        done = _check_resume(Path(cfg.ckpt), model, module.volatile)
+        done = check_model(Path(cfg.ckpt), model, module.volatile)
     trainer: pl.Trainer = instantiate_trainer(cfg)
     check_sharding(trainer, module)
     whole = kept_whole(trainer, module)
@@ -112,9 +109,9 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.test_start and cfg.ckpt is None:
         [first] = trainer.test(module, datamodule=data, verbose=False)
         start = float(first["test/top1"])
-    seconds = _fit(trainer, module, data, cfg.ckpt)
+    seconds = fit(trainer, module, data, cfg.ckpt)
     make_whole(trainer, module, whole)
-    _pick_weights(trainer, module, str(cfg.test))
+    pick_weights(trainer, module, str(cfg.test))
     [scores] = trainer.test(module, datamodule=data, verbose=False)
     notes = training_notes(cfg, trainer, seconds, done)
     if unread := unread_images(cfg, data, int(scores["test/images"])):
@@ -181,7 +178,7 @@ def _resumed(cfg: DictConfig) -> DictConfig:
         # A resumed run goes on in its own folder: its best epoch so far is there.
         if path.parent.name == "checkpoints":
             result.output_dir = str(path.parent.parent)
-            _say(f"goes on in {os.path.relpath(result.output_dir)}")
+            say(f"goes on in {os.path.relpath(result.output_dir)}")
     return result
 
 
@@ -209,7 +206,7 @@ def _build(cfg: DictConfig, data: ImageData) -> ReducedViT:
         learning.weights_dtype = None
     model = build_model(learning, new_head="auto", **given)
     if classes is not None and classes != model.num_classes and "num_classes" not in args:
-        _say(f"new classifier: {classes} classes, {cfg.weights} has {model.num_classes or 'none'}")
+        say(f"new classifier: {classes} classes, {cfg.weights} has {model.num_classes or 'none'}")
         model.reset_classifier(classes)
     return model
 
@@ -247,79 +244,6 @@ def _where(cfg: DictConfig) -> dict[str, Any]:
         return {}
     found = where(_plain(cfg.trainer))
     return {name: found[name] for name in ("devices", "num_nodes")}
-
-
-def _check_resume(path: Path, model: ReducedViT, volatile: frozenset[str]) -> int:
-    """Refuses a checkpoint of another model before Lightning fails on it key by key.
-
-    Returns:
-        The number of epochs that it is after.
-
-    Raises:
-        BadCheckpoint: It is of another model, e.g. because its weights have changed on disk.
-    """
-    stored = read_checkpoint(path)
-    was = stored["hyper_parameters"].get("recipe") or {}
-    check_plain(was, f"{path} (recipe)")
-    was, now = (_untagged(_json(recipe)) for recipe in (was, model.recipe))
-    differ = sorted(k for k in {*was, *now} - volatile if was and was.get(k) != now.get(k))
-    if differ:
-        raise BadCheckpoint(
-            f"{path}: trained with another {' and '.join(differ)} than this command asks for; "
-            f"repeat the options of that run (was {[was.get(k) for k in differ]})"
-        )
-    return int(stored["epoch"]) + 1
-
-
-def _untagged(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without the tag, which older versions wrote into models from scratch, too."""
-    return {**recipe, "backbone": {**recipe["backbone"], "tag": None}} if recipe else recipe
-
-
-# -- training -------------------------------------------------------------------------------------
-
-
-def _fit(trainer: pl.Trainer, module: Classifier, data: ImageData, ckpt: str | None) -> float:
-    """Train, and return the seconds that it took."""
-    started = time.monotonic()
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
-    except SystemExit:
-        # Lightning ends the process on Ctrl-C after closing its loggers.
-        if not trainer.interrupted:
-            raise
-        last = _checkpoint(trainer, "last")
-        where = f"go on with the same command and ckpt={last}" if last else "no epoch was complete"
-        _say(f"\nstopped in epoch {trainer.current_epoch}; {where}")
-        raise KeyboardInterrupt from None
-    return time.monotonic() - started
-
-
-def _checkpoint(trainer: pl.Trainer, which: str) -> str | None:
-    """Path of the last or the best checkpoint of this run, if there is one."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, ModelCheckpoint):
-            continue
-        path = callback.best_model_path
-        if (which == "last") != (callback.monitor is None) or not path:
-            continue
-        # The second is for a resumed run whose folder has been moved since.
-        for found in (path, os.path.join(str(callback.dirpath), os.path.basename(path))):
-            if os.path.isfile(found):
-                return found
-    return None
-
-
-def _pick_weights(trainer: pl.Trainer, module: Classifier, which: str) -> None:
-    """Loads the (averaged) weights of the best or the last epoch.
-
-    Without checkpoints the module keeps what `fit` left, the averaged weights of the last step.
-    Resuming a run that was over already would leave the raw ones.
-    """
-    path = _checkpoint(trainer, which)
-    if path is not None:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        module.load_state_dict(stored["state_dict"])
 
 
 # -- after ----------------------------------------------------------------------------------------
@@ -374,29 +298,22 @@ def _finish(
 
         save_pretrained(model, folder, metrics=[row], data=_preprocessing(data))
         row["weights_sha"] = weights_sha256(folder)
-    _say(f"model: {os.path.relpath(folder)}")
-    last = _checkpoint(trainer, "last")
+    say(f"model: {os.path.relpath(folder)}")
+    last = checkpoint_of(trainer, "last")
     if last is not None:
-        _say(f"checkpoints: {os.path.relpath(os.path.dirname(last))}")
+        say(f"checkpoints: {os.path.relpath(os.path.dirname(last))}")
     return row
 
 
 def _preprocessing(data: ImageData) -> dict[str, Any]:
     classes = {"class_names": data.class_names, "class_order": data.class_order}
-    return _json({**(data.config or {}), "dataset": data.label, **classes})
+    return as_json({**(data.config or {}), "dataset": data.label, **classes})
 
 
 def _device_name(trainer: pl.Trainer) -> str:
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return name if trainer.world_size == 1 else f"{trainer.world_size}x {name}"
-
-
-def _json(value: Any) -> Any:
-    """A copy with lists for tuples."""
-    if isinstance(value, Mapping):
-        return {str(k): _json(v) for k, v in value.items()}
-    return [_json(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _plain(node: Any) -> Any:
@@ -408,11 +325,6 @@ def _without_hydra(cfg: DictConfig) -> DictConfig:
     left_out = ("paths", "output_dir", "results", "trainer", "callbacks", "logger")
     keys = [str(k) for k in cfg if k not in left_out]
     return OmegaConf.masked_copy(cfg, keys)
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def _quiet() -> None:
