@@ -8,7 +8,7 @@ makes the tables from the rows that these commands append:
     python eval.py experiment=leaderboard/dinov2 weights=FILE
     python eval.py experiment=leaderboard/selectors weights=FILE
     python -m benchmarks.trained
-    python -m benchmarks.speed --suite modes --fraction 0.5 0.35 --only dinov2_small,vit_fashion
+    python -m benchmarks.speed --suite modes --fraction 0.75 0.5 0.35 --only dinov2_small
 
 `--quick` runs a few points of the first table again and says of each whether it falls inside the
 95 % interval of the committed row; `--again RUN_ID` does so with any row.
