@@ -126,6 +126,7 @@ def test_the_dense_model_runs_with_the_options_of_the_reduced_one():
 # ------------------------------------------------------------------------------- provenance
 
 
+@pytest.mark.slow
 def test_how_weights_were_trained_is_in_every_row_of_theirs(run, tmp_path):
     line = "train weights=vit_digits reducer=tome schedule.r=4 trainer=cpu trainer.max_epochs=1 "
     line += "trainer.limit_train_batches=2 trainer.limit_val_batches=1 callbacks=none logger=none"

@@ -408,6 +408,7 @@ def test_what_only_a_model_can_tell_is_refused_before_an_epoch(
     assert code == 2 and text.startswith("error: ") and expected in text, err
 
 
+@pytest.mark.slow
 def test_losses_of_a_reducer_and_of_a_search_can_be_watched(run: Run) -> None:
     batches = "trainer.max_epochs=1 trainer.limit_train_batches=1 trainer.limit_test_batches=1"
     for watched in ("train/loss_epoch", "val/loss"):

@@ -117,6 +117,7 @@ def test_what_cannot_be_searched_is_refused(images) -> None:
         ScheduleSearch(model(), [])
 
 
+@pytest.mark.slow
 def test_the_experiment_writes_a_schedule_that_eval_reads(tmp_path, monkeypatch, capsys) -> None:
     from zoo.cli.main import main
 

@@ -76,7 +76,7 @@ def test_option_builds(group: str, option: str, tmp_path):
     assert 0 < schedule.get_last_lr()[-1] <= peak
 
 
-@pytest.mark.parametrize("experiment", every(EXPERIMENTS, 3))
+@pytest.mark.parametrize("experiment", every(EXPERIMENTS, 4))
 def test_experiment_runs(experiment: str, tmp_path):
     row = train(
         config(
