@@ -48,6 +48,18 @@ def test_other_weights_are_another_job(run: Run) -> None:
     assert run(one)[0] == 0 and len(rows()) == 2
 
 
+def test_a_row_of_more_tasks_answers_a_job_of_fewer(run: Run) -> None:
+    both = "eval weights=vit_digits limit=20 'task=[accuracy,flops]' done=skip"
+    assert run(both)[0] == 0 and len(rows()) == 1
+    for fewer in ("'task=[flops,accuracy]'", "task=accuracy", "'task=[flops]'"):
+        code, out, _ = run(both.replace("'task=[accuracy,flops]'", fewer))
+        assert code == 0 and "| done before" in out and len(rows()) == 1
+    # Neither what was not asked then, nor other options.
+    assert run(both.replace("flops]", "flops,fidelity]"))[0] == 0 and len(rows()) == 2
+    assert run(both.replace("limit=20", "limit=10"))[0] == 0
+    assert len(rows()) == 3
+
+
 def test_without_the_option_jobs_are_run_again(run: Run) -> None:
     for _ in range(2):
         assert run("eval weights=vit_digits task=flops")[0] == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +43,9 @@ def digest(cfg: DictConfig) -> str:
 def done_before(cfg: DictConfig, job: str) -> list[Row]:
     """Rows of the same job, the last of each engine; empty where it has to be run.
 
-    A job that failed is run again. So is one whose weights have changed since; other images under
-    the same name are not noticed.
+    A row of more tasks, all else being equal, answers a job of fewer. A job that failed is run
+    again. So is one whose weights have changed since; other images under the same name are not
+    noticed.
 
     Args:
         cfg: The composed configuration; its option `done` says whether rows are looked for.
@@ -54,12 +55,34 @@ def done_before(cfg: DictConfig, job: str) -> list[Row]:
         return []
     from zoo.results.rows import read_rows
 
-    last: dict[Any, Row] = {}
+    wider: dict[tuple[str, ...], str] = {}
+    found: dict[str, dict[Any, Row]] = {}
     for row in read_rows(str(cfg.results), broken=[]):  # a report says which lines are broken
-        if row.get("job") == job:
-            last[row.get("engine")] = row
-    good = [r.get("status") in ("ok", "skipped") and _same_weights(r, cfg) for r in last.values()]
-    return list(last.values()) if all(good) else []
+        tasks = tuple(row.get("task") or ())
+        if tasks not in wider:
+            wider[tasks] = _of_more(cfg, tasks)
+        if row.get("job") in (job, wider[tasks]):
+            found.setdefault(row["job"], {})[row.get("engine")] = row
+    for last in (found.pop(job, {}), *found.values()):
+        if last and all(_answers(row, cfg) for row in last.values()):
+            return list(last.values())
+    return []
+
+
+def _of_more(cfg: DictConfig, tasks: Sequence[str]) -> str:
+    """The digest of this job with these tasks; empty where they are not all that it asks for."""
+    from omegaconf import OmegaConf
+
+    asked = [cfg.task] if isinstance(cfg.task, str) else list(cfg.task)
+    if not set(asked) <= set(tasks):
+        return ""
+    more = OmegaConf.merge(cfg, {"task": list(tasks)})
+    assert OmegaConf.is_dict(more)
+    return digest(more)
+
+
+def _answers(row: Row, cfg: DictConfig) -> bool:
+    return row.get("status") in ("ok", "skipped") and _same_weights(row, cfg)
 
 
 def _same_weights(row: Mapping[str, Any], cfg: DictConfig) -> bool:
