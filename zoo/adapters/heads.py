@@ -60,6 +60,23 @@ def mean_weight(size: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor
     return (weight / weight.sum(1, keepdim=True)).to(dtype)
 
 
+def mean(t: Tokens, first: int = 0) -> Tensor:
+    """Average of tokens from one on; each counts for the patches in it.
+
+    Args:
+        t: Tokens.
+        first: The first one that takes part.
+    """
+    x = t.x[:, first:]
+    if t.unit and t.mask is None and t.policy is None:
+        return x.mean(dim=1)
+    size = t.size[:, first:]
+    if t.policy is not None:
+        size = size * t.policy[:, first:]
+    mask = None if t.mask is None else t.mask[:, first:]
+    return (x * mean_weight(size, mask, x.dtype).unsqueeze(-1)).sum(1)
+
+
 def weighs(m: Any) -> bool:
     """Whether `head` counts a token once for every patch in it; others read prefix tokens alone."""
     return m.global_pool not in ("token", "") and usual_head(m)

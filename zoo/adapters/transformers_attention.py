@@ -1,4 +1,4 @@
-"""Attention of the vision transformers of Hugging Face."""
+"""Layers of the vision transformers of Hugging Face, and their attention."""
 
 from __future__ import annotations
 
@@ -59,3 +59,17 @@ def register_hf_attention(cls: type[nn.Module]) -> None:
         weights=_weights,
         calling=Calling(lambda x: (x,), lambda out: (out, None)),
     )
+
+
+def call_layer(block: Any, x: Tensor, extra: dict[str, Any]) -> Tensor:
+    """How transformers calls a layer: sizes are a mask that is added."""
+    return plain_forward(block)(x, extra.get("attn_mask"))  # type: ignore[no-any-return]
+
+
+def plain_forward(block: Any) -> Any:
+    """A layer without its own gradient checkpointing, which the wrapper sees to."""
+    owner = block if isinstance(block, nn.Module) else getattr(block, "__self__", None)
+    if owner is None or not (getattr(owner, "gradient_checkpointing", False) and owner.training):
+        return block
+    bare = getattr(type(owner).forward, "__wrapped__", None)
+    return block if bare is None else bare.__get__(owner)

@@ -12,13 +12,10 @@ from reduction.tokens import Tokens
 from zoo.adapters.attention import through
 from zoo.adapters.bias import bias_of
 from zoo.adapters.blocks import Attend, BlockAdapter, masked, register_block
+from zoo.adapters.heads import mean
 from zoo.adapters.tower import Embedded, register_tower
-from zoo.adapters.transformers_attention import register_hf_attention
-from zoo.adapters.transformers_tower import (
-    HfTower,
-    mean,
-    plain_forward,
-)
+from zoo.adapters.transformers_attention import plain_forward, register_hf_attention
+from zoo.adapters.transformers_tower import HfTower
 
 _SHARED, _RESIZED, _PIXELS = "shared", "interpolate_pos_encoding", "resolution"
 

@@ -10,9 +10,10 @@ from transformers.models.clip import modeling_clip as clip
 
 from reduction.tokens import Tokens
 from zoo.adapters.blocks import Attend, BlockAdapter, masked, register_block
+from zoo.adapters.heads import mean
 from zoo.adapters.tower import register_tower
-from zoo.adapters.transformers_attention import register_hf_attention
-from zoo.adapters.transformers_tower import HfTower, call_layer, mean
+from zoo.adapters.transformers_attention import call_layer, register_hf_attention
+from zoo.adapters.transformers_tower import HfTower
 
 
 class HfClip(HfTower):

@@ -11,7 +11,7 @@ from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 from reduction.tokens import Tokens
 from zoo.adapters.blocks import BlockAdapter, register_block
 from zoo.adapters.tower import Embedded, register_tower
-from zoo.adapters.transformers_attention import register_hf_attention
+from zoo.adapters.transformers_attention import plain_forward, register_hf_attention
 from zoo.adapters.transformers_dinov2 import (
     attention_of,
     attn_half,
@@ -19,7 +19,7 @@ from zoo.adapters.transformers_dinov2 import (
     mlp_branch,
     mlp_half,
 )
-from zoo.adapters.transformers_tower import HfTower, plain_forward
+from zoo.adapters.transformers_tower import HfTower
 
 
 class HfDinov3(HfTower):

@@ -11,10 +11,11 @@ from reduction.functional.attention import attention_bias
 from reduction.tokens import Tokens
 from zoo.adapters.attention import linear_weights
 from zoo.adapters.blocks import register_block
+from zoo.adapters.heads import mean
 from zoo.adapters.tower import register_tower
 from zoo.adapters.transformers_attention import register_hf_attention
 from zoo.adapters.transformers_clip import PLAIN
-from zoo.adapters.transformers_tower import HfTower, mean
+from zoo.adapters.transformers_tower import HfTower
 
 
 class HfSiglip(HfTower):

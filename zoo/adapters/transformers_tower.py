@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 
 from reduction.tokens import Tokens
 from zoo.adapters.attention import linear_weights
-from zoo.adapters.heads import mean_weight
+from zoo.adapters.heads import mean
 from zoo.adapters.timm_tower import of_projection
 from zoo.adapters.tower import Embedded, Sized, Tower
 from zoo.errors import UnsupportedModel, ZooError
@@ -386,23 +386,6 @@ class _AsTimm:
         return self._tower.classify(self._m, x)
 
 
-def mean(t: Tokens, first: int = 0) -> Tensor:
-    """Average of tokens from one on; each counts for the patches in it.
-
-    Args:
-        t: Tokens.
-        first: The first one that takes part.
-    """
-    x = t.x[:, first:]
-    if t.unit and t.mask is None and t.policy is None:
-        return x.mean(dim=1)
-    size = t.size[:, first:]
-    if t.policy is not None:
-        size = size * t.policy[:, first:]
-    mask = None if t.mask is None else t.mask[:, first:]
-    return (x * mean_weight(size, mask, x.dtype).unsqueeze(-1)).sum(1)
-
-
 def _positions(embeddings: Any) -> Any:
     """Positions of all tokens, `(1, N, C)`; None where nothing is added."""
     table = getattr(embeddings, "position_embedding", None)
@@ -416,17 +399,3 @@ def _pair(size: Any) -> tuple[int, int]:
         height, width = size
         return int(height), int(width)
     return int(size), int(size)
-
-
-def call_layer(block: Any, x: Tensor, extra: dict[str, Any]) -> Tensor:
-    """How transformers calls a layer: sizes are a mask that is added."""
-    return plain_forward(block)(x, extra.get("attn_mask"))  # type: ignore[no-any-return]
-
-
-def plain_forward(block: Any) -> Any:
-    """A layer without its own gradient checkpointing, which the wrapper sees to."""
-    owner = block if isinstance(block, nn.Module) else getattr(block, "__self__", None)
-    if owner is None or not (getattr(owner, "gradient_checkpointing", False) and owner.training):
-        return block
-    bare = getattr(type(owner).forward, "__wrapped__", None)
-    return block if bare is None else bare.__get__(owner)

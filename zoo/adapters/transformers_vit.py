@@ -15,9 +15,10 @@ from transformers.models.vit_mae import modeling_vit_mae as mae
 from reduction.tokens import Tokens
 from zoo.adapters.attention import through
 from zoo.adapters.blocks import Attend, BlockAdapter, masked, register_block
+from zoo.adapters.heads import mean
 from zoo.adapters.tower import Embedded, register_tower
-from zoo.adapters.transformers_attention import register_hf_attention
-from zoo.adapters.transformers_tower import HfTower, call_layer, mean
+from zoo.adapters.transformers_attention import call_layer, register_hf_attention
+from zoo.adapters.transformers_tower import HfTower
 from zoo.errors import UnsupportedModel, ZooError
 
 

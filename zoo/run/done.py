@@ -71,13 +71,11 @@ def done_before(cfg: DictConfig, job: str) -> list[Row]:
 
 def _of_more(cfg: DictConfig, tasks: Sequence[str]) -> str:
     """The digest of this job with these tasks; empty where they are not all that it asks for."""
-    from omegaconf import OmegaConf
-
     asked = [cfg.task] if isinstance(cfg.task, str) else list(cfg.task)
     if not set(asked) <= set(tasks):
         return ""
-    more = OmegaConf.merge(cfg, {"task": list(tasks)})
-    assert OmegaConf.is_dict(more)
+    more = cfg.copy()
+    more.task = list(tasks)
     return digest(more)
 
 
