@@ -56,6 +56,10 @@ def _dinov2(table: Callable[[Sequence[Row], str], str], dataset: str) -> Callabl
     return lambda: table(_rows(DINOV2), dataset)
 
 
+def _galleries(dataset: str) -> Callable[[], str]:
+    return lambda: standings.gallery_table([*_rows(DINOV2), *_rows(GALLERIES)], dataset)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "fashion": _fashion(standings.fashion_table),
     "controls": _fashion(standings.control_table),
@@ -64,9 +68,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "trained": lambda: standings.trained_table(_rows(TRAINED), _rows(FASHION)),
     "dinov2": _dinov2(standings.agreement_table, "fashion_mnist"),
     "dinov2 resolution": _dinov2(standings.resolution_table, "fashion_mnist"),
-    "dinov2 galleries": lambda: standings.gallery_table(_rows(GALLERIES)),
+    "dinov2 galleries": _galleries("fashion_mnist"),
     "clip art": _dinov2(standings.agreement_table, "openclipart"),
     "clip art resolution": _dinov2(standings.resolution_table, "openclipart"),
+    "clip art galleries": _galleries("openclipart"),
     "selectors": lambda: standings.selector_table(_rows(SELECTORS)),
     "speed": lambda: modes_table.points_table(_rows(ROOT / modes.POINTS)),
 }

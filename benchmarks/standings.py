@@ -298,7 +298,7 @@ def gallery_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str:
     """Markdown: right labels by the dense tower's gallery and by the reduced tower's own.
 
     Args:
-        rows: Of the leaderboard on DINOv2, as they were appended.
+        rows: Of the leaderboard on DINOv2 and of its galleries, as they were appended.
         dataset: Of which images.
     """
     found: dict[tuple[str, str, float], dict[str, Row]] = defaultdict(dict)
