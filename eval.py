@@ -4,10 +4,11 @@ import sys
 
 import hydra
 
+from zoo.releases import BASE
 from zoo.run.entry import guarded, job
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="eval")
+@hydra.main(**BASE, config_path="configs", config_name="eval")
 def main(cfg):
     """Runs one evaluation; torch and timm are imported inside."""
     return job("eval", cfg)

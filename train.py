@@ -4,10 +4,11 @@ import sys
 
 import hydra
 
+from zoo.releases import BASE
 from zoo.run.entry import guarded, job
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+@hydra.main(**BASE, config_path="configs", config_name="train")
 def main(cfg):
     """Runs one training; torch and Lightning are imported inside."""
     return job("train", cfg)

@@ -31,6 +31,7 @@ from zoo.data import build_data
 from zoo.measure.device import like_weights
 from zoo.model.reduced import ReducedViT
 from zoo.published import config_folder
+from zoo.releases import BASE
 from zoo.results.rows import Row, append_row, read_rows
 from zoo.run.build import build_model
 from zoo.run.evaluate import evaluate
@@ -75,7 +76,7 @@ def overrides(method: str, align: int) -> list[str]:
 def configured(words: Sequence[str]) -> Any:
     """configs/eval.yaml with these overrides."""
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+    with initialize_config_dir(str(config_folder()), **BASE):
         return compose("eval", list(words))
 
 

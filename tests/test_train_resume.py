@@ -16,6 +16,7 @@ import zoo
 from reduction.functional import kernels
 from tests.test_train import TINY, config, gap, keep_signal_handler, weights  # noqa: F401
 from zoo.errors import BadCheckpoint, ZooError
+from zoo.run.resume import resumed
 from zoo.run.train import train
 
 # Options that are not the defaults, of every kind.
@@ -150,6 +151,39 @@ def test_a_checkpoint_that_says_nothing_of_its_run(stopped: str, tmp_path: Path)
     torch.save(stored, tmp_path / "a.ckpt")
     with pytest.raises(BadCheckpoint, match="does not hold the options of its run.*weights="):
         train(config(f"ckpt={tmp_path / 'a.ckpt'}", out=tmp_path, base=[]))
+
+
+@pytest.mark.parametrize(
+    ("option", "node"),
+    [
+        ("loss", {"_target_": "os.system", "command": "touch called"}),
+        ("reducer", {"_target_": "zoo.cli.main.os.system", "command": "touch called"}),
+        ("optim", {"_target_": "${oc.env:HOME}"}),
+        ("trainer", {"strategy": {"_target_": "torch.hub.load", "repo_or_dir": "who/knows"}}),
+        ("data", {"_target_": "zoo.data.Digits", "root": [{"_target_": "builtins.print"}]}),
+    ],
+)
+def test_a_checkpoint_cannot_choose_what_is_called(
+    stopped: str, option: str, node: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stored = torch.load(file(stopped), weights_only=True)
+    stored["hyper_parameters"]["options"][option] = node
+    torch.save(stored, file(stopped))
+    inner = option if "_target_" in node else "trainer.strategy"
+    with pytest.raises(BadCheckpoint, match=rf"for {inner}.*, which is not part of this package"):
+        train(config(stopped, out=tmp_path / "out", base=[]))
+    assert not Path("called").exists()
+
+
+def test_what_this_command_names_may_be_called(stopped: str) -> None:
+    stored = torch.load(file(stopped), weights_only=True)
+    stored["hyper_parameters"]["options"]["loss"] = {"_target_": "torch.nn.MultiMarginLoss"}
+    with pytest.raises(BadCheckpoint, match=r"type loss\._target_=torch\.nn\.MultiMarginLoss, too"):
+        resumed(config(stopped, out=Path("out"), base=[]), stored, file(stopped))
+    named = config(stopped, "loss={_target_: torch.nn.MultiMarginLoss}", out=Path("out"), base=[])
+    found = resumed(named, stored, file(stopped))
+    assert found.loss._target_ == "torch.nn.MultiMarginLoss"
 
 
 def test_a_checkpoint_of_an_older_version(first: Path, tmp_path: Path) -> None:

@@ -73,9 +73,10 @@ def _hydra(program: str, command: str, rest: list[str]) -> int:
     import hydra
 
     from zoo.published import config_folder
+    from zoo.releases import BASE
     from zoo.run.entry import guarded, job
 
-    @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=command)
+    @hydra.main(**BASE, config_path=str(config_folder()), config_name=command)
     def run(cfg: Any) -> Any:
         return job(command, cfg)
 

@@ -35,11 +35,12 @@ def build_data(cfg: DictConfig, model: nn.Module | None = None) -> ImageData:
     Raises:
         ZooError: the data cannot be found, or does not fit the model.
     """
-    import hydra
     from omegaconf import OmegaConf
 
+    from zoo.releases import build
+
     augment = cfg.get("augment")
-    data: ImageData = hydra.utils.instantiate(
+    data: ImageData = build(
         cfg.data,
         augment=None if augment is None else OmegaConf.to_container(augment, resolve=True),
         seed=int(cfg.get("seed") or 0),

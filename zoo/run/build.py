@@ -137,13 +137,13 @@ def instantiate(node: Any, name: str = "") -> Any:
     Raises:
         ZooError: The constructor refused its arguments, or there is nothing at that import path.
     """
-    import hydra.utils
     from hydra.errors import InstantiationException
 
+    from zoo.releases import build
     from zoo.run.messages import explain
 
     try:
-        built = hydra.utils.instantiate(node)
+        built = build(node)
     except InstantiationException as error:
         cause = error.__cause__
         if not isinstance(cause, ZooError):  # which would know better

@@ -65,6 +65,7 @@ def guarded(
 def _guarded(
     main: Callable[[], Any], kind: str, argv: list[str] | None, shown: list[str] | None
 ) -> int:
+    from zoo.releases import hush
     from zoo.run.launchers import refuse
     from zoo.run.typed import typed
 
@@ -84,6 +85,7 @@ def _guarded(
         if help.asked(sys.argv[1:]):
             print(help.page(kind, sys.argv[1:]))
         else:
+            hush()
             main()
     except KeyboardInterrupt:
         kept = f"; the rows so far are in {State.rows_path}" if State.rows_path else ""

@@ -8,8 +8,10 @@ then it is taken, or is refused by its name.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +86,7 @@ def resumed(cfg: DictConfig, stored: Mapping[str, Any], path: Path) -> DictConfi
     was = _stored_options(stored, path)
     now: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
     result = {**now, **was, "callbacks": _callbacks(was, now)}
+    _check_targets(result, now, path)
     before = OmegaConf.create(copy.deepcopy(result))
     differ = []
     for key in sorted(_typed(now)):
@@ -161,6 +164,30 @@ def _stored_options(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in found.items() if key not in _PLACES}
 
 
+def _check_targets(result: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Refuses a file that would have this command call what neither it nor the zoo names.
+
+    Options with a `_target_` are calls of Python objects; whoever sends a checkpoint chooses them.
+    """
+    from zoo.releases import targets
+
+    named = {target for _, target in targets(now)}
+    for name, target in targets(result):
+        if target not in named and target not in _packaged():
+            raise BadCheckpoint(
+                f"{path}: its run called {short(target, 120)} for {name}, which is not part of "
+                f"this package; if you trust whoever wrote the file, type "
+                f"{name}._target_={short(target, 120)[1:-1]}, too"
+            )
+
+
+@cache
+def _packaged() -> frozenset[str]:
+    """What the options that come with the package call."""
+    texts = (file.read_text(encoding="utf-8") for file in config_folder().rglob("*.yaml"))
+    return frozenset(name for text in texts for name in re.findall(r"_target_: *([\w.]+)", text))
+
+
 def _callbacks(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """The run's own callbacks; those of other people's code are this command's."""
     mine = now.get("callbacks") or {}
@@ -204,10 +231,12 @@ def _defaults() -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
+    from zoo.releases import BASE
+
     if GlobalHydra.instance().is_initialized():
         composed = compose("train")
     else:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        with initialize_config_dir(str(config_folder()), **BASE):
             composed = compose("train")
     return OmegaConf.to_container(composed, resolve=False)
 

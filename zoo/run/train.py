@@ -226,13 +226,12 @@ def instantiate_trainer(cfg: DictConfig) -> pl.Trainer:
         raise ZooError(f"this logger needs a package: pip install {error.name}") from error
     if not loggers:
         callbacks = [c for c in callbacks if not isinstance(c, pl.callbacks.LearningRateMonitor)]
-    import hydra.utils
     from hydra.errors import InstantiationException
 
+    from zoo.releases import build
+
     try:
-        return hydra.utils.instantiate(
-            cfg.trainer, callbacks=callbacks, logger=loggers or False, **_where(cfg)
-        )
+        return build(cfg.trainer, callbacks=callbacks, logger=loggers or False, **_where(cfg))
     except InstantiationException as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ZooError(f"the trainer cannot be built: {reason}") from error
