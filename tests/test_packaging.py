@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import zoo
+from zoo.libraries.names import LIBRARIES
 
 ROOT = Path(zoo.__file__).resolve().parents[1]
 FILES = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "train.py", "eval.py")
@@ -99,6 +100,27 @@ def test_every_package_is_listed():
             found.add(".".join(init.parent.relative_to(ROOT).parts))
     assert set(listed) == found
     assert listed == sorted(listed)
+
+
+def test_extras_are_typed_as_every_pip_finds_them():
+    """Metadata spells them with hyphens, which pip before 23.3 takes to the letter."""
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    text = (ROOT / "pyproject.toml").read_text()
+    extras = set(tomllib.loads(text)["project"]["optional-dependencies"])
+    files = [p for p in (ROOT / "zoo").rglob("*.py")] + [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+    ]
+    texts = [text, *(path.read_text() for path in files)]
+    typed = {
+        x
+        for t in texts
+        for found in re.findall(r"tokenzoo\[([\w,-]+)\]", t)
+        for x in found.split(",")
+    }
+    typed |= {library.extra for library in LIBRARIES.values() if library.extra}
+    assert "open-clip" in typed and typed <= extras
+    assert not [extra for extra in extras if "_" in extra]
 
 
 def test_version_of_the_citation():

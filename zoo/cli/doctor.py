@@ -30,7 +30,7 @@ _OPTIONAL = {
     "report": ("plotly", "matplotlib"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "transformers": ("transformers",),
-    "open_clip": ("open_clip_torch",),
+    "open-clip": ("open_clip_torch",),
 }
 
 # Small models that between them go through every backbone adapter and pooling.

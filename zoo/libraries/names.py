@@ -44,7 +44,7 @@ LIBRARIES = {
             "Hugging Face transformers",
             "facebook/dinov2-small",
         ),
-        Library("open_clip", "open_clip", "open_clip", "OpenCLIP", "ViT-B-32"),
+        Library("open_clip", "open_clip", "open-clip", "OpenCLIP", "ViT-B-32"),
         Library("torchvision", "torchvision", None, "torchvision", "vit_b_16"),
     )
 }

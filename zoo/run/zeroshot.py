@@ -150,7 +150,7 @@ def _open_clip(what: str) -> Any:
     try:
         import open_clip
     except ImportError as error:
-        raise ZooError(f"{what} is of open_clip; pip install 'tokenzoo[open_clip]'") from error
+        raise ZooError(f"{what} is of open_clip; pip install 'tokenzoo[open-clip]'") from error
     return open_clip
 
 
