@@ -63,9 +63,11 @@ def done_before(cfg: DictConfig, job: str) -> list[Row]:
             wider[tasks] = _of_more(cfg, tasks)
         if row.get("job") in (job, wider[tasks]):
             found.setdefault(row["job"], {})[row.get("engine")] = row
-    for last in (found.pop(job, {}), *found.values()):
-        if last and all(_answers(row, cfg) for row in last.values()):
-            return list(last.values())
+    # What was left out of more tasks may have been left out for one of the others.
+    for name in sorted(found, key=lambda name: name != job):
+        last = list(found[name].values())
+        if all(_answers(row, cfg, ("ok", "skipped") if name == job else ("ok",)) for row in last):
+            return last
     return []
 
 
@@ -79,8 +81,8 @@ def _of_more(cfg: DictConfig, tasks: Sequence[str]) -> str:
     return digest(more)
 
 
-def _answers(row: Row, cfg: DictConfig) -> bool:
-    return row.get("status") in ("ok", "skipped") and _same_weights(row, cfg)
+def _answers(row: Row, cfg: DictConfig, ends: Sequence[str]) -> bool:
+    return row.get("status") in ends and _same_weights(row, cfg)
 
 
 def _same_weights(row: Mapping[str, Any], cfg: DictConfig) -> bool:
