@@ -244,8 +244,9 @@ def agreement_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str:
     heads = [f"{100 * b:g} %" for b in budgets]
     rest = ["95 %", "centred cosine", "worst image"]
     told = max((_recall(row) or 0.0 for row in rows), default=0.0) >= TOLD
-    rest += ["other crop found first"] * told
-    heads = ["method", "sizes", *heads, *(f"{name} at {100 * last:g} %" for name in rest)]
+    crops = [f"other crop found first at {100 * b:g} %" for b in budgets if told]
+    rest = [f"{name} at {100 * last:g} %" for name in rest]
+    heads = ["method", "sizes", *heads, *rest, *crops]
     lines = [heads]
 
     def best(key: tuple[str, str]) -> float:
@@ -256,7 +257,7 @@ def agreement_table(rows: Sequence[Row], dataset: str = "fashion_mnist") -> str:
         at = found[key].get(last)
         cells = [*key, *(_agreement(found[key].get(b), b) for b in budgets)]
         cells += [_agreed(at) if at else "", *_cosines(at)]
-        cells += [_number(_recall(at), ".1f")] * told
+        cells += [_number(_recall(found[key].get(b)), ".1f") for b in budgets if told]
         lines.append(cells)
     return markdown(lines)
 

@@ -88,6 +88,9 @@ def test_of_rows_for_one_job_the_last_counts_and_failed_ones_do_not() -> None:
     assert standings.good([first, *ROWS, failed]) == ROWS
 
 
+RECALL = {"crop": {"recall1": 20.77}}
+
+
 def test_agreement_with_the_dense_tower() -> None:
     rows = [
         row("tome", 0.35, reducer={"name": "tome", "prop_attn": True}, knn=KNN,
@@ -98,6 +101,10 @@ def test_agreement_with_the_dense_tower() -> None:
     assert cells(lines[2])[1:] == ["yes", "95.0", "93.0 to 97.0", "0.999", "0.900"]
     assert cells(lines[3])[1:3] == ["no", "9.0"]
     assert len(standings.agreement_table(rows, "openclipart").splitlines()) == 2
+    again = {**rows[0], "job": "j", "schedule": {"fraction": 0.5}, "retrieval": RECALL}
+    lines = standings.agreement_table([*rows, again]).splitlines()
+    assert cells(lines[0])[-2:] == [f"other crop found first at {b} %" for b in (50, 35)]
+    assert cells(lines[2])[-2:] == ["20.8", ""]
 
 
 def test_smaller_images_are_compared_with_the_dense_tower() -> None:
