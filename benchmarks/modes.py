@@ -7,7 +7,7 @@
 
 A job is one backbone in one mode, precision, batch size and number of threads, with all methods at
 0.6 of the dense GMACs (`--fraction` asks for another part). Its rows are written when it ends, and
-a job whose rows are there is not done again. The jobs with a target come first.
+a job whose rows from such a machine are there is not done again. The jobs with a target come first.
 """
 
 from __future__ import annotations
@@ -113,8 +113,10 @@ def _names(option: str, given: str | None, known: Mapping[str, Any]) -> set[str]
 
 
 def done_jobs(path: Path) -> set[str]:
-    """Jobs whose rows are in a file already."""
+    """Jobs whose rows, of a machine like this one, are in a file already."""
     rows = readable_rows([path]) if Path(path).is_file() else []
+    here = in_words(machine())
+    rows = [row for row in rows if in_words(row.get("machine") or {}) == here]
     return {str((row.get("bench") or {}).get("job")) for row in rows}
 
 

@@ -76,16 +76,24 @@ def deployed_table(rows: Sequence[Row]) -> str:
 def points_table(rows: Sequence[Row]) -> str:
     """Markdown: speed-up over the dense model of every method at every cost in every mode.
 
+    Every machine has a table of its own.
+
     Args:
         rows: Of the suite with `--fraction`, as they were appended.
     """
-    found = _by_job(rows)
-    if not found:
+    rows = of_modes(rows)
+    if not rows:
         return "No rows yet: `python -m benchmarks.speed --suite modes --fraction 0.5` writes them."
+    machines = dict.fromkeys(_machine(row) for row in rows)
+    return "\n\n".join(_points([r for r in rows if _machine(r) == name]) for name in machines)
+
+
+def _points(rows: Sequence[Row]) -> str:
+    found = _by_job(rows)
     known = {method for own in found.values() for method in own}
     methods = [method for method in METHODS if method in known]
     lines = [["model", "cost", "precision, mode", "batch", "threads", "dense ms", *methods]]
-    costs = sorted({row["bench"].get("fraction", FRACTION) for row in of_modes(rows)})
+    costs = sorted({row["bench"].get("fraction", FRACTION) for row in rows})
     for job, cost in itertools.product(sorted(jobs("cpu"), key=_as_told), reversed(costs)):
         if (own := found.get(str(job._replace(fraction=cost)))) is None:
             continue
@@ -95,6 +103,10 @@ def points_table(rows: Sequence[Row]) -> str:
         cells.append(f"{min(dense.values()):.1f}" if dense else "")
         lines.append(cells + [_times(own.get(method)) for method in methods])
     return "\n".join([_where(rows), "", markdown(lines)])
+
+
+def _machine(row: Row) -> str:
+    return in_words(row["machine"]) if row.get("machine") else "an unknown machine"
 
 
 def _kind(job: Job) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,12 @@ def test_other_costs_are_other_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     lines = modes_table.points_table(rows).splitlines()
     assert [line.split("|")[2].strip() for line in lines[4:]] == ["90 %", "80 %"]
     assert all(line.count("x |") == 2 for line in lines[4:])
+    # Rows of another machine are neither done here nor in the same table.
+    other = {"name": "Another CPU", "isa": ["avx2"]}
+    out.write_text("".join(json.dumps({**one, "machine": other}) + "\n" for one in rows))
+    assert done_jobs(out) == set()
+    text = modes_table.points_table([*rows, *read_rows(out)])
+    assert text.count("| model |") == 2 and text.count("On Another CPU: no AMX; torch") == 1
 
 
 # ------------------------------------------------------------------------------------- tables
