@@ -103,6 +103,8 @@ def _is(value: Any, text: str) -> bool:
         wanted: Any = json.loads(text)
     except ValueError:
         wanted = text
+    if isinstance(value, str):  # such as the family of a processor, "6"
+        return value == text
     return bool(value == wanted) and isinstance(value, bool) == isinstance(wanted, bool)
 
 
