@@ -4,8 +4,8 @@ import sys
 
 import hydra
 
-from zoo.releases import BASE
 from zoo.run.entry import guarded, job
+from zoo.run.releases import BASE
 
 
 @hydra.main(**BASE, config_path="configs", config_name="train")

@@ -31,10 +31,10 @@ from zoo.data import build_data
 from zoo.measure.device import like_weights
 from zoo.model.reduced import ReducedViT
 from zoo.published import config_folder
-from zoo.releases import BASE
 from zoo.results.rows import Row, append_row, read_rows
 from zoo.run.build import build_model
 from zoo.run.evaluate import evaluate
+from zoo.run.releases import BASE
 
 ROOT = Path(__file__).parents[1]
 PAGE, ROWS = ROOT / "docs" / "bf16.md", ROOT / "results" / "precision" / "digits.jsonl"

@@ -73,8 +73,8 @@ def _hydra(program: str, command: str, rest: list[str]) -> int:
     import hydra
 
     from zoo.published import config_folder
-    from zoo.releases import BASE
     from zoo.run.entry import guarded, job
+    from zoo.run.releases import BASE
 
     @hydra.main(**BASE, config_path=str(config_folder()), config_name=command)
     def run(cfg: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,16 +36,19 @@ def build_data(cfg: DictConfig, model: nn.Module | None = None) -> ImageData:
     Raises:
         ZooError: the data cannot be found, or does not fit the model.
     """
+    import hydra
     from omegaconf import OmegaConf
 
-    from zoo.releases import build
-
     augment = cfg.get("augment")
-    data: ImageData = build(
-        cfg.data,
-        augment=None if augment is None else OmegaConf.to_container(augment, resolve=True),
-        seed=int(cfg.get("seed") or 0),
-    )
+    with warnings.catch_warnings():  # which Hydra 1.4 gives authors of programs, on every call
+        warnings.filterwarnings(
+            "ignore", message=r"hydra\.utils\.instantiate\(\) resolved _target_"
+        )
+        data: ImageData = hydra.utils.instantiate(
+            cfg.data,
+            augment=None if augment is None else OmegaConf.to_container(augment, resolve=True),
+            seed=int(cfg.get("seed") or 0),
+        )
     if model is not None:
         data.attach(model)
     return data

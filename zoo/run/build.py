@@ -139,8 +139,8 @@ def instantiate(node: Any, name: str = "") -> Any:
     """
     from hydra.errors import InstantiationException
 
-    from zoo.releases import build
     from zoo.run.messages import explain
+    from zoo.run.releases import build
 
     try:
         built = build(node)

@@ -65,8 +65,8 @@ def guarded(
 def _guarded(
     main: Callable[[], Any], kind: str, argv: list[str] | None, shown: list[str] | None
 ) -> int:
-    from zoo.releases import hush
     from zoo.run.launchers import refuse
+    from zoo.run.releases import hush
     from zoo.run.typed import typed
 
     original, before = list(sys.argv), os.environ.get(_FULL_ERROR)

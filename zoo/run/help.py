@@ -49,7 +49,7 @@ def page(kind: str, arguments: Sequence[str]) -> str:
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    from zoo.releases import BASE
+    from zoo.run.releases import BASE
 
     typed = [text for text in arguments if not text.startswith("-")]
     GlobalHydra.instance().clear()

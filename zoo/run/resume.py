@@ -169,7 +169,7 @@ def _check_targets(result: Mapping[str, Any], now: Mapping[str, Any], path: Path
 
     Options with a `_target_` are calls of Python objects; whoever sends a checkpoint chooses them.
     """
-    from zoo.releases import targets
+    from zoo.run.releases import targets
 
     named = {target for _, target in targets(now)}
     for name, target in targets(result):
@@ -231,7 +231,7 @@ def _defaults() -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from zoo.releases import BASE
+    from zoo.run.releases import BASE
 
     if GlobalHydra.instance().is_initialized():
         composed = compose("train")

@@ -228,7 +228,7 @@ def instantiate_trainer(cfg: DictConfig) -> pl.Trainer:
         callbacks = [c for c in callbacks if not isinstance(c, pl.callbacks.LearningRateMonitor)]
     from hydra.errors import InstantiationException
 
-    from zoo.releases import build
+    from zoo.run.releases import build
 
     try:
         return build(cfg.trainer, callbacks=callbacks, logger=loggers or False, **_where(cfg))
