@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import hydra.utils
+from hydra.errors import InstantiationException
 
 #: For `hydra.main` and `hydra.initialize`: the defaults that the configuration tree is written for.
 BASE: Mapping[str, Any] = (
@@ -33,7 +34,12 @@ def build(node: Any, **arguments: Any) -> Any:
     """
     with warnings.catch_warnings():
         hush()
-        return hydra.utils.instantiate(node, **arguments)
+        try:
+            return hydra.utils.instantiate(node, **arguments)
+        except InstantiationException:
+            raise
+        except Exception as error:  # of the constructor, which 1.3 wraps and 1.4 hands on
+            raise InstantiationException(str(error)) from error
 
 
 def hush() -> None:

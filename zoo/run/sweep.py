@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +148,8 @@ class ReportCallback(Callback):
         from zoo.run.outcome import report_failed
 
         path = sweep_rows_path(config.hydra)
-        if not path.exists():
+        # Hydra 1.4 comes here after Ctrl-C, too, while the interrupt is on its way.
+        if not path.exists() or isinstance(sys.exc_info()[1], KeyboardInterrupt):
             return
         from zoo.run.controls import add_controls
 
