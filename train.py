@@ -5,10 +5,10 @@ import sys
 import hydra
 
 from zoo.run.entry import guarded, job
-from zoo.run.releases import BASE
+from zoo.version import hydra_base
 
 
-@hydra.main(**BASE, config_path="configs", config_name="train")
+@hydra.main(**hydra_base(), config_path="configs", config_name="train")
 def main(cfg):
     """Runs one training; torch and Lightning are imported inside."""
     return job("train", cfg)

@@ -34,7 +34,7 @@ from zoo.published import config_folder
 from zoo.results.rows import Row, append_row, read_rows
 from zoo.run.build import build_model
 from zoo.run.evaluate import evaluate
-from zoo.run.releases import BASE
+from zoo.version import hydra_base
 
 ROOT = Path(__file__).parents[1]
 PAGE, ROWS = ROOT / "docs" / "bf16.md", ROOT / "results" / "precision" / "digits.jsonl"
@@ -76,7 +76,7 @@ def overrides(method: str, align: int) -> list[str]:
 def configured(words: Sequence[str]) -> Any:
     """configs/eval.yaml with these overrides."""
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_folder()), **BASE):
+    with initialize_config_dir(str(config_folder()), **hydra_base()):
         return compose("eval", list(words))
 
 

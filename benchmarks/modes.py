@@ -28,6 +28,7 @@ from benchmarks import jobs as suite
 from benchmarks import tasks
 from benchmarks.jobs import METHODS, MODELS, MODES, PRECISIONS, Job, target, target_over_timm
 from benchmarks.models import plain_backbone, reduced
+from benchmarks.modes_table import machine_of
 from benchmarks.speed import DENSE, TIMM, make_row, print_table
 from benchmarks.timing import Step, in_turns, is_out_of_memory, release
 from zoo.errors import NoClassToken, ZooError
@@ -116,7 +117,7 @@ def done_jobs(path: Path) -> set[str]:
     """Jobs whose rows, of a machine like this one, are in a file already."""
     rows = readable_rows([path]) if Path(path).is_file() else []
     here = in_words(machine())
-    rows = [row for row in rows if in_words(row.get("machine") or {}) == here]
+    rows = [row for row in rows if machine_of(row) == here]
     return {str((row.get("bench") or {}).get("job")) for row in rows}
 
 

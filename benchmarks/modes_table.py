@@ -84,8 +84,8 @@ def points_table(rows: Sequence[Row]) -> str:
     rows = of_modes(rows)
     if not rows:
         return "No rows yet: `python -m benchmarks.speed --suite modes --fraction 0.5` writes them."
-    machines = dict.fromkeys(_machine(row) for row in rows)
-    return "\n\n".join(_points([r for r in rows if _machine(r) == name]) for name in machines)
+    machines = dict.fromkeys(machine_of(row) for row in rows)
+    return "\n\n".join(_points([r for r in rows if machine_of(r) == name]) for name in machines)
 
 
 def _points(rows: Sequence[Row]) -> str:
@@ -105,8 +105,9 @@ def _points(rows: Sequence[Row]) -> str:
     return "\n".join([_where(rows), "", markdown(lines)])
 
 
-def _machine(row: Row) -> str:
-    return in_words(row["machine"]) if row.get("machine") else "an unknown machine"
+def machine_of(row: Row) -> str:
+    """The machine that a row was measured on, in words."""
+    return in_words(row.get("machine") or {})
 
 
 def _kind(job: Job) -> str:

@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 #: Rooms beside the stairs: who may use them, and which rooms they may use themselves.
 BESIDE: dict[str, tuple[str, ...]] = {
-    "zoo.data": ("zoo.errors", "reduction"),
+    "zoo.data": ("zoo.errors", "zoo.version", "reduction"),
     # Rows are refused in the words of the tables, which import nothing.
     "zoo.results": ("zoo.errors", "zoo.version", "zoo.report.words"),
     "zoo.report": ("zoo.results", "zoo.errors", "zoo.version"),

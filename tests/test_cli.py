@@ -70,6 +70,7 @@ MISTAKES = [
     ),
     ("eval backbone=test_vit reducer=tome schedule.r=90 task=flops", "can remove at most 50"),
     ("eval backbone=test_vit reducer=tome +reducer.foo=1 task=flops", "foo"),
+    ("eval weights=vit_digits task=accuracy +data.foo=1", "data: no argument 'foo'"),
     ("eval backbone=test_vit reducer=tome reducer.metric=foo task=flops", "metric must be"),
     ("eval backbone=test_vit data=folder task=accuracy", "data.root"),
     ("eval backbone=test_vit data=folder data.root=nowhere task=accuracy", "nowhere"),

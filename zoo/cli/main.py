@@ -74,9 +74,9 @@ def _hydra(program: str, command: str, rest: list[str]) -> int:
 
     from zoo.published import config_folder
     from zoo.run.entry import guarded, job
-    from zoo.run.releases import BASE
+    from zoo.version import hydra_base
 
-    @hydra.main(**BASE, config_path=str(config_folder()), config_name=command)
+    @hydra.main(**hydra_base(), config_path=str(config_folder()), config_name=command)
     def run(cfg: Any) -> Any:
         return job(command, cfg)
 

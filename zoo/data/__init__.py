@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,19 +35,16 @@ def build_data(cfg: DictConfig, model: nn.Module | None = None) -> ImageData:
     Raises:
         ZooError: the data cannot be found, or does not fit the model.
     """
-    import hydra
     from omegaconf import OmegaConf
 
+    from zoo.version import built
+
     augment = cfg.get("augment")
-    with warnings.catch_warnings():  # which Hydra 1.4 gives authors of programs, on every call
-        warnings.filterwarnings(
-            "ignore", message=r"hydra\.utils\.instantiate\(\) resolved _target_"
-        )
-        data: ImageData = hydra.utils.instantiate(
-            cfg.data,
-            augment=None if augment is None else OmegaConf.to_container(augment, resolve=True),
-            seed=int(cfg.get("seed") or 0),
-        )
+    data: ImageData = built(
+        cfg.data,
+        augment=None if augment is None else OmegaConf.to_container(augment, resolve=True),
+        seed=int(cfg.get("seed") or 0),
+    )
     if model is not None:
         data.attach(model)
     return data

@@ -140,10 +140,10 @@ def instantiate(node: Any, name: str = "") -> Any:
     from hydra.errors import InstantiationException
 
     from zoo.run.messages import explain
-    from zoo.run.releases import build
+    from zoo.version import built as call
 
     try:
-        built = build(node)
+        built = call(node)
     except InstantiationException as error:
         cause = error.__cause__
         if not isinstance(cause, ZooError):  # which would know better

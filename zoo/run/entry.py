@@ -66,8 +66,8 @@ def _guarded(
     main: Callable[[], Any], kind: str, argv: list[str] | None, shown: list[str] | None
 ) -> int:
     from zoo.run.launchers import refuse
-    from zoo.run.releases import hush
     from zoo.run.typed import typed
+    from zoo.version import hush
 
     original, before = list(sys.argv), os.environ.get(_FULL_ERROR)
     typed().argv, typed().full_error = shown or argv or original, before == "1"

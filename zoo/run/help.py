@@ -49,11 +49,11 @@ def page(kind: str, arguments: Sequence[str]) -> str:
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    from zoo.run.releases import BASE
+    from zoo.version import hydra_base
 
     typed = [text for text in arguments if not text.startswith("-")]
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_folder()), **BASE):
+    with initialize_config_dir(str(config_folder()), **hydra_base()):
         cfg = compose(kind, typed, return_hydra_config=True)
         choices = dict(cfg.hydra.runtime.choices)
         values: Any = OmegaConf.to_container(cfg, resolve=False)

@@ -169,16 +169,23 @@ def _check_targets(result: Mapping[str, Any], now: Mapping[str, Any], path: Path
 
     Options with a `_target_` are calls of Python objects; whoever sends a checkpoint chooses them.
     """
-    from zoo.run.releases import targets
-
-    named = {target for _, target in targets(now)}
-    for name, target in targets(result):
+    named = {target for _, target in _targets(now)}
+    for name, target in _targets(result):
         if target not in named and target not in _packaged():
             raise BadCheckpoint(
                 f"{path}: its run called {short(target, 120)} for {name}, which is not part of "
                 f"this package; if you trust whoever wrote the file, type "
                 f"{name}._target_={short(target, 120)[1:-1]}, too"
             )
+
+
+def _targets(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every `_target_` inside plain values: the option that holds it, and what it names."""
+    inside: Any = node.items() if isinstance(node, Mapping) else ()
+    if isinstance(node, Mapping) and "_target_" in node:
+        yield name, str(node["_target_"])
+    for key, value in enumerate(node) if isinstance(node, list | tuple) else inside:
+        yield from _targets(value, f"{name}.{key}" if name else str(key))
 
 
 @cache
@@ -231,12 +238,12 @@ def _defaults() -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from zoo.run.releases import BASE
+    from zoo.version import hydra_base
 
     if GlobalHydra.instance().is_initialized():
         composed = compose("train")
     else:
-        with initialize_config_dir(str(config_folder()), **BASE):
+        with initialize_config_dir(str(config_folder()), **hydra_base()):
             composed = compose("train")
     return OmegaConf.to_container(composed, resolve=False)
 

@@ -228,10 +228,10 @@ def instantiate_trainer(cfg: DictConfig) -> pl.Trainer:
         callbacks = [c for c in callbacks if not isinstance(c, pl.callbacks.LearningRateMonitor)]
     from hydra.errors import InstantiationException
 
-    from zoo.run.releases import build
+    from zoo.version import built
 
     try:
-        return build(cfg.trainer, callbacks=callbacks, logger=loggers or False, **_where(cfg))
+        return built(cfg.trainer, callbacks=callbacks, logger=loggers or False, **_where(cfg))
     except InstantiationException as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ZooError(f"the trainer cannot be built: {reason}") from error
