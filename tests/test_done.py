@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import zoo
 from tests.commands import Run
 from zoo.checkpoint import save_pretrained
 from zoo.published import config_folder
-from zoo.results.rows import read_rows
+from zoo.results.rows import append_row, read_rows
 
 SWEEP = "eval -m weights=vit_digits reducer=topk,tome schedule.r=4 task=flops resolutions=[0.5]"
 
@@ -58,6 +59,31 @@ def test_a_row_of_more_tasks_answers_a_job_of_fewer(run: Run) -> None:
     assert run(both.replace("flops]", "flops,fidelity]"))[0] == 0 and len(rows()) == 2
     assert run(both.replace("limit=20", "limit=10"))[0] == 0
     assert len(rows()) == 3
+
+
+def test_rows_of_fewer_tasks_answer_a_job_of_more_together(run: Run) -> None:
+    one = "eval weights=vit_digits reducer=tome schedule.r=4 limit=20 done=skip 'task=[{}]'"
+    for tasks in ("accuracy,flops", "fidelity,flops"):
+        assert run(one.format(tasks))[0] == 0
+    halves = rows()
+    code, out, _ = run(one.format("flops,accuracy,fidelity"))
+    assert code == 0 and out.count("| done before") == 2 and rows() == halves
+    # One of them is all that is asked here; there one task is in none of them.
+    code, out, _ = run(one.format("fidelity"))
+    assert code == 0 and out.count("| done before") == 1 and rows() == halves
+    assert run(one.format("accuracy,fidelity,flops,knn"))[0] == 0 and len(rows()) == 3
+
+
+def test_a_part_that_failed_is_no_part_of_an_answer(run: Run) -> None:
+    one = "eval weights=vit_digits reducer=tome schedule.r=4 limit=20 done=skip 'task=[{}]'"
+    for tasks in ("accuracy,flops", "fidelity,flops"):
+        assert run(one.format(tasks))[0] == 0
+    halves = rows()
+    Path("results/local/rows.jsonl").unlink()
+    for row in (halves[0], halves[1] | {"status": "failed"}):
+        append_row("results/local/rows.jsonl", row)
+    assert run(one.format("accuracy,fidelity"))[0] == 0
+    assert len(rows()) == 3 and rows()[-1]["fidelity"] is not None
 
 
 def test_without_the_option_jobs_are_run_again(run: Run) -> None:

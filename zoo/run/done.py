@@ -43,9 +43,9 @@ def digest(cfg: DictConfig) -> str:
 def done_before(cfg: DictConfig, job: str) -> list[Row]:
     """Rows of the same job, the last of each engine; empty where it has to be run.
 
-    A row of more tasks, all else being equal, answers a job of fewer. A job that failed is run
-    again. So is one whose weights have changed since; other images under the same name are not
-    noticed.
+    A row of more tasks, all else being equal, answers a job of fewer, and rows of fewer answer a
+    job of more together. A job that failed is run again. So is one whose weights have changed
+    since; other images under the same name are not noticed.
 
     Args:
         cfg: The composed configuration; its option `done` says whether rows are looked for.
@@ -55,30 +55,50 @@ def done_before(cfg: DictConfig, job: str) -> list[Row]:
         return []
     from zoo.results.rows import read_rows
 
-    wider: dict[tuple[str, ...], str] = {}
+    asked = _tasks(cfg.task)
+    names: dict[frozenset[str], dict[str, None]] = {asked: {job: None}}
+    seen = {(): ""}
     found: dict[str, dict[Any, Row]] = {}
     for row in read_rows(str(cfg.results), broken=[]):  # a report says which lines are broken
-        tasks = tuple(row.get("task") or ())
-        if tasks not in wider:
-            wider[tasks] = _of_more(cfg, tasks)
-        if row.get("job") in (job, wider[tasks]):
+        order = tuple(row.get("task") or ())
+        if order not in seen:
+            seen[order] = _with(cfg, order) if asked & set(order) else ""
+            if seen[order]:
+                names.setdefault(frozenset(order), {})[seen[order]] = None
+        if row.get("job") in (job, seen[order]):
             found.setdefault(row["job"], {})[row.get("engine")] = row
-    # What was left out of more tasks may have been left out for one of the others.
-    for name in sorted(found, key=lambda name: name != job):
-        last = list(found[name].values())
-        if all(_answers(row, cfg, ("ok", "skipped") if name == job else ("ok",)) for row in last):
-            return last
-    return []
+    # What was left out of other tasks may have been left out for one of those.
+    done = {
+        tasks: rows
+        for tasks, jobs in names.items()
+        for name in jobs
+        if (rows := list(found.get(name, {}).values()))
+        and all(_answers(row, cfg, ("ok", "skipped") if name == job else ("ok",)) for row in rows)
+    }
+    return _together(done, asked)
 
 
-def _of_more(cfg: DictConfig, tasks: Sequence[str]) -> str:
-    """The digest of this job with these tasks; empty where they are not all that it asks for."""
-    asked = [cfg.task] if isinstance(cfg.task, str) else list(cfg.task)
-    if not set(asked) <= set(tasks):
-        return ""
-    more = cfg.copy()
-    more.task = list(tasks)
-    return digest(more)
+def _together(done: Mapping[frozenset[str], list[Row]], asked: frozenset[str]) -> list[Row]:
+    """Rows that have all these tasks between them, from as few jobs as possible, or none."""
+    missing, rows = set(asked), list[Row]()
+    while missing:
+        best = max(done, key=lambda tasks: (len(missing & tasks), tasks == asked), default=None)
+        if best is None or not missing & best:
+            return []
+        missing -= best
+        rows += done[best]
+    return rows
+
+
+def _tasks(named: str | Sequence[str]) -> frozenset[str]:
+    return frozenset([named] if isinstance(named, str) else named)
+
+
+def _with(cfg: DictConfig, tasks: Sequence[str]) -> str:
+    """The digest of the same job with these tasks."""
+    other = cfg.copy()
+    other.task = list(tasks)
+    return digest(other)
 
 
 def _answers(row: Row, cfg: DictConfig, ends: Sequence[str]) -> bool:
