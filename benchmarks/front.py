@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.standings import budget, is_dense, of_features, share
+from benchmarks.agreement import of_features
+from benchmarks.standings import budget, is_dense, share
 from zoo.report.colors import CONTROL, INK
 from zoo.results.rows import read_rows
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import modes, modes_table, standings
+from benchmarks import agreement, modes, modes_table, standings
 from benchmarks.standings import budget, good, is_dense, options, share
 from benchmarks.table import inserted
 from zoo.results.rows import read_rows, wilson_interval
@@ -57,7 +57,7 @@ def _dinov2(table: Callable[[Sequence[Row], str], str], dataset: str) -> Callabl
 
 
 def _galleries(dataset: str) -> Callable[[], str]:
-    return lambda: standings.gallery_table([*_rows(DINOV2), *_rows(GALLERIES)], dataset)
+    return lambda: agreement.gallery_table([*_rows(DINOV2), *_rows(GALLERIES)], dataset)
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
@@ -66,13 +66,13 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "precision": _fashion(standings.precision_table),
     "sizes": _fashion(standings.sizes_table),
     "trained": lambda: standings.trained_table(_rows(TRAINED), _rows(FASHION)),
-    "dinov2": _dinov2(standings.agreement_table, "fashion_mnist"),
-    "dinov2 resolution": _dinov2(standings.resolution_table, "fashion_mnist"),
+    "dinov2": _dinov2(agreement.agreement_table, "fashion_mnist"),
+    "dinov2 resolution": _dinov2(agreement.resolution_table, "fashion_mnist"),
     "dinov2 galleries": _galleries("fashion_mnist"),
-    "clip art": _dinov2(standings.agreement_table, "openclipart"),
-    "clip art resolution": _dinov2(standings.resolution_table, "openclipart"),
+    "clip art": _dinov2(agreement.agreement_table, "openclipart"),
+    "clip art resolution": _dinov2(agreement.resolution_table, "openclipart"),
     "clip art galleries": _galleries("openclipart"),
-    "selectors": lambda: standings.selector_table(_rows(SELECTORS)),
+    "selectors": lambda: agreement.selector_table(_rows(SELECTORS)),
     "speed": lambda: modes_table.points_table(_rows(ROOT / modes.POINTS)),
 }
 
@@ -129,6 +129,9 @@ def measured(row: Row) -> tuple[str, float, tuple[float, float]]:
         around = wilson_interval(round(same * count / 100), count)
         return f"answers as dense by {kept['keep']} tokens", same, around
     knn = row["knn"]
+    if knn is None:
+        crop = row["retrieval"]["crop"]
+        return "other crop found first", crop["recall1"], tuple(crop["recall1_ci95"])
     if "agreement" in knn:
         return "answers as dense", knn["agreement"], tuple(knn["agreement_ci95"])
     return "top-1 of neighbours", knn["top1"], tuple(knn["ci95"])

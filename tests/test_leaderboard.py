@@ -7,7 +7,7 @@ import shlex
 import pytest
 from omegaconf import OmegaConf
 
-from benchmarks import leaderboard, standings
+from benchmarks import agreement, leaderboard, standings
 from zoo.results.answers import packed
 from zoo.results.rows import FIELDS, read_rows
 
@@ -97,18 +97,22 @@ def test_agreement_with_the_dense_tower() -> None:
             centred_cosine={"mean": 0.999, "worst": 0.9}),
         row("tome", 0.35, reducer={"name": "tome", "prop_attn": False}, knn=KNN | {"agreement": 9}),
     ]  # fmt: skip
-    lines = standings.agreement_table(rows).splitlines()
+    lines = agreement.agreement_table(rows).splitlines()
     assert cells(lines[2])[1:] == ["yes", "95.0", "93.0 to 97.0", "0.999", "0.900"]
     assert cells(lines[3])[1:3] == ["no", "9.0"]
-    assert len(standings.agreement_table(rows, "openclipart").splitlines()) == 2
+    assert len(agreement.agreement_table(rows, "openclipart").splitlines()) == 2
     again = {**rows[0], "job": "j", "schedule": {"fraction": 0.5}, "retrieval": RECALL}
-    lines = standings.agreement_table([*rows, again]).splitlines()
+    lines = agreement.agreement_table([*rows, again]).splitlines()
     assert cells(lines[0])[-2:] == [f"other crop found first at {b} %" for b in (50, 35)]
     assert cells(lines[2])[-2:] == ["20.8", ""]
+    # Crops that were looked up by a job of their own.
+    alone = {**rows[0], "job": "crops", "knn": None, "retrieval": {"crop": {"recall1": 19.5}}}
+    lines = agreement.agreement_table([*rows, again, alone]).splitlines()
+    assert len(lines) == 4 and cells(lines[2])[-2:] == ["20.8", "19.5"]
 
 
 def test_smaller_images_are_compared_with_the_dense_tower() -> None:
-    lines = standings.resolution_table(
+    lines = agreement.resolution_table(
         [
             row("none", img_size=size, gmacs={"total": cost}, knn=KNN | {"agreement": agreement})
             for size, cost, agreement in ((154, 2.7, 50.4), (224, 6.0, 100.0))
@@ -127,7 +131,7 @@ def test_galleries_stand_beside_each_other() -> None:
         for which, top1 in (("dense", 56.9), ("own", 57.2))
     ]  # fmt: skip
     rows.append({**rows[0], "method": "topk", "job": "no own gallery"})
-    lines = standings.gallery_table(rows).splitlines()
+    lines = agreement.gallery_table(rows).splitlines()
     assert [cells(line)[2:] for line in lines[2:]] == [
         ["35 %", "56.9", "43.0 to 49.0", "57.2", "43.0 to 49.0"]
     ]
@@ -200,7 +204,7 @@ def test_selectors_stand_above_their_controls() -> None:
         }
         for name, value in (("apet", 70), ("scope", 80))
     ]  # fmt: skip
-    lines = standings.selector_table(rows).splitlines()
+    lines = agreement.selector_table(rows).splitlines()
     assert [cells(line)[0] for line in lines[2:]] == [
         "[`scope`](selectors/scope.md)",
         "[`apet`](selectors/apet.md)",
