@@ -50,11 +50,6 @@ RECIPES = (
     f"{SCRATCH} trainer.max_epochs=3",
     f"{SCRATCH} trainer.max_epochs=3 backbone=jumbo_digits +backbone.args.img_size=28 "
     "+backbone.args.embed_dim=96 +backbone.args.depth=12 +backbone.args.num_heads=3",
-    # Whether another order of images would have told another story.
-    *(
-        f"{TUNED} reducer={name} seed=1"
-        for name in ("none", "tome", "topk", "evit", "token_pooling")
-    ),
 )
 
 
