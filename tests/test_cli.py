@@ -79,6 +79,7 @@ MISTAKES = [
     ("eval backbone=test_vit task=throughput throughput.batch=0", "throughput.batch"),
     ("eval backbone=test_vit device=cudaa task=flops", "device=cudaa"),
     ("eval backbone=test_vit dtype=fp8 task=flops", "float32, bfloat16, float16"),
+    ("eval weights=vit_digits task=flops 'images=${oc.env:NOT_HERE}'", "'NOT_HERE' not found"),
 ]
 
 

@@ -12,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 
+import zoo
 import zoo.models  # noqa: F401  (registers vit_digits)
 from zoo.data.checks import data_config
 from zoo.data.digits import Digits, split_indices
@@ -121,6 +122,13 @@ def test_a_model_built_for_another_size_gets_that_size(folder):
     model = timm.create_model("test_vit", num_classes=3, img_size=96)
     data = ImageData("folder", str(folder)).attach(model)
     assert data.dataset("val")[0][0].shape == (3, 96, 96)
+
+
+def test_a_size_that_is_no_square_is_advised_as_it_is_typed(colour):
+    with pytest.raises(ZooError, match=r"type \+backbone\.args\.img_size=\[16,20\] to build"):
+        ImageData("digits", img_size=[16, 20]).attach(zoo.load("vit_digits"), check=False)
+    with pytest.raises(ZooError, match=r"example data\.img_size=\[96,32\]"):
+        ImageData("digits", img_size=[100, 32]).attach(colour, check=False)
 
 
 def test_size_that_the_patch_does_not_divide(colour):

@@ -17,6 +17,7 @@ from PIL import Image
 import zoo
 from tests.cases import backbone
 from tests.covering import every
+from zoo.checkpoint import save_pretrained
 from zoo.data.checks import data_config
 from zoo.data.transforms import eval_transform
 from zoo.errors import BadCheckpoint, ZooError
@@ -150,3 +151,20 @@ def test_a_folder_without_a_graph_is_refused(tmp_path: Path) -> None:
         open_engine(tmp_path, "onnx")
     with pytest.raises(ZooError, match="float32 weights on the CPU"):
         export_model(small().bfloat16(), tmp_path / "m")
+
+
+def test_other_weights_and_other_budgets_go_into_other_folders(tmp_path: Path) -> None:
+    folders = set()
+    for part, changed in (("a", 0.0), ("b", 1.0)):
+        made = zoo.load("vit_digits")
+        made.backbone.head.bias.data += changed
+        save_pretrained(made, tmp_path / part / "model")
+        for r in (2, 4):
+            words = [f"weights={tmp_path}/{part}/model", "reducer=tome", f"schedule.r={r}"]
+            words += ["task=export", "export.format=torch", f"paths.outputs={tmp_path}/out"]
+            GlobalHydra.instance().clear()
+            with initialize_config_dir(str(config_folder()), version_base="1.3"):
+                row = evaluate(compose("eval", [*words, "export.images=2"]))
+            folders.add(row["export"]["folder"])
+    GlobalHydra.instance().clear()
+    assert len(folders) == 4

@@ -150,6 +150,25 @@ def test_images_among_themselves_leave_themselves_out(run, tmp_path):
     assert code == 2 and "type gallery_split=train" in err
 
 
+def test_one_split_under_two_names_is_one_split(run, tmp_path, folder):
+    line = "weights=vit_digits task=knn knn.k=1 gallery_split=val data.test_split="
+    for name in ("val", "validation"):
+        assert run(line + name)[0] == 0
+    once, again = (row["knn"]["top1"] for row in rows(tmp_path))
+    assert once == again < 100  # no image has found itself
+    code, _, err = run("weights=vit_digits task=linear_probe gallery_split=val data.test_split=val")
+    assert code == 2 and "is what it is tested on" in err
+    # In a folder, too, and where a folder has no splits at all.
+    counts = []
+    for root, name in (("pets", "validation"), ("pets/val", "test")):
+        more = f"task=knn gallery_split=val data.root={root} data.test_split={name}"
+        assert run(f"{PETS} {more}")[0] == 0
+        counts.append(rows(tmp_path)[-1]["n_gallery"])
+        code, _, err = run(f"{PETS} {more}".replace("task=knn", "task=[knn,linear_probe]"))
+        assert code == 2 and "is what it is tested on" in err
+    assert counts == [8, 8]
+
+
 def test_limits_draw_from_all_classes_and_not_by_the_seed_of_the_run(run, tmp_path):
     for seed in (0, 1):
         line = f"weights=vit_digits task=retrieval limit=20 gallery_limit=40 seed={seed}"

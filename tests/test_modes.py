@@ -188,6 +188,17 @@ def row(one: Job, method: str, efficiency: float, times: float, **more: Any) -> 
     return new_row(**known | {"machine": about, "imgs_per_s_dense": 33.0} | more)
 
 
+def test_what_cannot_cost_so_little_is_empty_and_what_went_wrong_failed() -> None:
+    one = job("float32", "onnxruntime", 1)
+    rows = [
+        row(one, "tome", 0.9, 1.5),
+        row(one, "topk", 0.9, 1.5, status="failed", error="UnreachableBudget: topk: target of 1"),
+        row(one, "pitome", 0.9, 1.5, status="failed", error="ZooError: differs from torch by 0.2"),
+    ]
+    cells = modes_table.points_table(rows).splitlines()[-1].split("|")
+    assert [cell.strip() for cell in cells[-4:]] == ["1.50x", "", "failed", ""]
+
+
 def test_the_table_says_what_is_missed() -> None:
     one = job("bfloat16", "aligned", 1)
     rows = [row(one, "tome", 0.70, 1.30), row(one, "topk", 0.80, 1.60), row(one, "tome", 0.66, 1.5)]

@@ -105,6 +105,13 @@ def test_rows_need_no_torch(tmp_path):
     assert out.strip() == "[]", errors
 
 
+def test_a_name_that_is_not_utf8_comes_back_as_it_was(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    path = append_row(tmp_path / "rows.jsonl", new_row(method="tome", notes=name))
+    path.read_text(encoding="utf-8")  # the file itself stays UTF-8
+    assert read_rows(path)[0]["notes"] == name
+
+
 def test_append_creates_folders_and_never_rewrites(tmp_path):
     path = tmp_path / "a" / "b" / "rows.jsonl"
     assert append_row(path, new_row(method="one", notes="ä\nb")) == path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from PIL import Image
 import zoo
 from tests.browser import browser, find
 from tests.cases import backbone
+from zoo.checkpoint import save_pretrained
 from zoo.cli.main import main
 from zoo.data.checks import data_config
 from zoo.errors import UnsupportedModel, ZooError
@@ -186,6 +188,9 @@ def test_selectors_show_kept_patches_and_every_number_of_them() -> None:
     tower = zoo.selector(model, "scope", keep=10)
     found = zoo.visualize(tower, photo())
     assert found.trail().states[-1].kept.sum() == 10 and found.trail().name == "scope"
+    assert zoo.visualize(tower, photo(), keep=4).trail().states[-1].kept.sum() == 4
+    with pytest.raises(ZooError, match="keep=4 is for a selector.*leave keep out"):
+        zoo.visualize(model, photo(), keep=4)
 
 
 def test_attention_is_that_of_attention_maps() -> None:
@@ -211,7 +216,11 @@ def test_a_sheet_shows_the_blocks_in_which_something_changed() -> None:
         "block 2",
         "block 5",
     ]
-    assert len(chosen_states(zoo.visualize(model, photo()).trail(), 2)) == 2
+    seen = zoo.visualize(model, photo())
+    assert len(chosen_states(seen.trail(), 2)) == 2
+    for draws in (seen.sheet, seen.strip):
+        with pytest.raises(ZooError, match="at least 2"):
+            draws(most=1)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +251,40 @@ def test_damaged_and_tiny_files(tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         files_of(tmp_path / "empty")
     assert len(files_of([tmp_path / "one.png", str(tmp_path / "o*.png")])) == 1  # each once
+
+
+def test_names_with_line_breaks_are_drawn_in_one_line() -> None:
+    models = {"one\nname": zoo.load("vit_digits")}
+    seen = zoo.visualize(models, photo(), title="two\nlines")
+    assert seen.sheet().width > 600 and seen.strip().width > 100 and seen.tokens().width == 900
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX only")
+def test_a_name_that_is_not_utf8_is_written_as_an_escape(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        photo().save(tmp_path / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    seen = zoo.visualize(zoo.load("vit_digits"), tmp_path)
+    (page,) = seen.save(tmp_path / "see.html")
+    assert seen.save(tmp_path / "see.png")[0].stat().st_size > 1000
+    text = page.read_text(encoding="utf-8")
+    found = re.search(r'id="payload">(.*?)</script>', text, re.S)
+    assert found is not None and json.loads(found[1])["images"][0]["name"] == name
+
+
+def test_photographs_are_turned_unless_told_otherwise(tmp_path: Path) -> None:
+    tags = Image.Exif()
+    tags[0x0112] = 3  # upside down
+    photo().save(tmp_path / "turned.jpg", exif=tags, quality=95)
+    model = zoo.load("vit_digits")
+    turned, stored = (
+        look(model, [tmp_path / "turned.jpg"], {"upright": upright})[0].tensor
+        for upright in (True, False)
+    )
+    assert torch.allclose(turned, stored.flip(2, 3), atol=0.05)
+    assert not torch.allclose(turned, stored, atol=0.05)
 
 
 def test_models_without_blocks_to_look_into_say_why() -> None:
@@ -346,6 +389,45 @@ def test_a_damaged_file_among_others_is_left_out(run: Run, tmp_path: Path) -> No
     assert code == 0 and "left out: b.png" in err
     code, _, err = run(f"{line} data=folder data.damaged=fail")
     assert code != 0 and "b.png" in err
+
+
+def test_bad_files_take_no_place_of_good_ones(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(2):
+        photo().save(folder / f"IMG_{i}.png")
+        (folder / f"._IMG_{i}.png").write_bytes(b"notes of macOS")
+    # Opens, and has no meaning as colours.
+    Image.fromarray(np.full((8, 8), 7.5, dtype=np.float32)).save(folder / "A.tiff")
+    code, _, err = run("task=visualize weights=vit_digits images=photos limit=2")
+    assert code == 0 and err.count("left out") == 1 and "A.tiff: floating-point" in err
+    (row,) = read_rows(tmp_path / "results")
+    assert [Path(name).name for name in row["visual"]["images"]] == ["IMG_0.png", "IMG_1.png"]
+
+
+def test_what_changes_a_picture_changes_its_folder(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IM", "a.png")
+    save_pretrained(zoo.load("vit_digits"), tmp_path / "x" / "vit_digits")
+    other = zoo.load("vit_digits")
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    save_pretrained(other, tmp_path / "y" / "vit_digits")
+    common = """task=visualize "images=['${oc.env:IM}']\""""
+    scope = f"{common} weights=vit_digits selector=scope select.keep=8"
+    folder = f"{common} weights=vit_digits data=folder"
+    lines = [
+        *(f"{common} weights={top}/vit_digits" for top in "xy"),
+        *(f"{scope} select.block={block}" for block in (-2, -3)),
+        *(f"{common} weights=vit_digits {more}" for more in ("limit=3", "data.crop_pct=0.5")),
+        *(f"{folder} data.upright={value}" for value in ("true", "false")),
+    ]
+    for line in lines:
+        code, _, err = run(line)
+        assert code == 0, err
+    pages = {row["visual"]["page"] for row in read_rows(tmp_path / "results")}
+    assert len(pages) == len(lines)
 
 
 def test_a_point_of_the_report_shows_its_picture(tmp_path: Path) -> None:

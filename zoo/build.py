@@ -93,7 +93,7 @@ def wrap(
             too.
 
     Returns:
-        The wrapped model.
+        The wrapped model, in training or evaluation mode as the model is.
 
     Raises:
         ZooError: If a name is unknown, an argument out of range, the model unsupported, or the
@@ -111,6 +111,10 @@ def wrap(
         set_tag(timm_model, None)
     linear = linear if fast_linear is None else former(fast_linear)
     made = assemble(timm_model, built, sched, parts, last_block, linear)
+    made.training = timm_model.training
+    for part in (made.reducer, made.plugins):
+        if part is not None:
+            part.train(timm_model.training)
     return made if tensors or made.tower.tensors else as_called(made)
 
 

@@ -18,10 +18,11 @@ from reduction.errors import UnreachableBudget
 from reduction.mixins.adaptive import Adaptive
 from reduction.schedules.base import Schedule
 from reduction.schedules.per_block import PerBlock
-from zoo.adapters.heads import head
 from zoo.cost.analytic import gmacs, patch_and_head_gmacs
 from zoo.errors import ZooError
 from zoo.model.answers import check_finite
+from zoo.model.attached import as_reduced
+from zoo.model.evaluating import evaluating
 from zoo.model.reduced import ReducedViT
 
 OBJECTIVES = ("kl", "features")
@@ -98,6 +99,7 @@ class ScheduleSearch:
             )
         if not images:
             raise ZooError("the search needs calibration images, got none")
+        model = as_reduced(model)
         check_searchable(model)
         if objective == "kl" and not model.num_classes:
             raise ZooError("a model without classes has no answers to compare; objective=features")
@@ -139,7 +141,8 @@ class ScheduleSearch:
             else:
                 _, info = model(x, return_info=True)
                 final = info.final._replace(x=model.tower.norm(model.backbone, info.final.x))
-                answers = head(model.backbone, final, pre_logits=True).float()
+                answers = model.tower.leave(model.backbone, final, pre_logits=True)
+                answers = (answers[0] if isinstance(answers, tuple) else answers).float()
             # No schedule is the best one for a model that answers with NaN.
             check_finite(answers, sum(map(len, found)))
             found.append(answers)
@@ -221,10 +224,12 @@ class ScheduleSearch:
         Args:
             progress: Show a progress bar.
         """
+        with evaluating(self.model):
+            return self._search(progress)
+
+    def _search(self, progress: bool) -> Found:
         from tqdm.auto import tqdm
 
-        was_training = self.model.training
-        self.model.eval()
         self._dense = self._answers(ReducedViT(self.model.backbone))
         began = time.monotonic()
         pool: list[tuple[float, list[float] | None, list[int]]] = []
@@ -250,7 +255,6 @@ class ScheduleSearch:
                 break
             consider(shares, keep)
         bar.close()
-        self.model.train(was_training)
         score, _, keep = pool[0]
         return Found(
             self._schedule(keep),

@@ -267,5 +267,5 @@ def block_costs(
 
 def _plans(anatomy: Anatomy, schedule: Schedule | None, last_block: str) -> list[Plan]:
     if schedule is None:
-        return dense_plan(anatomy)
+        return dense_plan(anatomy, last_block=last_block)
     return make_plan(anatomy, schedule, last_block=last_block)

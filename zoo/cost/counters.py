@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.model.attached import as_tensors
+from zoo.model.evaluating import evaluating
 
 
 def _sdpa_macs(inputs: list[Any], outputs: list[Any]) -> int:
@@ -59,15 +60,11 @@ def fvcore_gmacs(model: nn.Module, images: Tensor) -> float:
     from fvcore.nn import FlopCountAnalysis
 
     model = as_tensors(model)
-    was = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         count = FlopCountAnalysis(model, images).set_op_handle(**FVCORE_HANDLERS)
         count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         count.tracer_warnings("none")
         return count.total() / images.shape[0] / 1e9
-    finally:
-        model.train(was)
 
 
 def torch_gmacs(model: nn.Module, images: Tensor) -> float:

@@ -19,6 +19,7 @@ from zoo.cost.analytic import block_cost, counted, head_macs
 from zoo.cost.types import Profile, Sample
 from zoo.errors import ZooError
 from zoo.model.answers import check_finite
+from zoo.model.evaluating import evaluating
 from zoo.model.plan import Plan
 
 if TYPE_CHECKING:
@@ -212,15 +213,11 @@ def sample(model: ReducedViT, images: Tensor | Iterable[Tensor]) -> Profile:
         NotFinite: If the model answers an image with NaN or infinity: such tokens are not counted.
         ZooError: If there are no images, or of different sizes.
     """
-    sampler, was = CostSampler(model), model.training
-    weight = next(model.parameters())
-    model.eval()
-    try:
+    sampler, weight = CostSampler(model), next(model.parameters())
+    with evaluating(model):
         for batch in images.split(64) if isinstance(images, Tensor) else images:
             if len(batch):
                 logits, info = model(batch.to(weight.device, weight.dtype), return_info="trace")
                 check_finite(logits, len(sampler.costs))
                 sampler.add(info)
-    finally:
-        model.train(was)
     return sampler.profile()

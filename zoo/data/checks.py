@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -76,7 +76,7 @@ def _check_size(embed: Any, size: tuple[int, int], name: str, margin: bool) -> N
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     padded = margin or getattr(embed, "dynamic_img_pad", False)
     if not padded and any(s % p for s, p in zip(size, patch, strict=True)):
-        fits = max(patch[0], round(size[0] / patch[0]) * patch[0])
+        fits = _typed([max(p, round(s / p) * p) for s, p in zip(size, patch, strict=True)])
         raise ZooError(
             f"image size {_by(size)} is not a multiple of the patch size {_by(patch)} of the "
             f"{name}; expected for example data.img_size={fits}"
@@ -85,8 +85,13 @@ def _check_size(embed: Any, size: tuple[int, int], name: str, margin: bool) -> N
     if getattr(embed, "strict_img_size", True) and built and tuple(built) != size:
         raise ZooError(
             f"the {name} was built for {_by(built)} images, the data has {_by(size)}; type "
-            f"+backbone.args.img_size={size[0]} to build it for that size"
+            f"+backbone.args.img_size={_typed(size)} to build it for that size"
         )
+
+
+def _typed(size: Sequence[int]) -> str:
+    """A size as it is typed: one number for a square."""
+    return str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"
 
 
 def check_classes(model: nn.Module, num_classes: int | None, name: str) -> None:

@@ -82,6 +82,8 @@ class Digits(Dataset[tuple[Any, int]]):
         if name not in SIZES:
             raise ZooError(f"digits has the splits train, val and test, got {split!r}")
         pixels, labels = _load()
+        #: What tells these images from those of another split.
+        self.origin = name
         self.index = split_indices()[name]
         self.labels = labels[self.index]
         self.images = [Image.fromarray(p).convert(input_img_mode) for p in pixels[self.index]]

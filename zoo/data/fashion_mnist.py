@@ -53,6 +53,8 @@ class FashionMnist:
             raise ZooError(f"fashion_mnist has the splits train, val and test, got {split!r}")
         start = _FILES["test" if split == "test" else "train"]
         folder = _folder(root, download)
+        #: What tells these images from those of another split.
+        self.origin = f"{folder}/{split}"
         #: What was read.
         self.files = [_file(folder, f"{start}-{kind}") for kind in _KINDS]
         pixels, labels = (_read(path, path.stat().st_mtime_ns) for path in self.files)

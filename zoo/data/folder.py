@@ -228,6 +228,8 @@ class FolderReader:
         strict: bool = False,
     ) -> None:
         self.tree = tree
+        #: What tells these images from those of another split.
+        self.origin = str(tree)
         found = scan(tree, extensions, table)
         self.left_out = str(found)
         if strict and self.left_out:

@@ -238,6 +238,25 @@ class ImageData(pl.LightningDataModule):
             data.transform = eval_transform(config)
         return data
 
+    def same_images(self, part: str, other: str) -> bool:
+        """Whether two parts are the same images, by whatever names their splits go.
+
+        `val` and `validation` are one folder, and so is every split of a folder without any.
+        Splits of timm's data sets are compared by their names.
+
+        Args:
+            part: See `dataset`, as for the other.
+            other: Another one.
+
+        Raises:
+            ZooError: If a split is not there.
+        """
+        if self.splits[part] == self.splits[other]:
+            return True
+        found = [getattr(self._part(p), "source", None) for p in (part, other)]
+        origins = [getattr(source, "origin", None) for source in found]
+        return origins[0] is not None and origins[0] == origins[1]
+
     def _config(self) -> dict[str, Any]:
         if self.config is None:
             raise ZooError("call ImageData.attach(model) first: the images follow the model's size")

@@ -70,6 +70,8 @@ class OpenClipart:
                 f"openclipart: no folder {folder}; install Debian's package openclipart-png, or "
                 "type data.root=FOLDER"
             )
+        #: What tells these images from those of another split.
+        self.origin = f"{folder}/{split}"
         drawings, left_out = _scan(folder.absolute(), least, smallest)
         if not drawings:
             raise ZooError(

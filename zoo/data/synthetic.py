@@ -62,6 +62,8 @@ class Shapes(Dataset[tuple[Any, int]]):
                 f"synthetic draws 1 to {len(SHAPES)} classes, got data.num_classes={num_classes}"
             )
         self.split, self.length, self.num_classes = _SPLITS[split], length, num_classes
+        #: What tells these images from those of another split.
+        self.origin = str(self.split)
         self.classes = SHAPES[:num_classes]
         self.size, self.seed = size, seed
         self.transform, self.mode = transform, input_img_mode

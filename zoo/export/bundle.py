@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.resources
 import json
 import os
@@ -17,6 +18,8 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.export.engines import open_engine
 from zoo.export.formats import check_format, to_aoti, to_onnx, to_openvino, to_torch
+from zoo.model.attached import as_reduced
+from zoo.model.evaluating import evaluating
 from zoo.model.reduced import ReducedViT
 from zoo.version import __version__
 
@@ -82,15 +85,14 @@ def export_model(
             with torch to 1e-4.
     """
     check_format(format, precision)
+    model = as_reduced(model)
     if labels is not None and model.num_classes and len(labels) != model.num_classes:
         raise ZooError(f"{len(labels)} labels for a model of {model.num_classes} classes")
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise ZooError(f"{target} is a file; name a folder")
     target.mkdir(parents=True, exist_ok=True)
-    was = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         example = torch.randn(2, *model.tower.input_size(model.backbone))
         found = [batch.float().cpu() for batch in images]
         expected = [_answers(model, batch) for batch in (*_random(example), *found)]
@@ -99,8 +101,6 @@ def export_model(
             files = tuple(sorted(p.name for p in Path(scratch).iterdir() if p.stem == graph.stem))
             for name in files:  # whole or not at all
                 os.replace(Path(scratch) / name, target / name)
-    finally:
-        model.train(was)
     _describe(model, target, format, precision, preprocess, labels)
     run = open_engine(target, format, precision)
     pairs = [
@@ -155,15 +155,11 @@ def _write(
     if format == "openvino":
         batches = list(calibration) if precision == "int8" else None
         return to_openvino(model, example, folder, batches)
-    half = precision == "bfloat16"
     write = to_torch if format == "torch" else to_aoti
-    try:
-        if half:
-            model.bfloat16()
-        return write(model, example.bfloat16() if half else example, folder)
-    finally:
-        if half:
-            model.float()
+    if precision != "bfloat16":
+        return write(model, example, folder)
+    # A cast and back leaves rounded weights: the caller's stay as they are.
+    return write(copy.deepcopy(model).bfloat16(), example.bfloat16(), folder)
 
 
 def _describe(

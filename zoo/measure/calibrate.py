@@ -12,6 +12,7 @@ from reduction.mixins.calibrating import Calibrates, TakesThresholds, noted_thre
 from reduction.registry import METHODS
 from zoo.errors import ZooError
 from zoo.measure.device import like_weights
+from zoo.model.evaluating import evaluating
 from zoo.model.reduced import ReducedViT
 
 
@@ -43,6 +44,7 @@ def calibrate(
     """
     before = model.reducer
     reducer = thresholded(before)
+    assert before is not None
     counts = removed(model) if r is None else [int(v) for v in r]
     if min(counts, default=0) < 0:
         raise ZooError(f"r counts pairs per image in each block: expected 0 or more, got {counts}")
@@ -51,14 +53,13 @@ def calibrate(
             f"r must hold one count for each of the {model.depth} blocks, got {list(counts)}"
         )
     assert isinstance(reducer, Reducer)
-    total, seen, was = torch.zeros(model.depth, dtype=torch.float64), 0, model.training
+    total, seen = torch.zeros(model.depth, dtype=torch.float64), 0
     device = next(model.parameters()).device
     model.reducer = reducer
     try:
         reducer.setup(model.anatomy.spec([plan.step for plan in model.plan()]))
-        reducer.to(device)
-        model.eval()
-        with torch.no_grad(), reducer.looking(counts):
+        reducer.to(device).train(before.training)
+        with evaluating(model), torch.no_grad(), reducer.looking(counts):
             for batch in batches:
                 images = batch if isinstance(batch, Tensor) else batch[0]
                 _, info = model(like_weights(images, model, device), return_info=True)
@@ -69,8 +70,6 @@ def calibrate(
     except BaseException:
         model.reducer = before
         raise
-    finally:
-        model.train(was)
     found = [float(v) if c else 1.0 for v, c in zip(total / seen, counts, strict=True)]
     reducer.set_thresholds(found, counts)
     return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
 
 _TOLD: WeakSet[nn.Module] = WeakSet()
+# Names are the same in every forward pass, and looking for them costs as much as a small block.
+_ABOVE: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
 
 
 def warn_unheard(model: ReducedViT) -> None:
@@ -28,6 +31,7 @@ def warn_unheard(model: ReducedViT) -> None:
     backbone, blocks = model.backbone, model.tower.blocks(model.backbone)
     own = {"backbone": backbone, "reducer": model.reducer}
     own |= {"backbone.blocks": blocks if isinstance(blocks, nn.Module) else None}
+    own |= _around(backbone, blocks)
     own |= {f"plugins[{i}]": plugin for i, plugin in enumerate(model.plugins)}
     if "forward" in vars(backbone):  # attached: the backbone is called itself
         del own["backbone"]
@@ -41,6 +45,18 @@ def warn_unheard(model: ReducedViT) -> None:
                 _warn(model, f"the hooks on a {kind} of block {i} may not be called")
         if "forward" in vars(block) or "forward" in vars(block_adapter(block).attn(block)):
             _warn(model, f"the forward that was put into block {i} may not be called")
+
+
+def _around(backbone: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """Parts of a backbone that hold its blocks, by name: the wrapper runs what is in them."""
+    if (known := _ABOVE.get(backbone)) is not None:
+        return {n: part for n, part in known.items() if "forward" not in vars(part)}
+    inside = {id(block) for block in blocks}
+    names = [name for name, part in backbone.named_modules() if id(part) in inside]
+    steps = [name.split(".") for name in names]
+    above = {".".join(parts[:n]) for parts in steps for n in range(1, len(parts))}
+    _ABOVE[backbone] = {f"backbone.{n}": backbone.get_submodule(n) for n in sorted(above)}
+    return _around(backbone, blocks)
 
 
 def _warn(model: ReducedViT, what: str) -> None:

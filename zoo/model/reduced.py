@@ -32,6 +32,9 @@ from zoo.model.stream import flow, leave
 from zoo.model.timm_api import TimmContract
 from zoo.plugins.base import Plugin
 
+#: Where a backbone holds the wrapper that its `forward` has become.
+ATTACHED = "zoo_attached"
+
 
 class ReducedViT(TimmContract):
     """A timm backbone with a reducer inside.
@@ -314,6 +317,7 @@ class ReducedViT(TimmContract):
         """Whether there is nothing to do but what the backbone does by itself."""
         return (
             (reducer or self.reducer is None)
+            and ATTACHED not in vars(self.backbone)  # it would come back to its wrapper
             and not len(self.plugins)
             and self.runtime.last_block == "full"
             and not self.runtime.own_kernels

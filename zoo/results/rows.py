@@ -259,7 +259,8 @@ def append_row(path: str | os.PathLike[str], row: Mapping[str, Any]) -> Path:
             os.lseek(handle, size - 1, os.SEEK_SET)
             if os.read(handle, 1) != b"\n":
                 line = "\n" + line
-        rest = line.encode("utf-8")
+        # File names need not be UTF-8; what stands for their bytes is \udce9, an escape of JSON.
+        rest = line.encode("utf-8", "backslashreplace")
         while rest:
             rest = rest[os.write(handle, rest) :]
     except OSError as problem:

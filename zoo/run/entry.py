@@ -357,7 +357,11 @@ def _overrides(sweep: bool) -> list[str]:
     from zoo.run.typed import command_words, options
 
     if not sweep:
-        return list(HydraConfig.get().overrides.task)
+        from omegaconf import OmegaConf
+
+        # As typed: what cannot be resolved is told of where it is used.
+        typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        return list(typed)
     params = HydraConfig.get().sweeper.get("params") or {}  # that an experiment brings along
     return [*(f"{k}={v}" for k, v in params.items()), *options(command_words()[1:])]
 

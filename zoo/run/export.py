@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zoo.checkpoint import weights_sha256
 from zoo.errors import ZooError
 from zoo.measure.describe import method_name
 
@@ -69,8 +72,15 @@ def _first(batches: Any, count: int) -> list[Tensor]:
 
 
 def _name(cfg: DictConfig, model: ReducedViT) -> str:
-    """Folder of a model that was given none: what it is, in words that every file system takes."""
+    """Folder of a model that was given none: what it is, in words that every file system takes.
+
+    Other weights under the same name and other budgets have folders of their own, or a row would
+    lead to the graph of the run behind it.
+    """
     recipe = model.recipe
+    facts = {"recipe": recipe, "weights": weights_sha256(str(cfg.weights)) if cfg.weights else None}
+    text = json.dumps(facts, sort_keys=True, default=str)
     source = Path(str(cfg.weights)).name if cfg.get("weights") else recipe["backbone"]["name"]
     parts = [source, method_name(model), str(cfg.export.format), str(cfg.export.precision)]
+    parts.append(hashlib.sha256(text.encode()).hexdigest()[:8])
     return re.sub(r"[^\w.-]+", "_", "-".join(parts))

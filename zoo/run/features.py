@@ -277,10 +277,10 @@ def _share(name: str, interval: str, count: int, total: int) -> dict[str, Any]:
 def gallery_images(cfg: DictConfig, data: ImageData) -> Selection:
     """The images that others are looked up in."""
     part = _PARTS[cfg.gallery_split]
-    if data.splits[part] == data.splits["test"]:
-        part = "test"
     limit = None if cfg.gallery_limit is None else int(cfg.gallery_limit)
     try:
+        if data.same_images(part, "test"):
+            part = "test"
         return select(data, part, limit, int(cfg.features.seed))
     except ZooError as error:
         if part == "test":

@@ -15,7 +15,7 @@ from torch import nn
 
 from reduction.errors import UnknownName
 from zoo.data.checks import IMAGE_OPTIONS
-from zoo.data.images import opened, reason
+from zoo.data.images import Picture, opened, reason, upright
 from zoo.errors import NoClassToken, ZooError
 from zoo.measure.describe import method_name
 from zoo.model.selecting import SelectingTower
@@ -53,43 +53,55 @@ def make_pictures(cfg: DictConfig, model: ReducedViT, device: torch.device) -> d
     images = _images(cfg)
     models = _models(cfg, model, device)
     keeps = _keeps(cfg)
-    data = {key: value for key in IMAGE_OPTIONS if (value := cfg.data.get(key)) is not None}
     seen = visualize(
         models,
         images,
         keep=keeps or None,
         attention=bool(options.attention),
-        **data,
+        **_image_options(cfg),
     )
     folder = Path(options.folder or Path(cfg.paths.outputs) / "visual" / _name(cfg, model))
     return _written(seen, folder, int(options.panels), str(options.format))
+
+
+def _image_options(cfg: DictConfig) -> dict[str, Any]:
+    """What was typed of how images are prepared."""
+    keys = (*IMAGE_OPTIONS, "upright")
+    return {key: value for key in keys if (value := cfg.data.get(key)) is not None}
 
 
 def _images(cfg: DictConfig) -> list[Path]:
     from omegaconf import OmegaConf
 
     given = cfg.images
-    found = files_of(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given)
+    if OmegaConf.is_config(given):
+        given = OmegaConf.to_container(given, resolve=True)
+    found = files_of(given)
     limit = MOST if cfg.limit is None else int(cfg.limit)
-    if len(found) > limit and cfg.limit is None:
+    read = _readable(found, limit, strict=cfg.data.get("damaged") == "fail")
+    if cfg.limit is None and len(read) == limit and read[-1] != found[-1]:
         print(
             f"the first {limit} of {len(found)} images; limit=N takes another number",
             file=sys.stderr,
         )
-    return _readable(found[:limit], strict=cfg.data.get("damaged") == "fail")
+    return read
 
 
-def _readable(files: list[Path], strict: bool) -> list[Path]:
-    """Those that can be read; the others are named, as in data sets.
+def _readable(files: list[Path], limit: int, strict: bool) -> list[Path]:
+    """The first `limit` that can be read; others before them are named, as in data sets.
 
     Raises:
         ZooError: None can be read, or one cannot and that is what `data.damaged` says.
     """
-    read, broken = [], []
+    read: list[Path] = []
+    broken: list[str] = []
     for file in files:
+        if len(read) == limit:
+            break
         try:
             with file.open("rb") as stream:
-                opened(stream)
+                # Some files open, and only their pixels turn out to have no meaning as colours.
+                Picture(3)(upright(opened(stream)))
         except Exception as error:  # files break in as many ways as there are formats
             broken.append(f"{file}: {reason(error)}")
         else:
@@ -175,10 +187,14 @@ def _with_reducer(cfg: DictConfig, name: str) -> DictConfig:
 
 def _name(cfg: DictConfig, model: ReducedViT) -> str:
     """Folder of what was given none: what it is, in words that every file system takes."""
+    from zoo.checkpoint import weights_sha256
+
     recipe = model.recipe
     # Points of one method under other budgets, or on other images, keep their own pictures.
     facts = {"recipe": recipe, "images": cfg.images, "selector": cfg.get("selector")}
     facts |= {"seed": cfg.seed, "visualize": cfg.visualize, "keep": cfg.select.keep}
+    facts |= {"block": cfg.select.block, "limit": cfg.limit, "data": _image_options(cfg)}
+    facts["weights"] = weights_sha256(str(cfg.weights)) if cfg.get("weights") else None
     digest = hashlib.sha256(json.dumps(plain(facts), sort_keys=True).encode()).hexdigest()[:8]
     source = Path(str(cfg.weights)).stem if cfg.get("weights") else recipe["backbone"]["name"]
     parts = [str(source), method_name(model)]

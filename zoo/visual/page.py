@@ -46,7 +46,9 @@ def html_page(images: Sequence[tuple[str, Sequence[Strip]]], title: str) -> str:
         "payload": text,
     }
     # One pass, so that a value which looks like a placeholder stays as it is.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], _asset("page.html"))
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], _asset("page.html"))
+    # File names need not be UTF-8; what stands for their bytes is written \udce9, also in JSON.
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _asset(name: str) -> str:

@@ -66,7 +66,8 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if path.is_dir():
         inside = (p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in known)
-        found = sorted(inside)
+        # macOS puts notes beside photographs, ._a.jpg beside a.jpg, which are no images.
+        found = sorted(p for p in inside if not p.name.startswith("."))
         if not found:
             raise ZooError(f"images={path}: the folder holds no images")
         return found
@@ -87,12 +88,14 @@ def look(
         model: Whose.
         images: Paths, Pillow images, arrays `(H, W)` or `(H, W, 3)` of 8 bits; or tensors
             `(C, H, W)`, which are taken as they are.
-        options: Of the data: `img_size`, `crop_pct`, `mean` and so on.
+        options: Of the data: `img_size`, `crop_pct`, `mean` and so on; `upright`, unless false,
+            turns photographs as their EXIF tag says.
 
     Raises:
         ZooError: If one of them is no image, naming it.
     """
     given = dict(options or {})
+    turn = given.pop("upright", True)
     if getattr(model.backbone, "pretrained_cfg", None) is None:
         # Nobody has written down for such a model what its library knows of it.
         given = {**preprocessing(model.backbone), **given}
@@ -107,7 +110,7 @@ def look(
             tensor = _checked(image, name)
         else:
             try:
-                tensor = prepare(_opened(image))
+                tensor = prepare(_opened(image, turn))
             except Exception as error:  # files break in as many ways as there are formats
                 raise ZooError(f"{name}: {reason(error)}") from error
         tensor = tensor.float().unsqueeze(0)
@@ -121,12 +124,12 @@ def _name(image: Picture, number: int) -> str:
     return str(getattr(image, "filename", "") or f"image {number}")
 
 
-def _opened(image: Any) -> Image.Image:
+def _opened(image: Any, turn: bool) -> Image.Image:
     if isinstance(image, str | os.PathLike):
         with open(image, "rb") as file:
-            return upright(opened(file))
+            image = opened(file)
     if isinstance(image, Image.Image):
-        return upright(image)
+        return upright(image) if turn else image
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3):
         raise ZooError(

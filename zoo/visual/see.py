@@ -135,12 +135,14 @@ def visualize(
         images: A file, a folder, a pattern, a Pillow image, an array `(H, W, 3)` of 8 bits, a
             tensor `(C, H, W)` as the model takes it; or a list of them.
         selector: Also choose among the tokens that are left, see `zoo.selector`.
-        keep: For it: tokens or a share, or several, which become steps of the slider.
+        keep: For it, or for the one of a `SelectingTower`: tokens or a share, or several, which
+            become steps of the slider.
         block: For it: whose output is chosen from.
         attention: Also draw what the class token attends to, by `zoo.attention_maps`.
         title: Headline; None is the name of the model.
         **data: How images are prepared where the model does not say: `img_size`, `crop_pct`,
-            `crop_mode`, `interpolation`, `mean`, `std`.
+            `crop_mode`, `interpolation`, `mean`, `std`; and `upright=False`, which leaves
+            photographs as they are stored.
 
     Returns:
         A `Visual`: `save("see.html")`, `save("see.png")`, `sheet()`, `picture()`, `trail()`.
@@ -157,8 +159,13 @@ def visualize(
         [65, 59, 53]
     """
     chosen = _named(models, selector, keep, block)
+    keeps = [] if keep is None else list(keep) if isinstance(keep, Sequence) else [keep]
+    if keeps and not any(isinstance(model, SelectingTower) for model in chosen.values()):
+        raise ZooError(
+            f"keep={keep} is for a selector, and there is none; give one too, selector=NAME, or "
+            "leave keep out"
+        )
     pictures = _pictures(images)
-    keeps = list(keep) if isinstance(keep, Sequence) else []
     found: list[tuple[str, list[Strip]]] = []
     for name, model in chosen.items():
         inner = _inside(model)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from zoo.errors import ZooError
 from zoo.visual.drawing import DARK, GHOST, describe, draw, heat_map
 from zoo.visual.trail import State, Trail
 
@@ -36,8 +37,13 @@ def chosen_states(trail: Trail, most: int) -> list[int]:
 
     Args:
         trail: Of an image.
-        most: No more than so many, evenly spread.
+        most: No more than so many, evenly spread; at least 2.
+
+    Raises:
+        ZooError: If `most` is less.
     """
+    if most < 2:
+        raise ZooError(f"most is {most}, expected at least 2: the input and the end are drawn")
     states = trail.states
     changed = [0]
     for i in range(1, len(states)):
@@ -67,7 +73,7 @@ def sheet(
         strips: One for each model.
         title: Headline.
         panel: Width of a drawing, about, in pixels.
-        most: Drawings in a band.
+        most: Drawings in a band, at least 2.
         attention: Add a band of what the class token attends to.
         curves: Add the plot of tokens per block.
     """
@@ -92,7 +98,7 @@ def row(strip: Strip, panel: int = 112, most: int = 5) -> Image.Image:
     Args:
         strip: Which.
         panel: Width of a drawing, about, in pixels.
-        most: Drawings.
+        most: Drawings, at least 2.
     """
     trail, grid = strip.trail, strip.trail.grid
     cell = max(2, round(panel / max(grid)))
@@ -182,7 +188,8 @@ def _band(note: str, drawings: Sequence[tuple[str, Image.Image]]) -> Image.Image
 
 
 def fitting(pen: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
-    """A text, shortened to what fits."""
+    """A text in one line, shortened to what fits."""
+    text = " ".join(text.split())  # file names may hold line breaks, which Pillow cannot measure
     if pen.textlength(text, font=_font(size)) <= width:
         return text
     while text and pen.textlength(text + "...", font=_font(size)) > width:
@@ -208,7 +215,7 @@ def token_plot(trails: Sequence[Trail], width: int = 900, height: int = 300) -> 
     top = max(max(trail.counts) for trail in trails)
     labels = max(([state.label for state in trail.states] for trail in trails), key=len)
     longest = len(labels)
-    names = [", ".join(found) for found in lines.values()]
+    names = [" ".join(", ".join(found).split()) for found in lines.values()]
     legend = max(round(pen.textlength(name, font=small)) for name in names) + 46 * double
     legend = min(legend, width * double // 3)
     left, right = 58 * double, width * double - legend - 10 * double

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from reduction.mixins.parking import Parks
 from reduction.tokens import Tokens
 from zoo.errors import ZooError
 from zoo.model.attached import as_reduced
+from zoo.model.evaluating import evaluating
 from zoo.model.maps import attention_maps
 from zoo.model.reduced import ReducedViT
 from zoo.model.selecting import SelectingTower
@@ -102,7 +102,7 @@ def follow(
     chooser = model if isinstance(model, SelectingTower) else None
     inner = as_reduced(model if chooser is None else chooser.tower)
     until = None if chooser is None else chooser.block
-    with _evaluating(model, inner):
+    with evaluating(model, inner):
         trails = _through(inner, images, name, until)
         if chooser is not None:
             for keep in keeps or [chooser.keep]:
@@ -110,19 +110,6 @@ def follow(
         if attention:
             _attend(inner, images, trails)
     return trails
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Meanwhile nothing is dropped by chance; afterwards every module is as it was."""
-    modes = [(part, part.training) for model in models for part in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def _through(model: ReducedViT, images: Tensor, name: str, until: int | None = None) -> list[Trail]:
