@@ -52,6 +52,7 @@ def test_the_fourth_weight_is_that_of_the_classification(name: str) -> None:
     for weight in (1.0, 0.25):
         reducer = {"name": name, "class_weight": weight}
         model = zoo.wrap(backbone("plain"), reducer, SCHEDULE)
+        model.train()
         assert isinstance(model.reducer, Trains) and model.reducer.class_weight == weight
         assert model.recipe["reducer"]["class_weight"] == weight
         module = Classifier(model, aux_weight=0.0)

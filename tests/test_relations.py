@@ -85,7 +85,7 @@ def test_the_formulas_on_three_tokens() -> None:
 @pytest.mark.parametrize("reducer", ["tome", "topk", "dynamicvit"])
 def test_a_step_trains_the_student_and_the_projection_only(reducer: str) -> None:
     schedule = R8 if reducer == "tome" else {"name": "keep_rate", "rate": 0.5, "blocks": [1]}
-    student = zoo.wrap(backbone("plain"), reducer, schedule)
+    student = zoo.wrap(backbone("plain"), reducer, schedule).train()
     teacher = zoo.wrap(backbone("plain", seed=3, embed_dim=24), None)
     module = Classifier(student, loss=TokenRelations(), teacher=teacher)
     assert module.loss.projection.weight.shape == (24, 48)

@@ -105,7 +105,7 @@ def test_other_methods_cost_the_same_with_and_without_images() -> None:
 
 
 def test_what_cannot_be_measured_is_said() -> None:
-    m = zoo.wrap(backbone("plain"), "ats")
+    m = zoo.wrap(backbone("plain"), "ats").train()
     with pytest.raises(ZooError, match="at least one image"):
         zoo.profile(m, images=images(2)[:0])
     with pytest.raises(ZooError, match="leave img_size"):

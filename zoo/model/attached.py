@@ -7,8 +7,6 @@ of the model changes: class, configuration and weights stay. It is found again b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +14,8 @@ from torch import Tensor, nn
 from zoo.adapters.tower import find_tower
 from zoo.model.features import carried
 from zoo.model.hf_model import ReducedHfModel
-from zoo.model.reduced import ATTACHED, ReducedViT
+from zoo.model.placed import ATTACHED, is_of
+from zoo.model.reduced import ReducedViT
 
 #: Where a model keeps the parts of a method that learn.
 REDUCER = "zoo_reducer"
@@ -102,32 +101,10 @@ def take_away(m: nn.Module) -> None:
     """Undo `place` in one module."""
     made = attachment_of(m)
     for name, value in list(vars(m).items()):
-        if _is_of(value, made):
+        if is_of(value, made):
             delattr(m, name)
     if REDUCER in m._modules:
         delattr(m, REDUCER)
-
-
-@contextmanager
-def left_out(m: nn.Module) -> Iterator[None]:
-    """Meanwhile a model runs by itself, whatever is attached in it."""
-    held = [
-        (part, name, value)
-        for part in attached_in(m).values()
-        for name, value in vars(part).items()
-        if name != ATTACHED and _is_of(value, attachment_of(part))
-    ]
-    for part, name, _ in held:
-        delattr(part, name)
-    try:
-        yield
-    finally:
-        for part, name, value in held:
-            setattr(part, name, value)
-
-
-def _is_of(value: Any, made: Attachment | None) -> bool:
-    return value is made or getattr(value, "__self__", None) is made
 
 
 def attachment_of(m: nn.Module) -> Attachment | None:

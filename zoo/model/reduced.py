@@ -24,6 +24,7 @@ from zoo.errors import ZooError
 from zoo.model.anatomy import Anatomy, check_parts, check_together
 from zoo.model.empty import for_any_batch
 from zoo.model.features import classify, features, intermediates
+from zoo.model.placed import ATTACHED
 from zoo.model.plan import Plan, Planner, make_plan
 from zoo.model.runtime import Runtime, make_runtime
 from zoo.model.sizes import for_any_sizes
@@ -31,9 +32,6 @@ from zoo.model.stream import Info as Info
 from zoo.model.stream import flow, leave
 from zoo.model.timm_api import TimmContract
 from zoo.plugins.base import Plugin
-
-#: Where a backbone holds the wrapper that its `forward` has become.
-ATTACHED = "zoo_attached"
 
 
 class ReducedViT(TimmContract):

@@ -15,6 +15,7 @@ from zoo.adapters.standalone import as_standalone
 from zoo.adapters.tower import tower_of
 from zoo.errors import ZooError
 from zoo.model.evaluating import evaluating
+from zoo.model.placed import left_out
 from zoo.model.stream import flow, leave
 
 if TYPE_CHECKING:
@@ -54,8 +55,6 @@ class TimmContract(nn.Module):
         Raises:
             ZooError: If it is above the tolerance.
         """
-        from zoo.model.attached import left_out
-
         with evaluating(self), torch.no_grad():
             dense: Any = type(self)(self.backbone)  # type: ignore[call-arg]
             # Block by block: with nothing to do the wrapper would ask the backbone itself.

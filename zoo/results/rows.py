@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
+_DEEP = 100  # levels in a row; how many Python would take depends on who else runs here
 
 STATUSES = ("ok", "failed", "skipped")
 
@@ -363,7 +364,8 @@ def _read_file(file: Path, broken: list[str] | None) -> Iterable[Row]:
         if not line.strip():
             continue
         try:
-            row = plain(json.loads(line.decode("utf-8-sig"), parse_constant=lambda _: None))
+            row = json.loads(line.decode("utf-8-sig"), parse_constant=lambda _: None)
+            row = None if _levels(row) > _DEEP else plain(row)
         except (ValueError, RecursionError):  # JSON and UTF-8 errors, or a thousand brackets
             row = None
         if isinstance(row, dict):
@@ -373,6 +375,15 @@ def _read_file(file: Path, broken: list[str] | None) -> Iterable[Row]:
         if broken is None:
             raise _error(f"{what}; delete or repair that line")
         broken.append(what)
+
+
+def _levels(value: Any) -> int:
+    """How deep lists and mappings lie in each other, without a call for each level."""
+    level, found = [value], 0
+    while level := [item for item in level if isinstance(item, (dict, list))]:
+        found += 1
+        level = [x for item in level for x in (item.values() if isinstance(item, dict) else item)]
+    return found
 
 
 def _excerpt(line: bytes) -> str:
