@@ -111,10 +111,6 @@ def wrap(
         set_tag(timm_model, None)
     linear = linear if fast_linear is None else former(fast_linear)
     made = assemble(timm_model, built, sched, parts, last_block, linear)
-    made.training = timm_model.training
-    for part in (made.reducer, made.plugins):
-        if part is not None:
-            part.train(timm_model.training)
     return made if tensors or made.tower.tensors else as_called(made)
 
 
@@ -146,7 +142,8 @@ def create_model(
             the others know, too; else arguments by the library's own names.
 
     Returns:
-        The wrapped model, in training mode as timm's models are.
+        The wrapped model, in the mode in which its library makes it: timm's models are in
+        training mode, pretrained ones of Hugging Face in evaluation mode.
 
     Raises:
         UnknownName: If the library has no such model, with the nearest names.
@@ -235,7 +232,7 @@ def assemble(
     last_block: str = "full",
     linear: str = "plain",
 ) -> ReducedViT:
-    """A model from parts that are built already; a budget is solved first.
+    """A model from parts that are built already, in the backbone's mode; a budget is solved first.
 
     Args:
         backbone: See `zoo.model.reduced.ReducedViT`, as for the others.
@@ -256,5 +253,10 @@ def assemble(
         schedule = solve(target, Anatomy(backbone, reducer, plugins), last_block)
     elif target is not None:
         schedule = None
-    made = wrapper_of(backbone)
-    return made(backbone, reducer, schedule, plugins, last_block, linear, target)
+    made = wrapper_of(backbone)(backbone, reducer, schedule, plugins, last_block, linear, target)
+    # What is new follows the backbone, whose own parts may be in different modes.
+    made.training = backbone.training
+    for part in (made.reducer, made.plugins):
+        if part is not None:
+            part.train(backbone.training)
+    return made

@@ -30,7 +30,6 @@ def warn_unheard(model: ReducedViT) -> None:
     """
     backbone, blocks = model.backbone, model.tower.blocks(model.backbone)
     own = {"backbone": backbone, "reducer": model.reducer}
-    own |= {"backbone.blocks": blocks if isinstance(blocks, nn.Module) else None}
     own |= _around(backbone, blocks)
     own |= {f"plugins[{i}]": plugin for i, plugin in enumerate(model.plugins)}
     if "forward" in vars(backbone):  # attached: the backbone is called itself
@@ -49,14 +48,13 @@ def warn_unheard(model: ReducedViT) -> None:
 
 def _around(backbone: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, nn.Module]:
     """Parts of a backbone that hold its blocks, by name: the wrapper runs what is in them."""
-    if (known := _ABOVE.get(backbone)) is not None:
-        return {n: part for n, part in known.items() if "forward" not in vars(part)}
-    inside = {id(block) for block in blocks}
-    names = [name for name, part in backbone.named_modules() if id(part) in inside]
-    steps = [name.split(".") for name in names]
-    above = {".".join(parts[:n]) for parts in steps for n in range(1, len(parts))}
-    _ABOVE[backbone] = {f"backbone.{n}": backbone.get_submodule(n) for n in sorted(above)}
-    return _around(backbone, blocks)
+    if backbone not in _ABOVE:
+        inside = {id(block) for block in blocks}
+        steps = [n.split(".") for n, part in backbone.named_modules() if id(part) in inside]
+        above = {".".join(parts[:n]) for parts in steps for n in range(1, len(parts))}
+        _ABOVE[backbone] = {f"backbone.{n}": backbone.get_submodule(n) for n in sorted(above)}
+    found = _ABOVE[backbone].items()
+    return {name: part for name, part in found if "forward" not in vars(part)}
 
 
 def _warn(model: ReducedViT, what: str) -> None:

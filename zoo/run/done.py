@@ -40,6 +40,13 @@ def digest(cfg: DictConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def short(facts: Mapping[str, Any]) -> str:
+    """Eight digits that tell facts from others, for names of folders."""
+    from zoo.results.rows import plain
+
+    return hashlib.sha256(json.dumps(plain(facts), sort_keys=True).encode()).hexdigest()[:8]
+
+
 def done_before(cfg: DictConfig, job: str) -> list[Row]:
     """Rows of the same job, the last of each engine; empty where it has to be run.
 

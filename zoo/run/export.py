@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from torch import Tensor
 from zoo.checkpoint import weights_sha256
 from zoo.errors import ZooError
 from zoo.measure.describe import method_name
+from zoo.run.done import short
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -79,8 +78,7 @@ def _name(cfg: DictConfig, model: ReducedViT) -> str:
     """
     recipe = model.recipe
     facts = {"recipe": recipe, "weights": weights_sha256(str(cfg.weights)) if cfg.weights else None}
-    text = json.dumps(facts, sort_keys=True, default=str)
     source = Path(str(cfg.weights)).name if cfg.get("weights") else recipe["backbone"]["name"]
     parts = [source, method_name(model), str(cfg.export.format), str(cfg.export.precision)]
-    parts.append(hashlib.sha256(text.encode()).hexdigest()[:8])
+    parts.append(short(facts))
     return re.sub(r"[^\w.-]+", "_", "-".join(parts))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -20,8 +18,8 @@ from zoo.errors import NoClassToken, ZooError
 from zoo.measure.describe import method_name
 from zoo.model.selecting import SelectingTower
 from zoo.published import config_folder
-from zoo.results.rows import plain
 from zoo.run.build import build_model, instantiate
+from zoo.run.done import short
 from zoo.run.variants import copied, nothing_reduced
 from zoo.visual.photographs import files_of
 from zoo.visual.see import Visual, describe_model, visualize
@@ -195,12 +193,11 @@ def _name(cfg: DictConfig, model: ReducedViT) -> str:
     facts |= {"seed": cfg.seed, "visualize": cfg.visualize, "keep": cfg.select.keep}
     facts |= {"block": cfg.select.block, "limit": cfg.limit, "data": _image_options(cfg)}
     facts["weights"] = weights_sha256(str(cfg.weights)) if cfg.get("weights") else None
-    digest = hashlib.sha256(json.dumps(plain(facts), sort_keys=True).encode()).hexdigest()[:8]
     source = Path(str(cfg.weights)).stem if cfg.get("weights") else recipe["backbone"]["name"]
     parts = [str(source), method_name(model)]
     if cfg.get("selector") is not None:
         parts.append(str(cfg.selector["_target_"]).rpartition(".")[2].lower())
-    return re.sub(r"[^\w.-]+", "_", "-".join([*parts, digest]))
+    return re.sub(r"[^\w.-]+", "_", "-".join([*parts, short(facts)]))
 
 
 def _written(seen: Visual, folder: Path, panels: int, kind: str) -> dict[str, Any]:
