@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 import zoo
+from tests import cases
+from tests.cases import backbone
 from zoo.adapters.timm_vit import TimmViT
 from zoo.budget.search import ScheduleSearch
 from zoo.errors import ZooError
@@ -19,17 +19,9 @@ from zoo.export import export_model
 R2 = {"name": "constant_r", "r": 2}
 
 
-def tiny(**changed: Any) -> Any:
-    torch.manual_seed(0)
-    known = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
-    made = timm.models.vision_transformer.VisionTransformer(**known | {"num_classes": 5} | changed)
-    nn.init.normal_(made.head.weight)
-    return made
-
-
 @pytest.fixture
 def images() -> Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return cases.images()
 
 
 def flags(model: nn.Module) -> list[bool]:
@@ -38,7 +30,7 @@ def flags(model: nn.Module) -> list[bool]:
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_wrapper_is_in_the_mode_of_its_model(trains: bool, images: Tensor) -> None:
-    model = zoo.wrap(tiny().train(trains), "dynamicvit", plugins=["clca"])
+    model = zoo.wrap(backbone("plain").train(trains), "dynamicvit", plugins=["clca"])
     assert set(flags(model)) == {trains}
     if not trains:
         with torch.no_grad():
@@ -46,7 +38,7 @@ def test_a_wrapper_is_in_the_mode_of_its_model(trains: bool, images: Tensor) -> 
 
 
 def test_the_flags_of_all_parts_outlast_a_measurement(images: Tensor, tmp_path: Path) -> None:
-    model = zoo.wrap(tiny(drop_rate=0.5), "ats").train()
+    model = zoo.wrap(backbone("plain", drop_rate=0.5), "ats").train()
     model.backbone.eval()  # frozen inside of what trains
     model.backbone.blocks[1].train()
     before = flags(model)
@@ -64,7 +56,7 @@ def test_the_flags_of_all_parts_outlast_a_measurement(images: Tensor, tmp_path: 
 
 
 def test_a_model_that_trains_with_an_attachment_goes_on_training(images: Tensor) -> None:
-    model = tiny().train()
+    model = backbone("plain").train()
     zoo.attach(model, "ats")
     before = flags(model)
     zoo.profile(model, images=images)
@@ -72,7 +64,7 @@ def test_a_model_that_trains_with_an_attachment_goes_on_training(images: Tensor)
 
 
 def test_export_in_bfloat16_leaves_the_weights(images: Tensor, tmp_path: Path) -> None:
-    model = zoo.wrap(tiny().eval(), "tome", R2)
+    model = zoo.wrap(backbone("plain").eval(), "tome", R2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     export_model(model, tmp_path, format="torch", precision="bfloat16")
     for name, value in model.state_dict().items():
@@ -83,7 +75,7 @@ def test_export_in_bfloat16_leaves_the_weights(images: Tensor, tmp_path: Path) -
 def test_verify_runs_the_blocks(
     attached: bool, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny().eval()
+    model = backbone("plain").eval()
     if attached:
         zoo.attach(model, "tome", R2)
     wrapper = zoo.attached(model) if attached else zoo.wrap(model, "tome", R2)
@@ -98,10 +90,12 @@ def test_verify_runs_the_blocks(
 
 
 def test_the_search_compares_an_attached_model_with_the_dense_one(images: Tensor) -> None:
-    model = tiny().eval()
+    model = backbone("plain").eval()
     zoo.attach(model, "tome", R2)
     found = ScheduleSearch(zoo.attached(model), [images], evaluations=3).run()
-    wanted = ScheduleSearch(zoo.wrap(tiny().eval(), "tome", R2), [images], evaluations=3).run()
+    wanted = ScheduleSearch(
+        zoo.wrap(backbone("plain").eval(), "tome", R2), [images], evaluations=3
+    ).run()
     assert found.start_score == wanted.start_score > 0
 
 
@@ -133,7 +127,7 @@ def test_models_of_hugging_face_are_searched_and_exported(images: Tensor, tmp_pa
 
 def test_a_fraction_is_of_the_dense_model_as_it_runs() -> None:
     half = {"name": "target_gmacs", "fraction": 0.5}
-    found = zoo.profile(zoo.wrap(tiny().eval(), "tome", half, last_block="class_token"))
+    found = zoo.profile(zoo.wrap(backbone("plain").eval(), "tome", half, last_block="class_token"))
     assert found.gmacs <= 0.5 * found.dense
     assert found.gmacs > 0.4 * found.dense
 
