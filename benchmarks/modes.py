@@ -29,7 +29,7 @@ from benchmarks import tasks
 from benchmarks.jobs import METHODS, MODELS, MODES, PRECISIONS, Job, target, target_over_timm
 from benchmarks.models import plain_backbone, reduced
 from benchmarks.modes_table import machine_of
-from benchmarks.speed import DENSE, TIMM, make_row, print_table
+from benchmarks.speed import DENSE, TIMM, make_row, print_table, status_of
 from benchmarks.timing import Step, in_turns, is_out_of_memory, release
 from zoo.errors import NoClassToken, ZooError
 from zoo.measure.describe import describe
@@ -218,7 +218,8 @@ class Bench:
         for name, error in self._broken.items():
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             row = {"method": name, "backbone": dense["backbone"], "img_size": dense["img_size"]}
-            found.append(new_row(status="failed", error=text, **row, **common, bench=settings))
+            row["status"] = status_of(error)
+            found.append(new_row(error=text, **row, **common, bench=settings))
         return found
 
     def _prepare(self, job: Job, device: torch.device, exported: bool) -> None:

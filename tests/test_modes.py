@@ -150,6 +150,18 @@ def test_a_method_that_cannot_be_run_is_a_row(
     assert "nothing" in found["nothing"]["error"]
 
 
+def test_a_budget_out_of_reach_is_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small(monkeypatch)
+    out = tmp_path / "modes.jsonl"
+    words = "--only deit_small --modes eager --dtype float32 --threads 1 --batch 1"
+    assert run(out, *words.split(), "--reducers", "topk", "--fraction", "0.01") == 0
+    found = {row["method"]: row for row in read_rows(out)}
+    assert found["topk"]["status"] == "skipped" and found["none"]["status"] == "ok"
+    assert found["topk"]["error"].startswith("UnreachableBudget: ")
+    cells = modes_table.points_table(list(found.values())).splitlines()[-1].split("|")
+    assert cells[-2].strip() == ""
+
+
 def test_other_costs_are_other_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small(monkeypatch)
     out = tmp_path / "points.jsonl"
