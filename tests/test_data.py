@@ -212,6 +212,14 @@ def test_packages_for_other_formats_are_named(name, package, monkeypatch):
         _ = ImageData(name, "nowhere", num_classes=2).num_classes
 
 
+@pytest.mark.parametrize(
+    ("name", "there"), [("digits", "there are none"), ("synthetic", "there are size, train_length")]
+)
+def test_options_that_a_data_set_does_not_have(name, there):
+    with pytest.raises(ZooError, match=f"data.options of {name}: {there}.*got \\['foo'\\]"):
+        ImageData(name, options={"foo": 1}).setup("test")
+
+
 def test_unknown_name():
     with pytest.raises(ZooError, match="unknown data name 'digitz'; expected digits"):
         _ = ImageData("digitz").num_classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,17 @@ def test_a_part_that_failed_is_no_part_of_an_answer(run: Run) -> None:
         append_row("results/local/rows.jsonl", row)
     assert run(one.format("accuracy,fidelity"))[0] == 0
     assert len(rows()) == 3 and rows()[-1]["fidelity"] is not None
+
+
+@pytest.mark.parametrize("broken", [{"task": 5}, {"task": [{}]}, {"task": None}, {"engine": []}])
+def test_rows_that_are_none_are_passed_over(run: Run, broken: dict[str, Any]) -> None:
+    one = "eval weights=vit_digits task=[flops] done=skip"
+    assert run(one)[0] == 0
+    [whole] = rows()
+    path = Path("results/local/rows.jsonl")
+    path.write_text(json.dumps({**whole, "job": None, **broken}) + "\n" + json.dumps(whole) + "\n")
+    code, out, _ = run(one)
+    assert code == 0 and out.count("| done before") == 1
 
 
 def test_without_the_option_jobs_are_run_again(run: Run) -> None:

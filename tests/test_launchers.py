@@ -8,15 +8,17 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from zoo.results.rows import append_row, new_row, readable_rows
 from zoo.run import launchers
-from zoo.run.deaths import end_of
+from zoo.run.deaths import end_of, hear
 from zoo.run.launchers import Follower, refuse
-from zoo.run.messages import explain
+from zoo.run.messages import explain, is_lost
 from zoo.run.outcome import State
 from zoo.run.sweep import ProgressCallback
 from zoo.run.typed import overrides_of, typed
@@ -92,6 +94,20 @@ def test_the_end_of_a_process_is_put_in_words():
     assert "process 1 of this run ended with exit code 3" in of(3, -9)
     lost = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:9")
     assert "another process of this run has ended" in str(explain(lost))
+
+
+def test_who_waits_for_a_lost_process_hears_of_it_first():
+    told = []
+
+    def watch():
+        time.sleep(0.2)
+        told.append("which one it was")
+
+    watching = threading.Thread(target=watch, name="child-process-observer", daemon=True)
+    watching.start()
+    assert is_lost(RuntimeError("Connection closed by peer [::1]:9"))
+    hear(30)
+    assert told and not is_lost(RuntimeError("shapes differ"))
 
 
 _WRITER = """

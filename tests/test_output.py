@@ -80,6 +80,18 @@ def test_a_row_is_written_where_bars_have_nowhere_to_go(
     assert len(read_rows(tmp_path / "results" / "local" / "rows.jsonl")) == 2
 
 
+def test_where_the_files_of_a_run_cannot_go_it_says_what_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("outputs").touch()
+    assert main(shlex.split(EVAL)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "outputs" in line and "Errno" not in line
+    assert line.endswith("type paths.outputs=FOLDER")
+    assert main(shlex.split(f"{EVAL} paths.outputs=elsewhere")) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -288,6 +289,27 @@ def test_mixup_on_and_off():
     assert module.loss.labels.ndim == 1
     with pytest.raises(ZooError, match="augment.mixup takes"):
         Classifier(net(), mixup={"alpha": 1})
+
+
+def test_smoothing_holds_for_mixed_images_too():
+    from timm.loss import BinaryCrossEntropy
+
+    images, labels = digits(8)
+    for prob in (1.0, 1e-12):  # mixed, and soft labels of one image each
+        targets = []
+        for smoothing in (0.0, 0.5):
+            torch.manual_seed(0)
+            np.random.seed(0)
+            loss = BinaryCrossEntropy(smoothing=smoothing)
+            module = Classifier(net(), loss=loss, mixup={"mixup_alpha": 0.8, "prob": prob})
+            targets.append(module.mixed((images.clone(), labels))[1])
+        classes = targets[0].shape[1]
+        torch.testing.assert_close(targets[1], targets[0] * 0.5 + 0.5 / classes)
+    # torch's own loss smooths them by itself: once is enough.
+    loss = torch.nn.CrossEntropyLoss(label_smoothing=0.5)
+    module = Classifier(net(), loss=loss, mixup={"mixup_alpha": 0.8, "prob": 1e-12})
+    hard = torch.nn.functional.one_hot(labels, 10).float()
+    torch.testing.assert_close(module.mixed((images.clone(), labels))[1], hard)
 
 
 class _WithLoss(Trains, ToMe):

@@ -21,6 +21,13 @@ _EXTRA = {
     "wds": "webdataset",
     "tfds": "tensorflow_datasets",
 }
+# Options of the data sets that come with the package.
+_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "digits": (),
+    "synthetic": ("size", "train_length", "eval_length"),
+    "fashion_mnist": ("download",),
+    "openclipart": ("least", "smallest"),
+}
 # torchvision's own reader of folders takes what is hidden for classes, and stops at empty ones.
 _TORCH_FOLDERS = ("torch/folder", "torch/image_folder")
 
@@ -116,6 +123,8 @@ def create(
             f"data.class_order, data.extensions and data.strict are for image folders, {name} "
             "brings its classes and formats along"
         )
+    if name in _OPTIONS:
+        options = _known(name, options)
     if name == "digits":
         from zoo.data.digits import Digits
 
@@ -123,10 +132,9 @@ def create(
     if name == "synthetic":
         from zoo.data.synthetic import Shapes
 
-        lengths = {k: options.pop(k) for k in ("train_length", "eval_length") if k in options}
-        length = lengths.get("train_length" if split == "train" else "eval_length", 64)
-        known = {k: v for k, v in options.items() if k in {"size"}}
-        return _wrapped(Shapes(split, length, num_classes or 4, seed=seed, **known))
+        length = options.get("train_length" if split == "train" else "eval_length", 64)
+        side = {k: v for k, v in options.items() if k == "size"}
+        return _wrapped(Shapes(split, length, num_classes or 4, seed=seed, **side))
     if name == "fashion_mnist":
         from zoo.data.fashion_mnist import FashionMnist
 
@@ -134,9 +142,22 @@ def create(
     if name == "openclipart":
         from zoo.data.openclipart import OpenClipart
 
-        known = {k: int(v) for k, v in options.items() if k in {"least", "smallest"}}
-        return _wrapped(OpenClipart(split, root, **known))
+        return _wrapped(OpenClipart(split, root, **{k: int(v) for k, v in options.items()}))
     return _by_timm(name, root, split, training, seed, folder.class_map, options)
+
+
+def _known(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a data set that comes with the package.
+
+    Raises:
+        ZooError: It has no such option.
+    """
+    known = _OPTIONS[name]
+    unknown = sorted(k for k, v in options.items() if k not in (*known, "download") and v)
+    if unknown:
+        there = f"there are {', '.join(known)}" if known else "there are none"
+        raise ZooError(f"data.options of {name}: {there}, got {unknown}")
+    return {k: v for k, v in options.items() if k in known}
 
 
 def _folder(

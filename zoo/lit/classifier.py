@@ -90,7 +90,7 @@ class Classifier(pl.LightningModule):
                 f"the model has {has}: there is nothing to tell apart; expected data, and with "
                 "them a model, of two classes or more"
             )
-        self.mix = _mixup(mixup, classes)
+        self.mix = _mixup(mixup, classes, self.loss)
         # Only a reducer with losses of its own asks for the state of every block.
         reducer = getattr(net, "reducer", None)
         self.has_aux = isinstance(reducer, Trains)
@@ -339,7 +339,9 @@ def _dense_copy(net: ReducedViT) -> ReducedViT:
     return dense.eval().requires_grad_(False)
 
 
-def _mixup(options: Mapping[str, Any] | None, classes: int) -> Callable[..., Any] | None:
+def _mixup(
+    options: Mapping[str, Any] | None, classes: int, loss: nn.Module
+) -> Callable[..., Any] | None:
     options = dict(options or {})
     known = {"mixup_alpha", "cutmix_alpha", "prob", "switch_prob"}
     if set(options) - known:
@@ -348,8 +350,9 @@ def _mixup(options: Mapping[str, Any] | None, classes: int) -> Callable[..., Any
         return None
     from timm.data import Mixup
 
-    # Smoothing is the loss's business: it then also holds where nothing is mixed.
-    return Mixup(label_smoothing=0.0, num_classes=classes, **options)
+    # torch's cross-entropy smooths mixed labels by itself; losses of timm leave that to the mixing.
+    smoothing = float(getattr(loss, "smoothing", 0.0))
+    return Mixup(label_smoothing=smoothing, num_classes=classes, **options)
 
 
 def _takes(function: Any, name: str) -> bool:

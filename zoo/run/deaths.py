@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from subprocess import Popen
 from typing import Any
@@ -41,6 +42,19 @@ def announce(say: Callable[[str], bool]) -> None:
 
     # The launchers of Fabric and of the Trainer both look it up here.
     setattr(launcher, "_ChildProcessObserver", Announcing)  # noqa: B010
+
+
+def hear(seconds: float = 10.0) -> None:
+    """Waits for what `announce` has to say, which ends this process with it.
+
+    Whoever waits for a process that has ended may notice it before the one that watches.
+
+    Args:
+        seconds: At most; the process may be one of another machine, which nobody here watches.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread.join(seconds)
 
 
 def end_of(processes: Sequence[Popen[Any]]) -> str:

@@ -64,16 +64,16 @@ def done_before(cfg: DictConfig, job: str) -> list[Row]:
 
     asked = _tasks(cfg.task)
     names: dict[frozenset[str], dict[str, None]] = {asked: {job: None}}
-    seen = {(): ""}
+    seen: dict[tuple[str, ...], str] = {(): ""}
     found: dict[str, dict[Any, Row]] = {}
     for row in read_rows(str(cfg.results), broken=[]):  # a report says which lines are broken
-        order = tuple(row.get("task") or ())
+        order = _order(row)
         if order not in seen:
             seen[order] = _with(cfg, order) if asked & set(order) else ""
             if seen[order]:
                 names.setdefault(frozenset(order), {})[seen[order]] = None
         if row.get("job") in (job, seen[order]):
-            found.setdefault(row["job"], {})[row.get("engine")] = row
+            found.setdefault(row["job"], {})[str(row.get("engine"))] = row
     # What was left out of other tasks may have been left out for one of those.
     done = {
         tasks: rows
@@ -99,6 +99,12 @@ def _together(done: Mapping[frozenset[str], list[Row]], asked: frozenset[str]) -
 
 def _tasks(named: str | Sequence[str]) -> frozenset[str]:
     return frozenset([named] if isinstance(named, str) else named)
+
+
+def _order(row: Row) -> tuple[str, ...]:
+    """The tasks of a row as they were asked for; none where that is not what stands there."""
+    named = row.get("task")
+    return tuple(map(str, named)) if isinstance(named, list) else ()
 
 
 def _with(cfg: DictConfig, tasks: Sequence[str]) -> str:

@@ -23,10 +23,17 @@ from zoo.measure.progress import say, show, wanted
 from zoo.run import help
 from zoo.run.console import written_out
 from zoo.run.done import digest, done_before
-from zoo.run.messages import explain, unknown_flag
+from zoo.run.messages import explain, is_lost, unknown_flag
 from zoo.run.outcome import FAILED, INTERRUPTED, USAGE, State, complain, is_first_process
 from zoo.run.overrides import for_hydra, prepare
-from zoo.run.record import check_writable, command_line, failed_row, record, results_file
+from zoo.run.record import (
+    check_folder,
+    check_writable,
+    command_line,
+    failed_row,
+    record,
+    results_file,
+)
 from zoo.run.remarks import (
     Skipped,
     add_note,
@@ -236,7 +243,7 @@ def _begin(run: _Run) -> None:
 
         announce(partial(_died, cfg))
     if run.kind == "train":
-        os.makedirs(str(cfg.output_dir), exist_ok=True)
+        check_folder(str(cfg.output_dir))
 
 
 def _failed(run: _Run, error: Exception) -> Row:
@@ -248,6 +255,10 @@ def _failed(run: _Run, error: Exception) -> Row:
     from hydra.core.hydra_config import HydraConfig
 
     message = explain(error)
+    if is_lost(error):
+        from zoo.run.deaths import hear
+
+        hear()
     if run.first():
         with contextlib.suppress(Exception):  # the error itself is what has to be seen
             record(failed_row(run.cfg, message or f"{type(error).__name__}: {error}"), run.cfg)

@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from zoo.run.record import check_folder
+
 if TYPE_CHECKING:
     from zoo.data.module import ImageData
     from zoo.lit.classifier import Classifier
@@ -29,38 +31,63 @@ def fit(trainer: pl.Trainer, module: Classifier, data: ImageData, ckpt: str | No
         # Lightning ends the process on Ctrl-C after closing its loggers.
         if not trainer.interrupted:
             raise
-        last = checkpoint_of(trainer, "last")
-        where = f"go on with the same command and ckpt={last}" if last else "no epoch was complete"
-        say(f"\nstopped in epoch {trainer.current_epoch}; {where}")
+        say(f"\nstopped in epoch {trainer.current_epoch}; {_how_to_go_on(trainer)}")
         raise KeyboardInterrupt from None
     return time.monotonic() - started
 
 
+def check_folders(trainer: pl.Trainer) -> None:
+    """Refuses a training whose checkpoints could not be written, before it costs hours.
+
+    Raises:
+        ZooError: With the folder, and what to type.
+    """
+    for folder in dict.fromkeys(callback.dirpath for callback in _keepers(trainer)):
+        if folder is not None and "://" not in str(folder):
+            check_folder(os.path.relpath(folder), "callbacks.NAME.dirpath")
+
+
 def checkpoint_of(trainer: pl.Trainer, which: str) -> str | None:
     """Path of the last or the best checkpoint of this run, if there is one."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, ModelCheckpoint):
-            continue
+    for callback in _keepers(trainer):
         path = callback.best_model_path
         if (which == "last") != (callback.monitor is None) or not path:
             continue
-        # The second is for a resumed run whose folder has been moved since.
-        for found in (path, os.path.join(str(callback.dirpath), os.path.basename(path))):
+        # A resumed run's own folder first: it may be a copy of the one that the path is of.
+        for found in (os.path.join(str(callback.dirpath), os.path.basename(path)), path):
             if os.path.isfile(found):
                 return found
     return None
 
 
-def pick_weights(trainer: pl.Trainer, module: Classifier, which: str) -> None:
+def pick_weights(trainer: pl.Trainer, module: Classifier, which: str) -> str:
     """Loads the (averaged) weights of the best or the last epoch.
 
     Without checkpoints the module keeps what `fit` left, the averaged weights of the last step.
     Resuming a run that was over already would leave the raw ones.
+
+    Returns:
+        What the weights are of, in words.
     """
     path = checkpoint_of(trainer, which)
     if path is not None:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         module.load_state_dict(stored["state_dict"])
+        return f"the {which} epoch"
+    if which == "best" and any(callback.monitor for callback in _keepers(trainer)):
+        say("no epoch was kept as the best one: the weights of the last step are tested")
+    return "the last step"
+
+
+def _keepers(trainer: pl.Trainer) -> list[ModelCheckpoint]:
+    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+
+
+def _how_to_go_on(trainer: pl.Trainer) -> str:
+    if not _keepers(trainer):
+        return "no callback keeps checkpoints, so there is nothing to go on from"
+    path = checkpoint_of(trainer, "last") or checkpoint_of(trainer, "best")
+    return f"go on with the same command and ckpt={path}" if path else "no epoch was complete"
 
 
 @rank_zero_only

@@ -7,8 +7,10 @@ hint about an environment variable); here each becomes what was given and what t
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 
 from zoo.published import config_folder
@@ -43,6 +45,7 @@ def unknown_flag(arguments: Iterable[str]) -> str | None:
 def explain(error: BaseException) -> str | None:
     """Returns one line for an error that the user can mend, None for what may be a bug."""
     text = _explain_hydra(error) or _explain_memory(error) or _explain_lost(error)
+    text = text or _explain_files(error)
     if text is None:
         # reduction.errors imports torch; an error of that kind cannot exist before it is loaded.
         errors = sys.modules.get("reduction.errors")
@@ -113,10 +116,28 @@ def _explain_memory(error: BaseException) -> str | None:
 
 def _explain_lost(error: BaseException) -> str | None:
     """Another process has gone while this one waited for it; gloo raises a plain RuntimeError."""
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    if isinstance(error, RuntimeError) and any(text in str(error) for text in words):
+    if is_lost(error):
         return "another process of this run has ended; look at what it said before"
     return None
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a process that this one waited for has gone."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in words)
+
+
+def _explain_files(error: BaseException) -> str | None:
+    """A file or folder that cannot be written or read, without the number of the error."""
+    if not isinstance(error, OSError) or error.errno is None or error.strerror is None:
+        return None
+    name = f"{error.filename}: " if error.filename else ""
+    where = ""
+    if _asked_by(error) == "hydra":
+        where = "; the files of a run go there: type paths.outputs=FOLDER"
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = "; make room, or type paths.outputs=FOLDER and results=FILE of another disk"
+    return f"{name}{error.strerror}{where}"
 
 
 def _missing_option(file: str | None, options: Iterable[str] | None, message: str) -> str:
@@ -259,8 +280,16 @@ def _choose(group: str, key: str) -> str:
 
 
 def _raised_by(error: BaseException, package: str) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
-    return module.split(".")[0] == package
+    return next(_packages(error), "") == package
+
+
+def _asked_by(error: BaseException) -> str:
+    """The package that called what raised an error of Python itself."""
+    return next((p for p in _packages(error) if p not in sys.stdlib_module_names), "")
+
+
+def _packages(error: BaseException) -> Iterator[str]:
+    """The packages of the calls that an error has come through, where it was raised first."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in reversed(frames):
+        yield str(frame.f_globals.get("__name__", "")).split(".")[0]

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 _LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "fast_dev_run")
 
 
-def training_notes(cfg: DictConfig, trainer: pl.Trainer, seconds: float, done: int | None) -> str:
+def training_notes(
+    cfg: DictConfig, trainer: pl.Trainer, seconds: float, done: int | None, weights: str
+) -> str:
     """How long a training took, from what it began, and what was left out.
 
     Args:
@@ -23,12 +25,13 @@ def training_notes(cfg: DictConfig, trainer: pl.Trainer, seconds: float, done: i
         trainer: After it.
         seconds: Of fitting.
         done: The epoch after which it was resumed, or None.
+        weights: Of which epoch the weights are.
     """
     start = cfg.weights or ("pretrained" if cfg.backbone and cfg.backbone.pretrained else "scratch")
     val = trainer.callback_metrics
     parts = [
         f"{trainer.current_epoch} epochs from {start} in {seconds:.0f} s",
-        f"weights of the {cfg.test} epoch",
+        f"weights of {weights}",
     ]
     if done is not None:
         parts[0] += f", resumed after epoch {done}"

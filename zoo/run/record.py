@@ -55,6 +55,30 @@ def check_writable(path: str) -> None:
         raise ZooError(f"results={path} cannot be written: {error.strerror}") from error
 
 
+def check_folder(path: str, option: str = "output_dir") -> None:
+    """Refuses a training whose model or checkpoints could not be saved, before it costs hours.
+
+    Args:
+        path: Of the folder.
+        option: What says so.
+
+    Raises:
+        ZooError: The folder cannot be made or written to.
+    """
+    probe = os.path.join(path, f".writable.{os.getpid()}")
+    try:
+        os.makedirs(path, exist_ok=True)
+        with open(probe, "wb"):
+            pass
+        os.unlink(probe)
+    except OSError as error:
+        from zoo.errors import ZooError
+
+        raise ZooError(
+            f"{option}={path} cannot be written: {error.strerror}; type {option}=FOLDER"
+        ) from error
+
+
 def record(row: Row, cfg: DictConfig) -> str:
     """Appends the row to the collected rows and, in a sweep, to the sweep's own file."""
     from hydra.core.hydra_config import HydraConfig

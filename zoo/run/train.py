@@ -19,6 +19,7 @@ from zoo.cost.sampling import is_adaptive, sample
 from zoo.data import build_data
 from zoo.data.module import spread_images
 from zoo.errors import BadCheckpoint, ZooError
+from zoo.lit.checkpoints import write_whole
 from zoo.lit.classifier import Classifier
 from zoo.lit.relations import TokenRelations
 from zoo.lit.sharded import check_sharding, kept_whole, make_whole
@@ -28,10 +29,11 @@ from zoo.measure.device import pick_dtype
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model, instantiate
 from zoo.run.evaluate import kernels_chosen
-from zoo.run.fitting import checkpoint_of, fit, pick_weights, say
+from zoo.run.fitting import check_folders, checkpoint_of, fit, pick_weights, say
 from zoo.run.machines import where
 from zoo.run.notes import training_notes, unread_images
 from zoo.run.outcome import started
+from zoo.run.record import check_folder
 from zoo.run.resume import as_json, check_model, options_to_store, read_checkpoint, resumed
 from zoo.run.teacher import teacher_of
 from zoo.run.training import training_of
@@ -104,6 +106,7 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
         done = check_model(Path(cfg.ckpt), model, module.volatile)
     trainer: pl.Trainer = instantiate_trainer(cfg)
     check_sharding(trainer, module)
+    check_folders(trainer)
     whole = kept_whole(trainer, module)
     start = None
     if cfg.test_start and cfg.ckpt is None:
@@ -111,9 +114,9 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
         start = float(first["test/top1"])
     seconds = fit(trainer, module, data, cfg.ckpt)
     make_whole(trainer, module, whole)
-    pick_weights(trainer, module, str(cfg.test))
+    tested = pick_weights(trainer, module, str(cfg.test))
     [scores] = trainer.test(module, datamodule=data, verbose=False)
-    notes = training_notes(cfg, trainer, seconds, done)
+    notes = training_notes(cfg, trainer, seconds, done, tested)
     if unread := unread_images(cfg, data, int(scores["test/images"])):
         notes += f", {unread}"
     run = {"top1_start": start, "notes": notes}
@@ -178,6 +181,7 @@ def _resumed(cfg: DictConfig) -> DictConfig:
         # A resumed run goes on in its own folder: its best epoch so far is there.
         if path.parent.name == "checkpoints":
             result.output_dir = str(path.parent.parent)
+            check_folder(result.output_dir)
             say(f"goes on in {os.path.relpath(result.output_dir)}")
     return result
 
@@ -226,15 +230,22 @@ def instantiate_trainer(cfg: DictConfig) -> pl.Trainer:
         raise ZooError(f"this logger needs a package: pip install {error.name}") from error
     if not loggers:
         callbacks = [c for c in callbacks if not isinstance(c, pl.callbacks.LearningRateMonitor)]
+    # Lightning keeps checkpoints of its own where no callback does.
+    keeps = any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks)
+    more = {} if keeps or "enable_checkpointing" in cfg.trainer else {"enable_checkpointing": False}
     from hydra.errors import InstantiationException
 
     from zoo.version import built
 
     try:
-        return built(cfg.trainer, callbacks=callbacks, logger=loggers or False, **_where(cfg))
+        trainer: pl.Trainer = built(
+            cfg.trainer, callbacks=callbacks, logger=loggers or False, **more, **_where(cfg)
+        )
     except InstantiationException as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ZooError(f"the trainer cannot be built: {reason}") from error
+    write_whole(trainer)
+    return trainer
 
 
 def _where(cfg: DictConfig) -> dict[str, Any]:
@@ -292,13 +303,19 @@ def _finish(
     if "notes" in known:
         known["notes"] = f"{row['notes']}, {known['notes']}"
     row = new_row(**{**row, **known})
+    last = checkpoint_of(trainer, "last")
     if trainer.is_global_zero:
         from zoo.checkpoint import save_pretrained, weights_sha256
 
-        save_pretrained(model, folder, metrics=[row], data=_preprocessing(data))
+        try:
+            save_pretrained(model, folder, metrics=[row], data=_preprocessing(data))
+        except (OSError, ZooError) as error:  # what was trained and measured is not lost with it
+            kept = f"; the weights are in {os.path.relpath(last)}" if last else ""
+            text = f"the model cannot be saved to {os.path.relpath(folder)} ({error}){kept}"
+            row.update(status="failed", error=f"{text}; top-1 was {row['top1']:.2f} %")
+            return row
         row["weights_sha"] = weights_sha256(folder)
     say(f"model: {os.path.relpath(folder)}")
-    last = checkpoint_of(trainer, "last")
     if last is not None:
         say(f"checkpoints: {os.path.relpath(os.path.dirname(last))}")
     return row

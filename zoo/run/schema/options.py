@@ -119,12 +119,8 @@ _AUGMENT: Options = {
     "mixup": {
         "mixup_alpha": real(0),
         "cutmix_alpha": real(0),
-        "cutmix_minmax": maybe(interval(_SHARE, f"{_PAIR} of numbers from 0 to 1")),
         "prob": _SHARE,
         "switch_prob": _SHARE,
-        "mode": choice("batch", "pair", "elem"),
-        "correct_lam": flag(),
-        "label_smoothing": real(0, below=1),
     },
 }
 
@@ -200,7 +196,7 @@ _TRAINER: Options = {
         whole(1),
         Kind("-1 or auto", lambda v: v in (-1, "-1", "auto") and not isinstance(v, float)),
         list_of(whole(0), "a list of device numbers"),
-        text("numbers and commas", r"\d+(,\d+)*,?"),
+        text("numbers and commas", r"[1-9]\d*|\d+,|\d+(,\d+)+,?"),
     ),
     "strategy": either(_WORDS, built("a mapping with the _target_ of a strategy")),
     "precision": either(
@@ -215,7 +211,7 @@ _TRAINER: Options = {
     "check_val_every_n_epoch": maybe(whole(1)),
     "limit_train_batches": _PART,
     "limit_val_batches": _PART,
-    "limit_test_batches": _PART,
+    "limit_test_batches": maybe(either(whole(1), real(above=0, high=1))),
     "fast_dev_run": either(flag(), whole(0)),
     "deterministic": maybe(either(flag(), choice("warn"))),
     "log_every_n_steps": whole(1),

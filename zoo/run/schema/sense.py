@@ -62,11 +62,12 @@ def check_sense(cfg: Mapping[str, Any], kind: str, typed: Sequence[str]) -> None
     least, most = trainer.get("min_epochs"), trainer.get("max_epochs")
     if least is not None and most not in (None, -1) and least > most:
         raise _error(f"trainer.min_epochs={least} is more than trainer.max_epochs={most}")
-    if trainer.get("max_epochs") == -1 and trainer.get("max_steps", -1) == -1:
+    if most in (None, -1) and trainer.get("max_steps", -1) == -1:
         if trainer.get("max_time") is None:
+            ends = "never ends" if most == -1 else "says no end"
             raise _error(
-                "trainer.max_epochs=-1 never ends; type a number of epochs, or an end such as "
-                "+trainer.max_steps=1000"
+                f"trainer.max_epochs={'null' if most is None else most} {ends}; type a number of "
+                "epochs, or an end such as +trainer.max_steps=1000"
             )
 
 
