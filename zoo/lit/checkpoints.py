@@ -41,7 +41,7 @@ class WholeFiles(TorchCheckpointIO):
         file = Path(path)
         buffer = io.BytesIO()  # torch's own writer has no words for a full disk
         torch.save(checkpoint, buffer)
-        scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        scratch = file.with_name(f".{file.name}.tmp")  # of a killed run the next one replaces it
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(scratch, "wb") as stream:
