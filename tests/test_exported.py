@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 import zoo
+from tests import hf_cases
 from tests.cases import backbone
 from tests.covering import every
 from zoo.checkpoint import save_pretrained
@@ -51,6 +52,15 @@ def test_a_folder_answers_as_torch(kind: str, tmp_path: Path) -> None:
     assert kept == {*found.files, "preprocess.json", "recipe.json", "run.py"}
     recipe = json.loads((tmp_path / "m" / "recipe.json").read_text())
     assert recipe["token_counts"] == [list(pair) for pair in model.token_counts()]
+
+
+def test_a_tower_built_by_hand_is_fed_as_its_library_does(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    wrapped = zoo.wrap(hf_cases.model("clip"), "tome", {"name": "constant_r", "r": 1})
+    export_model(wrapped, tmp_path, "torch")
+    config = json.loads((tmp_path / "preprocess.json").read_text())
+    assert config["mean"] == pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-3)
+    assert config["input_size"] == [3, 32, 32] and config["crop_pct"] == 1.0
 
 
 def test_bfloat16_says_how_far_it_is(tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ import zoo
 from tests.towers import block_gap, flat, gaps, shaken
 from zoo.checkpoint import save_pretrained
 from zoo.cost.counters import torch_gmacs
+from zoo.data.checks import data_config
 from zoo.errors import UnsupportedModel, ZooError
 
 pytest.importorskip("open_clip")
 
 from open_clip import CLIP, CoCa, CustomTextCLIP  # noqa: E402
 from open_clip.coca_model import MultimodalCfg  # noqa: E402
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg  # noqa: E402
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg  # noqa: E402
 from open_clip.modified_resnet import ModifiedResNet  # noqa: E402
 from open_clip.timm_model import TimmModel  # noqa: E402
 from open_clip.transformer import LayerNormFp32, QuickGELU, VisionTransformer  # noqa: E402
@@ -212,6 +213,17 @@ def test_saved_and_loaded_again(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(flat(again(x)), flat(model(x)))
     assert again.recipe["backbone"]["library"] == "open_clip"
+
+
+def test_what_a_tower_says_of_its_images_is_saved(tmp_path: Path) -> None:
+    whole = clip("CLIP")
+    own = {"mean": (0.5, 0.4, 0.3), "std": (0.2,) * 3, "resize_mode": "squash"}
+    set_model_preprocess_cfg(whole, own)
+    model = zoo.wrap(whole.visual, "tome", R2)
+    save_pretrained(model, tmp_path / "m")
+    for config in (data_config(model), data_config(zoo.load(tmp_path / "m"))):
+        assert config["mean"] == (0.5, 0.4, 0.3) and config["std"] == (0.2,) * 3
+        assert config["crop_mode"] == "squash" and config["crop_pct"] == 1.0
 
 
 @pytest.mark.parametrize("kind", ["timm", "map"])

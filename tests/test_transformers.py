@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,10 @@ from torch import Tensor
 import reduction
 import zoo
 from tests.hf_cases import CASES, SIZES, inputs, model, twin
+from zoo.checkpoint import save_pretrained
 from zoo.cost.counters import torch_gmacs
+from zoo.data.checks import data_config
+from zoo.data.module import ImageData
 from zoo.errors import UnsupportedModel, ZooError
 from zoo.measure.accuracy import top_k
 from zoo.measure.fidelity import compare_answers
@@ -267,6 +272,26 @@ def test_training_checkpointing_and_precision() -> None:
         assert wrapped(x).logits.isfinite().all()
     half = copy.deepcopy(wrapped).to(torch.bfloat16)
     assert half(x).logits.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "crop"),
+    [("clip", 0.481, 1.0), ("siglip", 0.5, 1.0), ("beit-head", 0.5, 1.0), ("dinov2", 0.485, 0.875)],
+)
+def test_images_are_prepared_as_before_it_was_saved(
+    name: str, mean: float, crop: float, tmp_path: Path
+) -> None:
+    wrapped = zoo.wrap(model(name), "tome", TWO)
+    config = data_config(wrapped)
+    assert config["mean"][0] == pytest.approx(mean, abs=1e-3) and config["crop_pct"] == crop
+    assert ImageData("digits").attach(wrapped, check=False).config == config
+    save_pretrained(wrapped, tmp_path / "m")
+    assert data_config(zoo.load(tmp_path / "m")) == config
+    # Folders that earlier versions wrote say nothing but the size.
+    path = tmp_path / "m" / "config.json"
+    old = json.loads(path.read_text())
+    path.write_text(json.dumps({**old, "data": {"input_size": [3, 32, 32]}}))
+    assert data_config(zoo.load(tmp_path / "m")) == config
 
 
 def test_no_images_get_an_answer_without_any() -> None:

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.adapters.timm_tower import channels
-from zoo.adapters.tower import find_tower
+from zoo.adapters.tower import tower_of
 from zoo.build import OFFERED
 from zoo.checkpoint import config as cfg
 from zoo.checkpoint.card import MARKER, model_card
 from zoo.checkpoint.files import file_sha256, write_tensors
 from zoo.checkpoint.rebuild import cannot_rebuild
 from zoo.errors import ZooError
+from zoo.libraries.build import description
 
 if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
@@ -44,7 +44,7 @@ def save_pretrained(
         folder: where to; created with its parents.
         metrics: result rows to store and to show in the card.
         data: preprocessing and data set of the weights; what is not given is taken from the
-            backbone's ``pretrained_cfg``.
+            backbone's ``pretrained_cfg``, or from what its library says of it.
         weights: False writes the recipe alone, for weights that timm can fetch by name and tag.
 
     Returns:
@@ -121,15 +121,9 @@ def _offered_tag(backbone: Any) -> str | None:
 
 def describe_data(backbone: Any) -> dict[str, Any]:
     """Preprocessing of a model as ``config.json`` stores it, plus what a loaded one said."""
-    known = getattr(backbone, "pretrained_cfg", None) or {}
+    known = description(backbone)
     data = {k: known[k] for k in cfg.DATA_KEYS if known.get(k) is not None}
-    tower = find_tower(backbone)
-    if tower is not None and tower.library != "timm":
-        data["input_size"] = list(tower.input_size(backbone))
-    embed = getattr(backbone, "patch_embed", None)
-    size = getattr(embed, "img_size", None)
-    if size is not None:
-        data["input_size"] = [channels(backbone), *size]
+    data["input_size"] = list(tower_of(backbone).input_size(backbone))
     return {**data, **(known.get("zoo_data") or {})}
 
 

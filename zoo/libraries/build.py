@@ -103,6 +103,19 @@ def preprocessing(m: nn.Module) -> dict[str, Any]:
     return {} if ask is None else {k: v for k, v in ask(m).items() if v is not None}
 
 
+def description(m: nn.Module) -> dict[str, Any]:
+    """What is known of a backbone: what somebody wrote down, else what its library says of images.
+
+    Args:
+        m: A supported one.
+
+    Returns:
+        Its `pretrained_cfg`, or what stands for one in a model that was built by hand.
+    """
+    known = getattr(m, "pretrained_cfg", None)
+    return preprocessing(m) if known is None else dict(known)
+
+
 def _module(library: Library) -> Any:
     return importlib.import_module(f"zoo.libraries.{library.name}_models")
 

@@ -98,7 +98,8 @@ def rebuild(name: str, args: dict[str, Any]) -> Built:
     if cls not in HEADS and cls not in CLASSES.values():
         raise UnknownName("class of Hugging Face", cls, [*CLASSES.values(), *HEADS])
     changes = {k: v for k, v in args.items() if k not in ("config", "class")}
-    return Built(_built(cls, _changed(_config(config, name), changes, name)), name, None, {})
+    model = _built(cls, _changed(_config(config, name), changes, name))
+    return Built(model, name, None, _usual(name, model.config.model_type))
 
 
 def _known(name: str) -> tuple[PretrainedConfig, str, dict[str, Any]]:
@@ -153,7 +154,8 @@ def _found(name: str, folder: Path) -> tuple[PretrainedConfig, str, dict[str, An
     if config.model_type == "vit_mae":
         config.mask_ratio = 0.0  # of its training alone
     named = [a for a in values.get("architectures") or [] if a in HEADS or a in CLASSES.values()]
-    return config, named[0] if named else CLASSES[config.model_type], _processor(folder)
+    data = _processor(folder) or _usual(name, config.model_type)
+    return config, named[0] if named else CLASSES[config.model_type], data
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -204,10 +206,10 @@ def _changed(config: PretrainedConfig, args: Mapping[str, Any], name: str) -> Pr
     return config
 
 
-def _built(cls: str, config: PretrainedConfig) -> nn.Module:
+def _built(cls: str, config: PretrainedConfig) -> Any:
     build = getattr(transformers, cls)
     try:
-        return build(config)  # type: ignore[no-any-return]
+        return build(config)
     except Exception as error:
         raise ZooError(f"transformers cannot build a {cls}: {_first_line(error)}") from error
 
@@ -291,11 +293,14 @@ def usual_data(m: Any) -> dict[str, Any]:
     if not folder.is_dir() and (found := cached(name, "preprocessor_config.json")) is not None:
         folder = found.parent
     data = _processor(folder) if name else {}
-    if not data:
-        # The usual one of its kind: that of the first family there is.
-        kinds = (kind, f"{kind}_vision_model")
-        families = (one for one in hf_configs().values() if one["config"]["model_type"] in kinds)
-        data = (hf_configs().get(name) or next(families, {})).get("data", {})
+    return {k: v for k, v in _tuples(data).items() if k != "size"} or _usual(name, kind)
+
+
+def _usual(name: str, kind: str) -> dict[str, Any]:
+    """Preprocessing of a well-known model, or of the first family there is of its kind."""
+    kinds = (kind, f"{kind}_vision_model")
+    families = (one for one in hf_configs().values() if one["config"]["model_type"] in kinds)
+    data = (hf_configs().get(name) or next(families, {})).get("data", {})
     return {k: v for k, v in _tuples(data).items() if k != "size"}
 
 

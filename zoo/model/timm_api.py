@@ -14,6 +14,7 @@ from reduction.mixins.learned import Learned
 from zoo.adapters.standalone import as_standalone
 from zoo.adapters.tower import tower_of
 from zoo.errors import ZooError
+from zoo.libraries.build import description
 from zoo.model.evaluating import evaluating
 from zoo.model.placed import left_out
 from zoo.model.stream import flow, leave
@@ -102,11 +103,10 @@ class TimmContract(nn.Module):
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """Same as `default_cfg`, under timm's newer name."""
-        known = getattr(self.backbone, "pretrained_cfg", None) or {}
         tower = tower_of(self.backbone)
         if tower.library == "timm":
-            return known
-        return {**known, "input_size": tower.input_size(self.backbone)}
+            return getattr(self.backbone, "pretrained_cfg", None) or {}
+        return {**description(self.backbone), "input_size": tower.input_size(self.backbone)}
 
     @property
     def num_classes(self) -> int:
