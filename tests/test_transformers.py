@@ -294,6 +294,45 @@ def test_images_are_prepared_as_before_it_was_saved(
     assert data_config(zoo.load(tmp_path / "m")) == config
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_saved_and_loaded_again(name: str, tmp_path: Path) -> None:
+    wrapped = zoo.wrap(model(name), "tome", TWO).eval()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    save_pretrained(wrapped, tmp_path / "m")
+    again = zoo.load(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(again(x), wrapped.tensors()(x))
+    assert again.recipe == wrapped.recipe and data_config(again) == data_config(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("name", "larger"),
+    [
+        ("clip-head", {"img_size": 48}),
+        ("siglip-head", {"img_size": 48}),
+        ("siglip2-head", {"num_patches": 36}),
+    ],
+)
+def test_a_classifier_of_two_towers_is_built_from_its_folder(
+    name: str, larger: dict[str, int], tmp_path: Path
+) -> None:
+    original = model(name)
+    original.save_pretrained(tmp_path / "own")
+    own, x = f"hf:{tmp_path / 'own'}", torch.randn(2, 3, 32, 32)
+    made, wrapped = zoo.create_model(own, pretrained=True), zoo.wrap(original, tensors=True)
+    with torch.no_grad():
+        assert torch.equal(made(x), wrapped(x))
+    assert data_config(made) == data_config(wrapped)
+    # Of the two towers' arguments those of the image tower are meant.
+    other = zoo.create_model(own, "tome", TWO, num_hidden_layers=2, num_classes=3, **larger).eval()
+    assert other.depth == 2 and other.grid == (6, 6)
+    assert other(torch.randn(2, 3, 48, 48)).shape == (2, 3)
+    with pytest.raises(ZooError, match=r"has no argument 'depth'; .* hidden_act, hidden_size"):
+        zoo.create_model(own, depth=2)
+    same = zoo.create_model(own, pretrained=True, img_size=32)
+    assert same.grid == (4, 4)
+
+
 def test_no_images_get_an_answer_without_any() -> None:
     wrapped = zoo.wrap(model("vit-head"), "tome", TWO).eval()
     answer = wrapped(torch.zeros(0, 3, 32, 32), output_hidden_states=True)

@@ -98,7 +98,7 @@ def rebuild(name: str, args: dict[str, Any]) -> Built:
     if cls not in HEADS and cls not in CLASSES.values():
         raise UnknownName("class of Hugging Face", cls, [*CLASSES.values(), *HEADS])
     changes = {k: v for k, v in args.items() if k not in ("config", "class")}
-    model = _built(cls, _changed(_config(config, name), changes, name))
+    model = _built(cls, _changed(_config(config, name, cls), changes, name))
     return Built(model, name, None, _usual(name, model.config.model_type))
 
 
@@ -115,7 +115,8 @@ def _known(name: str) -> tuple[PretrainedConfig, str, dict[str, Any]]:
         return _found(name, found.parent)
     if name in hf_configs():
         stored = hf_configs()[name]
-        return _config(stored["config"], name), stored["class"], _tuples(stored["data"])
+        cls = stored["class"]
+        return _config(stored["config"], name, cls), cls, _tuples(stored["data"])
     return _found(name, _fetched(name).parent)
 
 
@@ -150,10 +151,10 @@ def _first_line(error: BaseException) -> str:
 def _found(name: str, folder: Path) -> tuple[PretrainedConfig, str, dict[str, Any]]:
     """The same of a folder with a `config.json`."""
     values = _json(folder / "config.json")
-    config = _config(values, name)
+    named = [a for a in values.get("architectures") or [] if a in HEADS or a in CLASSES.values()]
+    config = _config(values, name, named[0] if named else None)
     if config.model_type == "vit_mae":
         config.mask_ratio = 0.0  # of its training alone
-    named = [a for a in values.get("architectures") or [] if a in HEADS or a in CLASSES.values()]
     data = _processor(folder) or _usual(name, config.model_type)
     return config, named[0] if named else CLASSES[config.model_type], data
 
@@ -170,16 +171,25 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _config(values: Mapping[str, Any], name: str) -> PretrainedConfig:
-    """A configuration, of the image tower alone where a model has two."""
-    kind = values.get("model_type")
+def _config(values: Mapping[str, Any], name: str, cls: str | None) -> PretrainedConfig:
+    """A configuration, of the image tower alone where a model has two and the class takes one.
+
+    Args:
+        values: Of a file or a recipe.
+        name: Of the model, for messages.
+        cls: The class that will be built, None for that of the kind.
+    """
+    kind: Any = values.get("model_type")
+    # CLIP's and SigLIP's classifiers read the configuration of both towers and build one.
+    whole = cls is not None and getattr(transformers, cls).config_class.model_type == kind
     own = {k: v for k, v in values.items() if k not in ("model_type", *_PASSING)}
     # A dual model says of its parts only what differs from the usual.
-    if isinstance(own.get("vision_config"), Mapping) and f"{kind}_vision_model" in CLASSES:
+    parts = isinstance(own.get("vision_config"), Mapping) and f"{kind}_vision_model" in CLASSES
+    if parts and not whole:
         kind, projection = f"{kind}_vision_model", own.get("projection_dim")
         own = {k: v for k, v in own["vision_config"].items() if k not in ("model_type", *_PASSING)}
         own |= {} if projection is None else {"projection_dim": projection}
-    if kind not in CLASSES:
+    if kind not in CLASSES and not whole:
         raise UnsupportedModel(
             f"{name} is a model of kind {kind!r}; of Hugging Face can be reduced: "
             f"{', '.join(CLASSES)}"
@@ -192,17 +202,20 @@ def _config(values: Mapping[str, Any], name: str) -> PretrainedConfig:
 
 def _changed(config: PretrainedConfig, args: Mapping[str, Any], name: str) -> PretrainedConfig:
     renamed = {"img_size": "image_size", "num_classes": "num_labels"}
+    vision = getattr(config, "vision_config", config)
     for key, value in args.items():
         own = renamed.get(key, key)
-        if not hasattr(config, own):
-            fields = sorted(k for k in config.to_dict() if not k.startswith("_"))
+        part = config if hasattr(config, own) else vision
+        if not hasattr(part, own):
+            known = {**vision.to_dict(), **config.to_dict()}
+            fields = sorted(k for k in known if not k.startswith("_"))
             raise ZooError(
                 f"a {config.model_type} of Hugging Face has no argument {key!r}; {name} takes "
                 f"img_size, num_classes, {', '.join(fields)}"
             )
         if own == "image_size" and not isinstance(value, int) and len(set(value)) == 1:
             value = value[0]
-        setattr(config, own, value)
+        setattr(part, own, value)
     return config
 
 
@@ -258,10 +271,10 @@ def _resize(model: Any, size: int | Sequence[int], name: str) -> None:
         ZooError: Its positions are no table that it resamples.
     """
     tower: Any = tower_of(model)
-    embed: Any = getattr(tower.inner(model), "embeddings", None)
+    inner: Any = tower.inner(model)
+    embed: Any = getattr(inner, "embeddings", None)
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    sides = model.config.image_size
-    if (height, width) == ((sides, sides) if isinstance(sides, int) else tuple(sides)):
+    if (height, width) == tower.input_size(model)[1:]:
         return
     table = getattr(embed, "position_embeddings", None)
     if not isinstance(table, nn.Parameter) or not hasattr(embed, "interpolate_pos_encoding"):
@@ -269,8 +282,8 @@ def _resize(model: Any, size: int | Sequence[int], name: str) -> None:
             f"img_size cannot be changed in the weights of {name}, whose positions are no table "
             "that is resampled; leave it out"
         )
-    patch = model.config.patch_size
-    prefix = table.shape[1] - (sides // patch) ** 2
+    patch, (rows, columns) = model.config.patch_size, tower.grid(model)
+    prefix = table.shape[1] - rows * columns
     tokens = table.new_zeros(1, prefix + (height // patch) * (width // patch), table.shape[2])
     with torch.no_grad():
         embed.position_embeddings = nn.Parameter(
@@ -279,7 +292,7 @@ def _resize(model: Any, size: int | Sequence[int], name: str) -> None:
     patches = embed.patch_embeddings
     embed.image_size = patches.image_size = (height, width)
     patches.num_patches = (height // patch) * (width // patch)
-    model.config.image_size = height if height == width else [height, width]
+    inner.config.image_size = height if height == width else [height, width]
 
 
 def usual_data(m: Any) -> dict[str, Any]:
