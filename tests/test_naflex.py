@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from PIL import Image
 from timm.models.naflexvit import batch_patchify
 from torch import Tensor
 
 import zoo
 from tests.cases import Row
 from tests.families import FAMILIES, family, first_rows, reduced
+from zoo.checkpoint import save_pretrained
+from zoo.data.checks import data_config
 from zoo.errors import ZooError
 
 ALL = [name for name in FAMILIES if name.startswith("naflex")]
@@ -100,6 +106,24 @@ def test_features_of_a_batch_of_sizes() -> None:
             model(given, return_info=True)
         _, one = batch([(16, 32), (16, 32)])
         assert model(one, return_info=True)[1].grid == (4, 8)
+
+
+def test_grey_images_are_taken_from_pictures(tmp_path: Path) -> None:
+    backbone = timm.create_model(
+        "naflexvit_base_patch16_gap", depth=2, embed_dim=48, num_heads=3, num_classes=7, in_chans=1
+    )
+    model = zoo.wrap(backbone, "tome", {"name": "constant_r", "r": 2})
+    config = data_config(model)
+    assert config["input_size"] == model.tower.input_size(backbone) == (1, 384, 384)
+    assert len(config["mean"]) == 1
+    seen = zoo.visualize(model, Image.new("RGB", (40, 40)))
+    assert seen.images[0][1][0].picture.size == (384, 384)
+    made = zoo.create_model(
+        "naflexvit_base_patch16_gap", depth=2, embed_dim=48, num_heads=3, in_chans=1
+    )
+    save_pretrained(made, tmp_path / "m")
+    saved = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert saved["data"]["input_size"] == [1, 384, 384]
 
 
 def without(given: dict[str, Tensor], **changes: Any) -> dict[str, Any]:

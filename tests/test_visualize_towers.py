@@ -153,6 +153,19 @@ def test_images_are_prepared_as_the_library_does(tmp_path: Path) -> None:
     assert asked.images[0][1][0].picture.getpixel((0, 0)) == (0, 0, 0)
 
 
+def test_one_channel_gets_the_mean_of_the_usual_ones() -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    tower = hf_cases.model("clip", num_channels=1)
+    values, picture = seen_by(tower)
+    mean, std = np.mean([0.4815, 0.4578, 0.4082]), np.mean([0.2686, 0.2613, 0.2758])
+    assert np.allclose(values, [(128 / 255 - mean) / std], atol=1e-3)
+    assert picture.getpixel((0, 0)) == (128, 128, 128)
+    with pytest.raises(ZooError, match=r"mean holds 2 numbers, expected 1: .* of 1 channel$"):
+        zoo.visualize(tower, photo(), mean=[0.5, 0.5])
+    with pytest.raises(ZooError, match=r"mean holds 2 numbers, expected 1 or 3: .* 3 channels$"):
+        zoo.visualize(hf_cases.model("clip"), photo(), mean=[0.5, 0.5])
+
+
 def test_attention_where_no_patch_takes_part() -> None:
     reducer = {"name": "adavit", "token_threshold": 0.999}
     model = zoo.wrap(backbone("plain"), reducer, {"name": "constant_r", "r": 8})

@@ -17,11 +17,12 @@ IMAGE_OPTIONS = ("img_size", "mean", "std", "interpolation", "crop_pct", "crop_m
 def data_config(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Resolve how images must look for a model: timm's data configuration, with overrides.
 
-    Size and channels are read from the model itself where it has a patch embedding, because timm's
-    configuration still names the published ones when a model is built with another `img_size`.
+    Size and channels are read from the model itself where it is wrapped or has a patch embedding,
+    because timm's configuration still names the published ones when a model is built with another
+    `img_size`.
 
     Args:
-        model: A timm model, or one that passes `pretrained_cfg` and `backbone` through.
+        model: A timm model, or a wrapped one with `pretrained_cfg`, `backbone` and `tower`.
         overrides: `img_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`; None is no
             override.
 
@@ -37,13 +38,10 @@ def data_config(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
     published: Any = getattr(model, "pretrained_cfg", None) or {}
     # timm's defaults where nothing was published, but not its refusal of an empty mapping.
     config = dict(resolve_data_config(pretrained_cfg=dict(published) or {"tag": None}))
-    embed: Any = getattr(getattr(model, "backbone", model), "patch_embed", None)
-    channels, height, width = config["input_size"]
-    first = [m for m in embed.modules() if isinstance(m, nn.Conv2d)] if embed is not None else []
-    if first:  # before the projection there may be a convolutional stem
-        channels = first[0].in_channels
-    if getattr(embed, "img_size", None):
-        height, width = embed.img_size
+    backbone: Any = getattr(model, "backbone", model)
+    embed: Any = getattr(backbone, "patch_embed", None)
+    wrapper: Any = None if backbone is model else model
+    channels, height, width = _own_size(wrapper, embed, config["input_size"])
     if "img_size" in given:
         size = given.pop("img_size")
         height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -54,8 +52,9 @@ def data_config(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
         value = (value,) if isinstance(value, int | float) else tuple(value)
         if typed and len(value) not in (1, channels):
             raise ZooError(
-                f"data.{key} holds {len(value)} numbers, expected 1 or {channels}: the model takes "
-                f"images of {channels} channels"
+                f"data.{key} holds {len(value)} numbers, expected "
+                f"{' or '.join(map(str, sorted({1, channels})))}: the model takes images of "
+                f"{channels} channel{'s' if channels > 1 else ''}"
             )
         if len(value) not in (1, channels):
             # Three published channel means for a one-channel model (or one for three).
@@ -67,6 +66,18 @@ def data_config(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
     margin = (height, width) == tuple((published.get("input_size") or ())[1:])
     _check_size(embed, (height, width), name, margin)
     return config
+
+
+def _own_size(wrapper: Any, embed: Any, published: Sequence[int]) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model was built for."""
+    if wrapper is not None:
+        return wrapper.tower.input_size(wrapper.backbone)  # type: ignore[no-any-return]
+    channels, height, width = published
+    # Before the projection there may be a convolutional stem.
+    convs = (m for m in (embed.modules() if embed is not None else ()) if isinstance(m, nn.Conv2d))
+    first = next(convs, None)
+    height, width = getattr(embed, "img_size", None) or (height, width)
+    return channels if first is None else first.in_channels, height, width
 
 
 def _check_size(embed: Any, size: tuple[int, int], name: str, margin: bool) -> None:

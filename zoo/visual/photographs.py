@@ -19,7 +19,6 @@ from zoo.data.folder import image_extensions
 from zoo.data.images import opened, reason, upright
 from zoo.data.transforms import eval_transform
 from zoo.errors import ZooError
-from zoo.libraries.build import preprocessing
 from zoo.model.reduced import ReducedViT
 
 #: What is taken for one image.
@@ -96,12 +95,7 @@ def look(
     """
     given = dict(options or {})
     turn = given.pop("upright", True)
-    if getattr(model.backbone, "pretrained_cfg", None) is None:
-        # Nobody has written down for such a model what its library knows of it.
-        given = {**preprocessing(model.backbone), **given}
     config = data_config(model, given)
-    if getattr(model.backbone, "pretrained_cfg", None) is None and "img_size" not in given:
-        config["input_size"] = model.tower.input_size(model.backbone)
     prepare = eval_transform(config)
     seen = []
     for number, image in enumerate(images):
