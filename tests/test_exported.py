@@ -152,6 +152,21 @@ def test_wrong_options_are_one_line(options: dict, says: str, tmp_path: Path) ->
     assert not (tmp_path / "m").exists()
 
 
+def test_answers_that_are_no_vectors_are_one_line(tmp_path: Path) -> None:
+    one, folder = {"name": "constant_r", "r": 1}, tmp_path / "m"
+    with pytest.raises(ZooError, match=r"got one of the shape \(1, 63, 10\); .*global_pool="):
+        export_model(zoo.wrap(backbone("plain", depth=2, global_pool=""), "tome", one), folder)
+    pytest.importorskip("open_clip")
+    from tests.test_open_clip import tiny
+
+    tower = tiny(output_tokens=True)
+    with pytest.raises(ZooError, match="got a tuple; .* open_clip does so with output_tokens=Fal"):
+        export_model(zoo.wrap(tower, "tome", one), folder, "torch")
+    assert not folder.exists()
+    tower.output_tokens = False
+    assert export_model(zoo.wrap(tower, "tome", one), folder, "torch").agreement == 100
+
+
 def test_a_folder_without_a_graph_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match="there is no such file"):
         open_engine(tmp_path, "onnx")

@@ -81,8 +81,8 @@ def export_model(
         calibration: Batches for "int8".
 
     Raises:
-        ZooError: If something is not installed or cannot be exported, or float32 does not agree
-            with torch to 1e-4.
+        ZooError: If something is not installed or cannot be exported, the model does not answer
+            with one vector for each image, or float32 does not agree with torch to 1e-4.
     """
     check_format(format, precision)
     model = as_reduced(model)
@@ -91,11 +91,11 @@ def export_model(
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise ZooError(f"{target} is a file; name a folder")
-    target.mkdir(parents=True, exist_ok=True)
     with evaluating(model):
         example = torch.randn(2, *model.tower.input_size(model.backbone))
         found = [batch.float().cpu() for batch in images]
         expected = [_answers(model, batch) for batch in (*_random(example), *found)]
+        target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target) as scratch:
             graph = _write(model, example, Path(scratch), format, precision, calibration)
             files = tuple(sorted(p.name for p in Path(scratch).iterdir() if p.stem == graph.stem))
@@ -132,8 +132,16 @@ def _random(example: Tensor) -> list[Tensor]:
 @torch.no_grad()
 def _answers(model: ReducedViT, images: Tensor) -> Tensor:
     weight = next(model.parameters())
-    answers: Tensor = model(images.to(weight.device, weight.dtype))
-    return answers.float().cpu()
+    answers: Any = model(images.to(weight.device, weight.dtype))
+    if isinstance(answers, Tensor) and answers.dim() == 2:
+        return answers.float().cpu()
+    shape = getattr(answers, "shape", None)
+    found = f"a {type(answers).__name__}" if shape is None else f"one of the shape {tuple(shape)}"
+    raise ZooError(
+        "expected a model that answers with one vector for each image, a tensor (B, N), got "
+        f"{found}; an image tower of open_clip does so with output_tokens=False, or pool_type='tok'"
+        " in place of 'none', a model of timm with global_pool='token' or 'avg' in place of ''"
+    )
 
 
 def _write(
