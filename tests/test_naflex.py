@@ -126,6 +126,32 @@ def test_grey_images_are_taken_from_pictures(tmp_path: Path) -> None:
     assert saved["data"]["input_size"] == [1, 384, 384]
 
 
+@pytest.mark.parametrize(
+    "sizes", [[(16, 32)] * 2, SIZES, SIZES[:0]], ids=["one", "several", "none"]
+)
+@pytest.mark.parametrize("name", ["naflex", "naflex_gap", "naflex_map"])
+def test_the_head_knows_the_tokens_of_every_image(
+    name: str, sizes: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    given = {k: v[: len(sizes)] for k, v in batch(sizes or SIZES)[1].items()}
+    for reducer in (None, "tome", "avit", "patchmerger"):
+        options = {"name": "constant_r", "r": 4} if reducer == "tome" else None
+        model = zoo.wrap(family(name), reducer, options).eval()
+        with torch.no_grad():
+            features, expected = model.forward_features(given), model(given)
+            assert torch.allclose(model.forward_head(features), expected, atol=1e-4)
+            final, _ = model.forward_intermediates(given, 1, output_fmt="NLC")
+            assert torch.allclose(model.forward_head(final), expected, atol=1e-4)
+            torch.save(features, tmp_path / "features.pt")
+            again = model.forward_head(torch.load(tmp_path / "features.pt"))
+            assert torch.allclose(again, expected, atol=1e-4)
+            if reducer == "tome":
+                inside = zoo.attach(model.unwrap(), reducer, options).eval()
+                assert torch.equal(inside(given), expected)
+                answer = inside.forward_head(inside.forward_features(given))
+                assert torch.allclose(answer, expected, atol=1e-4)
+
+
 def without(given: dict[str, Tensor], **changes: Any) -> dict[str, Any]:
     return {k: v for k, v in {**given, **changes}.items() if v is not None}
 

@@ -86,6 +86,9 @@ class TimmNaFlex(TimmTower):
             index = torch.tensor(members, device=patches.device)
             rest = patches.index_select(0, index)[:, : rows * columns]
             found.append(Sized(index, _images(m, rest, rows, columns)))
+        if not found:
+            nobody = torch.zeros(0, dtype=torch.long, device=patches.device)
+            found.append(Sized(nobody, patches.new_zeros(0, *self.input_size(m))))
         return found
 
     def embed(self, m: Any, images: Tensor) -> Embedded:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zoo.adapters.tower import find_tower
-from zoo.model.features import carried
+from zoo.model.features import known
 from zoo.model.hf_model import ReducedHfModel
 from zoo.model.placed import ATTACHED, is_of
 from zoo.model.reduced import ReducedViT
@@ -57,7 +57,7 @@ class Attachment:
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """timm's; features that come from here know what their tokens stand for."""
-        if carried(x):
+        if known(x) is not None:
             return self.model.forward_head(x, pre_logits=pre_logits)
         backbone = self.model.backbone
         return type(backbone).forward_head(backbone, x, pre_logits=pre_logits)  # type: ignore[no-any-return]

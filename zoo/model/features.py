@@ -40,17 +40,27 @@ def features(model: ReducedViT, out: Outflow) -> Tensor:
     answers = bool(_who_answers(model))
     if not (answers or _weighs(model)):
         return x
-    known: dict[str, Any] = {name: getattr(t, name) for name in _KEPT}
+    about: dict[str, Any] = {name: getattr(t, name) for name in _KEPT}
     if answers:
-        known |= {"x": t.x, "memory": dict(t.memory), "memories": list(out.memories)}
+        about |= {"x": t.x, "memory": dict(t.memory), "memories": list(out.memories)}
     x = x.view_as(x) if x is t.x else x  # or it would hold on to itself
-    setattr(x, _NAME, known)
+    return knowing(x, about)
+
+
+def knowing(x: Tensor, about: dict[str, Any] | None) -> Tensor:
+    """Features, which from now on know something about their tokens.
+
+    Args:
+        x: Features, which are changed.
+        about: Plain tensors and numbers by name.
+    """
+    setattr(x, _NAME, about)
     return x
 
 
-def carried(x: Tensor) -> bool:
-    """Whether a tensor is one of features that knows what its tokens are."""
-    return getattr(x, _NAME, None) is not None
+def known(x: Tensor) -> dict[str, Any] | None:
+    """What features know about their tokens, None where they know nothing."""
+    return getattr(x, _NAME, None)
 
 
 def classify(
@@ -67,15 +77,15 @@ def classify(
     Raises:
         ZooError: If the answer would not be the model's own.
     """
-    known: dict[str, Any] | None = getattr(x, _NAME, None)
+    about = known(x)
     if who := _who_answers(model):
-        if known is None:
+        if about is None:
             raise ZooError(
                 f"{who} answers in place of the backbone's head, from more than these features; "
                 "hand on the tensor that forward_features returned, or call model(images)"
             )
-        t = _tokens(model, known["x"], known, known["memory"])
-        own = own_answer(model, t, known["memories"])
+        t = _tokens(model, about["x"], about, about["memory"])
+        own = own_answer(model, t, about["memories"])
         if own is not None and pre_logits:
             raise ZooError(
                 f"{who} answers in place of the backbone's head and has no features before its "
@@ -86,14 +96,14 @@ def classify(
     if not _weighs(model):
         return model.tower.classify(model.backbone, x, pre_logits)
     if sizes is not None:
-        known = {"size": sizes, "unit": False, "policy": None, "mask": None}
-    if known is None:
+        about = {"size": sizes, "unit": False, "policy": None, "mask": None}
+    if about is None:
         raise ZooError(
             "these features do not say how many patches each token stands for, which this head "
             "weighs them by; hand on the tensor that forward_features returned, unchanged, give "
             "sizes=info.size of model(images, return_info=True), or call model(images)"
         )
-    return model.tower.leave(model.backbone, _tokens(model, x, known), pre_logits)
+    return model.tower.leave(model.backbone, _tokens(model, x, about), pre_logits)
 
 
 def intermediates(
@@ -164,7 +174,7 @@ def _who_answers(model: ReducedViT) -> str:
 
 
 def _tokens(
-    model: ReducedViT, x: Tensor, known: dict[str, Any], memory: Mapping[str, Tensor] = NO_MEMORY
+    model: ReducedViT, x: Tensor, about: dict[str, Any], memory: Mapping[str, Tensor] = NO_MEMORY
 ) -> Tokens:
-    kept = {name: known[name] for name in _KEPT}
+    kept = {name: about[name] for name in _KEPT}
     return Tokens(x, prefix=model.prefix, memory=memory, **kept)

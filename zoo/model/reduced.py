@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from zoo.model.features import classify, features, intermediates
 from zoo.model.placed import ATTACHED
 from zoo.model.plan import Plan, Planner, make_plan
 from zoo.model.runtime import Runtime, make_runtime
-from zoo.model.sizes import for_any_sizes
+from zoo.model.sizes import by_features, for_any_sizes
 from zoo.model.stream import Info as Info
 from zoo.model.stream import flow, leave
 from zoo.model.timm_api import TimmContract
@@ -229,7 +230,7 @@ class ReducedViT(TimmContract):
         """
         if self.anatomy.alone is not None:
             return self.backbone.forward_head(x, pre_logits=pre_logits)  # type: ignore[no-any-return]
-        return classify(self, x, pre_logits, sizes)
+        return by_features(partial(classify, self, pre_logits=pre_logits), x, sizes)
 
     @for_any_sizes
     @for_any_batch

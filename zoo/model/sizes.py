@@ -13,6 +13,7 @@ from torch import Tensor
 from zoo.adapters.tower import Sized
 from zoo.errors import ZooError
 from zoo.model.empty import first_of, taken
+from zoo.model.features import knowing, known
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -59,14 +60,46 @@ def joined(answers: Sequence[Any], parts: Sequence[Sized], length: int = 0) -> A
     """
     first = answers[0]
     if isinstance(first, Tensor):
-        order = torch.cat([p.places for p in parts]).argsort()
-        if first.dim() == 3:
-            longest = max(length, *(x.shape[1] for x in answers))
-            answers = [F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in answers]
-        return answers[0] if len(answers) == 1 else torch.cat(list(answers)).index_select(0, order)
+        return first if len(answers) == 1 and not length else _stacked(answers, parts, length)
     if isinstance(first, Mapping):
         return {name: joined([a[name] for a in answers], parts, length) for name in first}
     if first is None or (len(answers) == 1 and not length):
         return first
     items = zip(*answers, strict=True)
     return type(first)(joined(list(item), parts, length) for item in items)
+
+
+def _stacked(answers: Sequence[Tensor], parts: Sequence[Sized], length: int) -> Tensor:
+    order = torch.cat([p.places for p in parts]).argsort()
+    if answers[0].dim() != 3:
+        return torch.cat(list(answers)).index_select(0, order)
+    longest = max(length, *(x.shape[1] for x in answers))
+    padded = [F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in answers]
+    # No head could tell zeros from tokens, not even that of a dense model.
+    rows = [
+        {"places": p.places, "length": x.shape[1], "known": known(x)}
+        for p, x in zip(parts, answers, strict=True)
+    ]
+    return knowing(torch.cat(padded).index_select(0, order), {"parts": rows})
+
+
+def by_features(head: Callable[..., Tensor], x: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """What a head makes of features; of those of several sizes, of each without its padding.
+
+    Args:
+        head: Takes features `(B, P+M, C)`, and `sizes=`.
+        x: Features.
+        sizes: Patches in each token, `(B, P+M)`, where `x` does not bring them along.
+    """
+    rows = (known(x) or {}).get("parts")
+    if rows is None:
+        return head(x, sizes=sizes)
+
+    def own(whole: Tensor, part: Mapping[str, Any]) -> Tensor:
+        return whole.index_select(0, part["places"])[:, : part["length"]]
+
+    answers = [
+        head(knowing(own(x, p), p["known"]), sizes=None if sizes is None else own(sizes, p))
+        for p in rows
+    ]
+    return joined(answers, [Sized(p["places"], x) for p in rows])  # type: ignore[no-any-return]
