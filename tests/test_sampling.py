@@ -6,11 +6,15 @@ import shlex
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 import reduction
 import zoo
 from tests.cases import METHODS, Row, backbone, images, model
+from tests.families import TINY, family
+from tests.test_naflex import batch
 from zoo.cli.main import main
+from zoo.cost.counters import torch_gmacs
 from zoo.errors import ZooError
 from zoo.report.compare import compare
 from zoo.report.spreadsheet import csv_table
@@ -104,12 +108,59 @@ def test_other_methods_cost_the_same_with_and_without_images() -> None:
     assert zoo.profile(m, images=images()) == zoo.profile(m)
 
 
+@pytest.mark.parametrize("name", ["naflex", "dynamic"])
+@pytest.mark.parametrize("reducer", ["tome", None])
+def test_images_of_several_sizes_cost_what_each_does(name: str, reducer: str | None) -> None:
+    if name == "dynamic":
+        dense = VisionTransformer(dynamic_img_size=True, **TINY).eval()
+    else:
+        dense = family(name)
+    m = zoo.wrap(dense, reducer, {"name": "constant_r", "r": 2} if reducer else None)
+    small, large = torch.randn(3, 3, 16, 20), torch.randn(1, 3, 32, 24)
+    for x in (small, large):
+        found = zoo.profile(m, images=x)
+        assert found == zoo.profile(m, img_size=tuple(x.shape[2:])) and found.sample is None
+        assert found.gmacs == pytest.approx(torch_gmacs(m, x), rel=1e-6)
+    each = [zoo.profile(m, images=x) for x in (small, large)]
+    both = zoo.profile(m, images=[small, large, large[:0]])
+    assert both.gmacs == pytest.approx((3 * each[0].gmacs + each[1].gmacs) / 4)
+    assert both.gmacs == pytest.approx(both.linear + both.attention + both.reducer)
+    assert both.dense == pytest.approx((3 * each[0].dense + each[1].dense) / 4)
+    assert both.sample[1:4] == (each[0].gmacs, each[1].gmacs, 4)
+    assert both.tokens[0][0] == round((3 * each[0].tokens[0][0] + each[1].tokens[0][0]) / 4)
+
+
+@pytest.mark.parametrize("reducer", ["tome", "dtome"])
+def test_a_padded_batch_costs_what_its_images_do(reducer: str) -> None:
+    alone, given = batch()
+    m = zoo.wrap(family("naflex"), reducer).eval()
+    found, costs = zoo.profile(m, images=given), [zoo.profile(m, images=x).gmacs for x in alone]
+    assert len(set(costs)) > 1
+    assert found.gmacs == found.sample.mean == pytest.approx(sum(costs) / len(alone))
+    assert (found.sample.min, found.sample.max) == (min(costs), max(costs))
+    assert zoo.profile(m, images=[given, given]).gmacs == pytest.approx(found.gmacs)
+
+
+def test_images_that_a_model_refuses_cost_nothing_that_could_be_told() -> None:
+    m = zoo.wrap(backbone("plain"), "tome")
+    with pytest.raises(ZooError, match="expected images of 32x32, got 48x48"):
+        zoo.profile(m, images=images(2, 48))
+    with pytest.raises(ZooError, match="expected images, a tensor .*, got dict"):
+        zoo.profile(m, images=batch()[1])
+    with pytest.raises(ZooError, match="at least one image"):
+        zoo.profile(m, images=[])
+    with pytest.raises(ZooError, match="leave img_size"):
+        zoo.profile(m, images=images(2), img_size=32)
+
+
 def test_what_cannot_be_measured_is_said() -> None:
     m = zoo.wrap(backbone("plain"), "ats").train()
     with pytest.raises(ZooError, match="at least one image"):
         zoo.profile(m, images=images(2)[:0])
     with pytest.raises(ZooError, match="leave img_size"):
         zoo.profile(m, images=images(2), img_size=32)
+    with pytest.raises(ZooError, match="leave convention"):
+        zoo.profile(m, images=images(2), convention="diffrate")
     assert m.training  # as before
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
 
-from torch import Tensor, nn
+from torch import nn
 
 from zoo.cost.analytic import counted
-from zoo.cost.sampling import is_adaptive, sample
-from zoo.cost.types import Profile
+from zoo.cost.sampling import NO_IMAGES, Images, is_adaptive, of_one_size, sample
+from zoo.cost.types import Profile, mean_of
 from zoo.errors import ZooError
 from zoo.model.anatomy import Anatomy
 from zoo.model.attached import as_reduced
+from zoo.model.reduced import ReducedViT
 
 CONVENTIONS = ("zoo", "diffrate")
 
@@ -20,7 +21,7 @@ def profile(
     model: nn.Module,
     img_size: int | tuple[int, int] | None = None,
     convention: str = "zoo",
-    images: Tensor | Iterable[Tensor] | None = None,
+    images: Images | None = None,
 ) -> Profile:
     """Count parameters, multiply-accumulates and tokens, as a rule without running the model.
 
@@ -29,9 +30,10 @@ def profile(
         img_size: Image size in pixels; None is the model's own.
         convention: "zoo" (see `zoo.cost.analytic`) or "diffrate": that paper's formula, which
             counts the patch embedding once for every prefix token too and leaves matching out.
-        images: `(N, 3, H, W)`, or batches of them. A method that keeps a different number of tokens
-            in every image is run on them, and the counts are means over them; without images they
-            are upper limits. Costs of other methods do not depend on images.
+        images: `(N, 3, H, W)`, a mapping that the model itself takes in their place (NaFlex), or
+            batches of either. Counts are means over the images, each at its own size. A method that
+            keeps a different number of tokens in every image is run on them; without images its
+            counts are upper limits.
 
     Raises:
         ZooError: If the convention is unknown or the image size does not fit.
@@ -39,22 +41,45 @@ def profile(
     if convention not in CONVENTIONS:
         raise ZooError(f"convention must be one of {CONVENTIONS}, got {convention!r}")
     wrapped = as_reduced(model)
+    if images is not None and img_size is not None:
+        raise ZooError("images have a size of their own; leave img_size away, or images")
     if images is not None and is_adaptive(wrapped):
-        if convention != "zoo" or img_size is not None:
+        if convention != "zoo":
             raise ZooError(
-                "a cost measured on images has their size and the convention 'zoo'; leave img_size "
-                "and convention away"
+                "a cost measured on images has the convention 'zoo'; leave convention away"
             )
         return sample(wrapped, images)
     anatomy = wrapped.anatomy
-    return counted(
-        anatomy,
-        wrapped.schedule,
-        None if img_size is None else _grid(anatomy, img_size),
-        convention,
-        wrapped.runtime.last_block,
-        params=sum(p.numel() for p in model.parameters()),
-    )
+
+    def count(grid: tuple[int, int] | None) -> Profile:
+        return counted(
+            anatomy,
+            wrapped.schedule,
+            grid,
+            convention,
+            wrapped.runtime.last_block,
+            params=sum(p.numel() for p in model.parameters()),
+        )
+
+    if images is None:
+        return count(None if img_size is None else _grid(anatomy, img_size))
+    return mean_of([(count(grid), n) for grid, n in _grids(wrapped, images).items()])
+
+
+def _grids(model: ReducedViT, images: Images) -> Counter[tuple[int, int]]:
+    """How many images there are of every patch grid.
+
+    Raises:
+        ZooError: If there are none, or the model would refuse them.
+    """
+    found: Counter[tuple[int, int]] = Counter()
+    for batch in of_one_size(model, images):
+        model.checked(batch)
+        if len(batch):
+            found[model.tower.grid_of(model.backbone, batch)] += len(batch)
+    if not found:
+        raise ZooError(NO_IMAGES)
+    return found
 
 
 def _grid(anatomy: Anatomy, img_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ counted while it runs, padding left out, and the same formula gives each image i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from reduction.counts import BlockCost
 from reduction.mixins.adaptive import Adaptive
 from zoo.cost.analytic import block_cost, counted, head_macs
-from zoo.cost.types import Profile, Sample
+from zoo.cost.types import Profile, Sample, mean_of
 from zoo.errors import ZooError
 from zoo.model.answers import check_finite
 from zoo.model.evaluating import evaluating
@@ -25,6 +25,10 @@ from zoo.model.plan import Plan
 if TYPE_CHECKING:
     from zoo.model.reduced import ReducedViT
     from zoo.model.stream import Info
+
+#: Images `(N, C, H, W)`, a mapping that the model takes in their place, or batches of either.
+Images = Tensor | Mapping[str, Any] | Iterable[Tensor | Mapping[str, Any]]
+NO_IMAGES = "expected at least one image to measure the cost on, got none"
 
 
 def is_adaptive(model: Any) -> bool:
@@ -153,7 +157,7 @@ class CostSampler:
             ZooError: If there are none.
         """
         if self.limit is None or not self.costs:
-            raise ZooError("expected at least one image to measure the cost on, got none")
+            raise ZooError(NO_IMAGES)
         n = len(self.costs)
         mean = sum(self.costs) / n
         blocks = [BlockCost(*(round(value / n) for value in sums)) for sums in self._sums]
@@ -201,23 +205,45 @@ def patch_counts(info: Info) -> Tensor:
     return torch.stack(counts, dim=1)
 
 
+def of_one_size(model: ReducedViT, images: Images) -> Iterator[Tensor]:
+    """Batches `(B, C, H, W)` of one size each.
+
+    Args:
+        model: Whose tower says which sizes there are in a batch that is no tensor.
+        images: `(N, C, H, W)`, taken in batches of 64; batches of them; or such mappings as the
+            model itself takes in their place.
+    """
+    if isinstance(images, Tensor):
+        yield from images.split(64)
+        return
+    for batch in (images,) if isinstance(images, Mapping) else images:
+        if isinstance(batch, Tensor):
+            yield batch
+        else:
+            yield from (p.images for p in model.tower.by_size(model.backbone, batch))
+
+
 @torch.no_grad()
-def sample(model: ReducedViT, images: Tensor | Iterable[Tensor]) -> Profile:
+def sample(model: ReducedViT, images: Images) -> Profile:
     """Cost of an adaptive model on images, in evaluation mode.
 
     Args:
         model: The model.
-        images: `(N, 3, H, W)`, run in batches of 64, or batches of them.
+        images: See `of_one_size`.
 
     Raises:
         NotFinite: If the model answers an image with NaN or infinity: such tokens are not counted.
-        ZooError: If there are no images, or of different sizes.
+        ZooError: If there are no images.
     """
-    sampler, weight = CostSampler(model), next(model.parameters())
+    samplers: dict[tuple[int, int], CostSampler] = {}
+    weight, seen = next(model.parameters()), 0
     with evaluating(model):
-        for batch in images.split(64) if isinstance(images, Tensor) else images:
+        for batch in of_one_size(model, images):
             if len(batch):
                 logits, info = model(batch.to(weight.device, weight.dtype), return_info="trace")
-                check_finite(logits, len(sampler.costs))
-                sampler.add(info)
-    return sampler.profile()
+                check_finite(logits, seen)
+                seen += len(batch)
+                samplers.setdefault(info.grid, CostSampler(model)).add(info)
+    if not samplers:
+        raise ZooError(NO_IMAGES)
+    return mean_of([(s.profile(), len(s.costs)) for s in samplers.values()])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from reduction.counts import BlockCost
@@ -54,9 +55,9 @@ class Profile:
         blocks: Cost per block.
         convention: "zoo", or "diffrate" for that paper's own count.
         macs: Total as an exact integer.
-        sample: Spread of a cost that was measured on images; everything else is then the mean over
-            them (tokens rounded). None where the cost is the same for all images, and where it is
-            the upper limit because no images were given.
+        sample: Spread of a cost that was measured on images, or counted for images of several
+            sizes; everything else is then the mean over them (tokens rounded). None where the cost
+            is the same for all images, and where it is the upper limit because none were given.
     """
 
     gmacs: float
@@ -91,3 +92,41 @@ class Profile:
                 f"{total:>8.4f} {b.reducer / 1e9:>8.5f}"
             )
         return "\n".join([head, parts, *rows])
+
+
+def mean_of(found: Sequence[tuple[Profile, int]]) -> Profile:
+    """The mean over images of several sizes, with the spread in `sample`.
+
+    Args:
+        found: Cost and number of images for each size; of one size the cost is returned as it is.
+    """
+    if len(found) == 1:
+        return found[0][0]
+    each, images = [p for p, _ in found], sum(n for _, n in found)
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(value * n for value, (_, n) in zip(values, found, strict=True)) / images
+
+    spread = [p.sample or Sample(p.gmacs, p.gmacs, p.gmacs, n, p.gmacs) for p, n in found]
+    gmacs = mean(p.gmacs for p in each)
+    dense = [p.dense for p in each if p.dense is not None]
+    rows = zip(*(p.tokens for p in each), strict=True)
+    blocks = zip(*(p.blocks for p in each), strict=True)
+    return replace(
+        each[0],
+        gmacs=gmacs,
+        macs=round(mean(p.macs for p in each)),
+        linear=mean(p.linear for p in each),
+        attention=mean(p.attention for p in each),
+        reducer=mean(p.reducer for p in each),
+        dense=mean(dense) if dense else None,
+        tokens=[(round(mean(n for n, _ in row)), round(mean(n for _, n in row))) for row in rows],
+        blocks=[BlockCost(*(round(mean(n)) for n in zip(*b, strict=True))) for b in blocks],
+        sample=Sample(
+            mean=gmacs,
+            min=min(s.min for s in spread),
+            max=max(s.max for s in spread),
+            images=images,
+            limit=max(s.limit for s in spread),
+        ),
+    )
