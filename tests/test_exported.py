@@ -18,11 +18,13 @@ import zoo
 from tests import hf_cases
 from tests.cases import backbone
 from tests.covering import every
+from tests.hf_cases import model as hugging_face
 from zoo.checkpoint import save_pretrained
 from zoo.data.checks import data_config
 from zoo.data.transforms import eval_transform
 from zoo.errors import BadCheckpoint, ZooError
 from zoo.export import export_model, open_engine
+from zoo.export.formats import to_onnx
 from zoo.run.evaluate import evaluate
 from zoo.run.messages import config_folder
 
@@ -61,6 +63,39 @@ def test_a_tower_built_by_hand_is_fed_as_its_library_does(tmp_path: Path) -> Non
     config = json.loads((tmp_path / "preprocess.json").read_text())
     assert config["mean"] == pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-3)
     assert config["input_size"] == [3, 32, 32] and config["crop_pct"] == 1.0
+
+
+@pytest.mark.parametrize(("name", "kind"), [("siglip2", "onnx"), ("siglip2-head", "openvino")])
+def test_siglip_2_answers_as_torch(name: str, kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip({"onnx": "onnxruntime"}.get(kind, kind))
+    model = zoo.wrap(
+        hugging_face(name, num_hidden_layers=2), "tome", {"name": "constant_r", "r": 1}
+    )
+    found = export_model(model, tmp_path / "m", kind, images=[torch.randn(3, 3, 32, 32)])
+    assert found.max_error < 1e-4 and found.agreement == 100 and found.n_real == 3
+
+
+def test_a_failed_conversion_is_one_line_with_its_reason(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+
+    @torch.library.custom_op("tokenzoo_tests::unheard_of", mutates_args=())
+    def unheard_of(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    unheard_of.register_fake(torch.empty_like)
+
+    class Odd(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return unheard_of(x)
+
+    with pytest.raises(ZooError) as refused:
+        to_onnx(Odd().eval(), torch.randn(2, 3, 4, 4), tmp_path)
+    said = str(refused.value)
+    assert said.startswith("export.format=onnx cannot capture this model: ")
+    assert "unheard_of" in said and "submit a PR" not in said
+    assert "\x1b" not in said and "\n" not in said
 
 
 def test_bfloat16_says_how_far_it_is(tmp_path: Path) -> None:

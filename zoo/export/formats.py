@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -193,8 +194,15 @@ def _captured(kind: str) -> Iterator[None]:
     except ZooError:
         raise
     except Exception as error:  # exporters raise whatever they meet
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ZooError(f"export.format={kind} cannot capture this model: {reason}") from error
+        raise ZooError(f"export.format={kind} cannot capture this model: {_why(error)}") from error
+
+
+def _why(error: BaseException) -> str:
+    """What an exporter failed at, in one line: what it says around that is advice to its makers."""
+    while error.__cause__ is not None and error.__cause__ is not error:
+        error = error.__cause__
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error))
+    return " ".join(plain.split())[:300] or type(error).__name__
 
 
 @contextlib.contextmanager
