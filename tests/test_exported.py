@@ -18,7 +18,6 @@ import zoo
 from tests import hf_cases
 from tests.cases import backbone
 from tests.covering import every
-from tests.hf_cases import model as hugging_face
 from zoo.checkpoint import save_pretrained
 from zoo.data.checks import data_config
 from zoo.data.transforms import eval_transform
@@ -71,7 +70,7 @@ def test_siglip_2_answers_as_torch(name: str, kind: str, tmp_path: Path) -> None
     pytest.importorskip("onnxscript")
     pytest.importorskip({"onnx": "onnxruntime"}.get(kind, kind))
     model = zoo.wrap(
-        hugging_face(name, num_hidden_layers=2), "tome", {"name": "constant_r", "r": 1}
+        hf_cases.model(name, num_hidden_layers=2), "tome", {"name": "constant_r", "r": 1}
     )
     found = export_model(model, tmp_path / "m", kind, images=[torch.randn(3, 3, 32, 32)])
     assert found.max_error < 1e-4 and found.agreement == 100 and found.n_real == 3
