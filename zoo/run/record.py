@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 from zoo.run.outcome import State
@@ -65,12 +66,10 @@ def check_folder(path: str, option: str = "output_dir") -> None:
     Raises:
         ZooError: The folder cannot be made or written to.
     """
-    probe = os.path.join(path, f".writable.{os.getpid()}")
     try:
         os.makedirs(path, exist_ok=True)
-        with open(probe, "wb"):
+        with tempfile.TemporaryFile(dir=path):
             pass
-        os.unlink(probe)
     except OSError as error:
         from zoo.errors import ZooError
 
