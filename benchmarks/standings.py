@@ -180,10 +180,8 @@ def trained_table(rows: Sequence[Row], free: Sequence[Row]) -> str:
         plugins = [plugin["name"] for plugin in row["recipe"]["plugins"]]
         name = row["backbone"] if is_dense(row) else row["method"]
         shelf = before.get(row["method"]) if tuned and not plugins else None
-        patch = row["recipe"]["backbone"]["args"].get("patch_size")
-        other = "" if tuned or patch is None else f", patches of {patch}"
         cells = [
-            " + ".join(f"`{part}`" for part in [name, *plugins]) + other,
+            " + ".join(f"`{part}`" for part in [name, *plugins]) + _geometry(row, tuned),
             fitted if tuned else "everything, from scratch",
             SHORT if row["training"]["epochs"] == 1 else f"{row['training']['epochs']} epochs",
             f"{100 * row['gmacs']['total'] / full:.0f} %",
@@ -193,6 +191,19 @@ def trained_table(rows: Sequence[Row], free: Sequence[Row]) -> str:
         ]
         lines.append(cells)
     return markdown(lines)
+
+
+def _geometry(row: Row, tuned: bool) -> str:
+    """What tells towers of one name apart: tuned ones have vit_fashion's width and patches."""
+    args = row["recipe"]["backbone"]["args"]
+    told = []
+    if "compressed_grid" in args:
+        told.append(f"{' x '.join(map(str, args['compressed_grid']))} compressed tokens")
+    if not tuned and "patch_size" in args:
+        told.append(f"patches of {args['patch_size']}")
+    if not tuned and "embed_dim" in args:
+        told.append(f"{args['embed_dim']} wide")
+    return "".join(f", {words}" for words in told)
 
 
 def _mean(rows: Sequence[Row]) -> float:
