@@ -222,9 +222,15 @@ def test_sweeps_do_not_start_themselves_again(run, monkeypatch, strategy, device
     monkeypatch.setattr(zoo.run.train, "train", lambda cfg: new_row(method="none", backbone="x"))
     code, _, err = run(f"train -m seed=0,1 trainer.strategy={strategy} 'trainer.devices={devices}'")
     if refused:
-        assert code == 2 and "ddp_spawn" in err and len(err.strip().splitlines()) == 1
+        assert code == 2 and "torchrun" in err and len(err.strip().splitlines()) == 1
+        assert "type trainer.strategy" not in err  # which training refuses, too
     else:
         assert code == 0
+
+
+def test_a_sweep_of_evaluations_may_start_processes_by_python(run):
+    code, _, err = run("eval -m backbone=test_vit,vit_digits trainer=ddp trainer.devices=2")
+    assert code == 2 and "type trainer.strategy=ddp_spawn" in err
 
 
 def test_top_k_counts_by_hand():

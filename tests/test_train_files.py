@@ -49,6 +49,16 @@ def test_a_trainer_writes_whole_files(tmp_path: Path) -> None:
     assert type(trainer.strategy.checkpoint_io) is WholeFiles
 
 
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_processes_that_take_a_training_with_them_are_refused(
+    tmp_path: Path, strategy: str
+) -> None:
+    where = ("trainer.accelerator=cpu", "trainer.devices=2", f"trainer.strategy={strategy}")
+    with pytest.raises(ZooError, match=r"type trainer\.strategy=ddp, or torchrun"):
+        train(config(*DONE, *where, out=tmp_path))
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_run_that_was_moved_knows_its_best_epoch(tmp_path: Path) -> None:
     """No later epoch is as good as what the first ones are said to have reached."""
     first, there = tmp_path / "first", tmp_path / "moved"

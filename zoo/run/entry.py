@@ -234,7 +234,7 @@ def _begin(run: _Run) -> None:
     cfg = run.cfg
     join_tasks()
     if run.sweep:
-        refuse_subprocess_ddp(cfg)
+        refuse_subprocess_ddp(cfg, run.kind)
     check_config(cfg, run.kind, run.overrides)
     show(wanted(cfg) if run.aloud else False)
     check_writable(results_file(cfg))

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from zoo.errors import ZooError
 from zoo.run.record import check_folder
 
 if TYPE_CHECKING:
@@ -34,6 +35,24 @@ def fit(trainer: pl.Trainer, module: Classifier, data: ImageData, ckpt: str | No
         say(f"\nstopped in epoch {trainer.current_epoch}; {_how_to_go_on(trainer)}")
         raise KeyboardInterrupt from None
     return time.monotonic() - started
+
+
+def check_processes(trainer: pl.Trainer) -> None:
+    """Refuses processes that end before a training is read out.
+
+    What Lightning brings back from those that Python starts is the weights and one path. The
+    shares of the splits, the epochs that were seen and the state of a search would stay behind.
+
+    Raises:
+        ZooError: With what to type.
+    """
+    method = getattr(trainer.strategy, "_start_method", "popen")
+    if method != "popen":
+        raise ZooError(
+            f"trainer.strategy starts processes by Python's {method}, which end with all that "
+            "training knows but its weights; type trainer.strategy=ddp, or torchrun before the "
+            "command"
+        )
 
 
 def check_folders(trainer: pl.Trainer) -> None:

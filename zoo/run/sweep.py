@@ -22,8 +22,12 @@ def sweep_rows_path(hydra: Any) -> Path:
     return Path(str(hydra.sweep.dir)) / "rows.jsonl"
 
 
-def refuse_subprocess_ddp(cfg: DictConfig) -> None:
+def refuse_subprocess_ddp(cfg: DictConfig, kind: str) -> None:
     """Refuses a job of a sweep that would start the sweep again, once per device.
+
+    Args:
+        cfg: Of the job.
+        kind: "eval" or "train", which takes no processes started by Python.
 
     Raises:
         SystemExit: The trainer's strategy launches its processes by repeating the command, and the
@@ -47,9 +51,9 @@ def refuse_subprocess_ddp(cfg: DictConfig) -> None:
     name = strategy if isinstance(strategy, str) else strategy.get("_target_")
     message = (
         f"-m with trainer.strategy={name} on several devices would start the whole sweep once per "
-        "device; type trainer.strategy=ddp_spawn, give each job several processes by "
-        "hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node=2 (or submitit_local), or run "
-        "the jobs one by one with torchrun"
+        f"device; {'type trainer.strategy=ddp_spawn, ' if kind == 'eval' else ''}give each job "
+        "several processes by hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node=2 (or "
+        "submitit_local), or run the jobs one by one with torchrun"
     )
     if not elsewhere(HydraConfig.get()):
         raise SystemExit(message)

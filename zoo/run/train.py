@@ -29,7 +29,14 @@ from zoo.measure.device import pick_dtype
 from zoo.results.rows import new_row, wilson_interval
 from zoo.run.build import build_model, instantiate
 from zoo.run.evaluate import kernels_chosen
-from zoo.run.fitting import check_folders, checkpoint_of, fit, pick_weights, say
+from zoo.run.fitting import (
+    check_folders,
+    check_processes,
+    checkpoint_of,
+    fit,
+    pick_weights,
+    say,
+)
 from zoo.run.machines import where
 from zoo.run.notes import training_notes, unread_images
 from zoo.run.outcome import started
@@ -105,6 +112,7 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.ckpt is not None:
         done = check_model(Path(cfg.ckpt), model, module.volatile)
     trainer: pl.Trainer = instantiate_trainer(cfg)
+    check_processes(trainer)
     check_sharding(trainer, module)
     check_folders(trainer)
     whole = kept_whole(trainer, module)
