@@ -5,9 +5,10 @@ A number in a page is followed by a comment that says where it is from:
     96.7 %<!-- size_bias/dinov2 method=tome reducer.prop_attn=true: knn.agreement -->
 
 names a file below results/, what tells the row from others there (of several the last counts), and
-the field. A paired test names two rows, with `vs` between them, and `p`, `first` or `second`; a
-difference of one field of both is `minus FIELD`. `share` is the cost in percent of the dense
-model's; `over timm` and `over dense` are speed-ups.
+the field. A paired test of their answers, or of their neighbours' where there are no others, names
+two rows, with `vs` between them, and `p`, `first` or `second`; a difference of one field of both is
+`minus FIELD`. `share` is the cost in percent of the dense model's; `over timm` and `over dense` are
+speed-ups.
 
     python -m benchmarks.claims docs/findings.md --write
 
@@ -116,7 +117,7 @@ def value_of(claim: Claim, rows: Sequence[Row]) -> float:
     """
     found: Any = None
     if claim.field in _PAIRED and len(rows) == 2:
-        test = compared(*rows)
+        test = compared(*rows) or compared(*rows, task="knn")
         found = None if test is None else getattr(test, claim.field)
     elif claim.field.startswith("minus "):
         one, other = (field(row, claim.field.removeprefix("minus ")) for row in rows)

@@ -30,6 +30,8 @@ def folder(tmp_path):
         row("tome", 91.25, [True] * 12, gmacs={"total": 1.0}, reducer={"prop_attn": True}),
         row("topk", 66.5, [True] * 4 + [False] * 8),
         row("evit", 99.0, [], status="failed"),
+        row("dct", 1.0, [], answers={"knn": packed([True] * 12)}),
+        row("evs", 1.0, [], answers={"knn": packed([True] * 7 + [False] * 5)}),
     ]
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -48,6 +50,8 @@ def folder(tmp_path):
         ("8e-3<!-- a/b method=tome vs method=topk: p -->", True),
         ("8 images<!-- a/b method=tome vs method=topk: first -->", True),
         ("9 images<!-- a/b method=tome vs method=topk: first -->", False),
+        ("5 images<!-- a/b method=dct vs method=evs: first -->", True),
+        ("0.06<!-- a/b method=dct vs method=evs: p -->", True),
         ("99<!-- a/b method=evit: top1 -->", False),  # a failed row is none
         ("1<!-- a/b method=tome reducer.prop_attn=false: top1 -->", False),
         ("1<!-- a/b method=tome: nothing -->", False),
