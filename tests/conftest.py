@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.commands import Run
+
+
+@pytest.fixture(autouse=True)
+def no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Hydra job is running here, whatever another test has run in this process before."""
+    if (hydra := sys.modules.get("hydra.core.hydra_config")) is not None:
+        monkeypatch.setattr(hydra.HydraConfig.instance(), "cfg", None)
 
 
 @pytest.fixture

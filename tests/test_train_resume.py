@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.core.hydra_config import HydraConfig
 
 import zoo
 from reduction.functional import kernels
@@ -35,12 +34,6 @@ OWN = [
     "trainer.max_epochs=2",
     "trainer.deterministic=true",
 ]
-
-
-@pytest.fixture(autouse=True)
-def no_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No Hydra job is running here, whatever another test has run in this process before."""
-    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
 
 
 @pytest.fixture(scope="module")
