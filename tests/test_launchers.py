@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from zoo.results.rows import append_row, new_row, readable_rows
+from zoo.results.rows import _lock, append_row, new_row, readable_rows
 from zoo.run import launchers
 from zoo.run.deaths import end_of, hear
 from zoo.run.launchers import Follower, refuse
@@ -127,7 +127,10 @@ def test_writers_that_are_killed_spoil_no_row_of_others(tmp_path):
     ]
     written = [int(writers[0].stdout.readline()) for _ in range(5)]
     writers[0].kill()
-    with open(path, "ab") as file:  # as if it had been killed within a line
+    # As if it had been killed within a line: it had the lock then, so that no other writer stood
+    # between its look at the file's end and its own line.
+    with open(path, "ab") as file:
+        _lock(file.fileno())
         file.write(b'{"run_id": "half')
     append_row(path, {"run_id": "after", "notes": ""})
     for writer in writers:
