@@ -9,9 +9,6 @@ PYTEST_ARGS ?=
 DEMO ?= results/demo
 BIN := $(VENV)/bin
 
-# Two processes that each start one thread per core would fight for the cores.
-test test-all: export OMP_NUM_THREADS = 1
-
 .PHONY: help demo report leaderboard-quick test test-all lint format clean
 .DEFAULT_GOAL := help
 
