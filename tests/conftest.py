@@ -11,8 +11,8 @@ import pytest
 
 from tests.commands import Run
 
-# Two processes that each start one thread per core would fight for the cores. OpenMP reads this when
-# torch is first imported, here and in the commands that tests start.
+# Two processes that each start one thread per core would fight for the cores. OpenMP reads this
+# when torch is first imported, here and in the commands that tests start.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
