@@ -108,12 +108,23 @@ def check_onnx(m: Any, path: Path, x: Tensor, others: list[Tensor]) -> None:
         assert gap(m, lambda _, found=found: torch.from_numpy(found), other) < 1e-4
 
 
+def check_openvino(m: Any, path: Path, others: list[Tensor]) -> None:
+    """Convert what `check_onnx` wrote, and run it on some images, and on more than tokens."""
+    openvino = pytest.importorskip("openvino")
+    config = {"INFERENCE_PRECISION_HINT": "f32"}
+    graph = openvino.Core().compile_model(openvino.convert_model(path), "CPU", config)
+    for other in [*others, torch.cat([images(7, seed=s) for s in range(11)])]:
+        found = torch.from_numpy(graph([other.numpy()])[0])
+        assert gap(m, lambda _, found=found: found, other) < 1e-4
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("row", FEW, ids=lambda r: r.id)
 def test_onnx(row: Row, tmp_path: Path) -> None:
     m = model(row, depth=2)
     assert m.token_counts()[-1][1] < 65 or row.restores
     check_onnx(m, tmp_path / "model.onnx", images(2), batches())
+    check_openvino(m, tmp_path / "model.onnx", batches())
 
 
 @pytest.mark.parametrize("descending", [False, True])
@@ -163,7 +174,9 @@ def test_what_was_exported_with_gradients_on_can_be_lowered(row: Row) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("row", METHODS, ids=lambda r: r.id)
 def test_onnx_of_every_method(row: Row, tmp_path: Path) -> None:
-    check_onnx(model(row, depth=2), tmp_path / "model.onnx", images(2), batches())
+    m = model(row, depth=2)
+    check_onnx(m, tmp_path / "model.onnx", images(2), batches())
+    check_openvino(m, tmp_path / "model.onnx", batches())
 
 
 @pytest.mark.slow

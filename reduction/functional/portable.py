@@ -71,8 +71,11 @@ def best_of(x: Tensor) -> tuple[Tensor, Tensor]:
     # cheaper. They are int32, since bfloat16 knows none above 256.
     best, n = x.amax(-1), x.shape[-1]
     left = torch.arange(n, 0, -1, dtype=torch.int32, device=x.device)
-    found = torch.where(x >= best.unsqueeze(-1), left, torch.zeros_like(left)).amax(-1)
-    return best, (n - found).clamp_max(n - 1).long()  # nowhere among what is not a number
+    found = torch.where(x >= best.unsqueeze(-1), left, torch.zeros_like(left)).amax(-1).long()
+    # Looked up, not reckoned: OpenVINO runs arithmetic behind an integer reduction within it, and
+    # answers nonsense there for all images behind the first x.shape[1].
+    place = torch.arange(n, -1, -1, device=x.device).clamp_max(n - 1)  # 0: of what is no number
+    return best, place[found]
 
 
 def sigmoid(x: Tensor) -> Tensor:

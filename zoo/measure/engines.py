@@ -130,7 +130,7 @@ class Engine:
                 ) from error
             run = open_engine(folder, kind, precision, threads)
         if precision == "float32":
-            self._check(run(images.numpy()), wanted.numpy())
+            self._check(model, images, wanted, run(images.numpy()))
 
         def start(images: Tensor) -> Step:
             array = images.float().cpu().numpy()
@@ -138,13 +138,16 @@ class Engine:
 
         return start
 
-    def _check(self, found: np.ndarray, wanted: np.ndarray) -> None:
-        gap, most = float(np.abs(found - wanted).max()), max(1.0, float(np.abs(wanted).max()))
-        if not gap <= _TOLERANCE * most:
+    def _check(self, model: nn.Module, images: Tensor, wanted: Tensor, found: np.ndarray) -> None:
+        from zoo.export.agreement import compare
+
+        with torch.no_grad():
+            known = compare(_in_float32(model), [(images, wanted, found)], _TOLERANCE)
+        if not known.agrees:
             raise ZooError(
-                f"{self.option}={self.name}: the exported model differs from torch by {gap:.2g}, "
-                f"expected at most {_TOLERANCE * most:.2g}; its speed would be that of another "
-                f"model, leave {self.name} out"
+                f"{self.option}={self.name}: the exported model differs from torch by "
+                f"{known.error:.2g}, expected at most {known.limit:.2g}; its speed would be that "
+                f"of another model, leave {self.name} out"
             )
 
 
@@ -177,11 +180,14 @@ class Graphs:
         whole = as_reduced(model)
         size = whole.tower.input_size(whole.backbone)
         images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-        # A graph holds float32; the runtime is told what to compute in.
-        half = next(model.parameters()).dtype != torch.float32
-        given = copy.deepcopy(model).float() if half else model
+        given = _in_float32(model)  # as a graph is; the runtime is told what to compute in
         with torch.no_grad():
             return to_onnx(given, images, folder), images, given(images).float()
+
+
+def _in_float32(model: nn.Module) -> nn.Module:
+    same = next(model.parameters()).dtype == torch.float32
+    return model if same else copy.deepcopy(model).float()
 
 
 def check_engine(

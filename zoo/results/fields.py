@@ -52,7 +52,8 @@ FIELDS: dict[str, str] = {
     "retrieval": "mapping by relevance ('class', 'crop'): recall1, recall5, map (percent), each "
     "with its interval, n_queries, n_gallery",
     "export": "mapping, of an exported model: folder, format, precision, files, megabytes, "
-    "max_error (of a logit, to torch in float32), agreement (percent), n_random, n_real",
+    "max_error (of a logit, to torch in float32), n_undecided (images that differ by rounding "
+    "alone), agreement (percent), n_random, n_real",
     "zeroshot": "mapping, of classification by text: text, classes, top1, top5, ci95; reservoir: "
     "of a second pass as a stream, its options, top1, ci95, remembered, anchors",
     "select": "mapping, of a selector behind the tower: selector (name and arguments), block, "
