@@ -24,6 +24,7 @@ from zoo.data.transforms import eval_transform
 from zoo.errors import BadCheckpoint, ZooError
 from zoo.export import export_model, open_engine
 from zoo.export.formats import to_onnx
+from zoo.report.words import summary_line
 from zoo.run.evaluate import evaluate
 from zoo.run.messages import config_folder
 
@@ -134,6 +135,10 @@ def test_the_task_writes_a_row_and_a_folder(tmp_path: Path) -> None:
         row = evaluate(compose("eval", [*words, "export.images=10"]))
     GlobalHydra.instance().clear()
     assert row["export"]["n_real"] == 10 and row["export"]["agreement"] == 100
+    told = f"onnx in {tmp_path}/m | 100.0 % of 14 images as in torch"
+    assert summary_line(row).endswith(told)
+    torn = summary_line(row | {"export": row["export"] | {"n_undecided": 2}})
+    assert torn == summary_line(row) + ", 2 decided by rounding"
     assert json.loads((tmp_path / "m" / "labels.json").read_text()) == list("0123456789")
     picture = tmp_path / "three.png"
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(picture)

@@ -297,6 +297,20 @@ def _selected(row: Mapping[str, Any]) -> list[str]:
     return parts
 
 
+def _exported(row: Mapping[str, Any]) -> list[str]:
+    """Where an exported model lies, and how it answered."""
+    found = row.get("export")
+    if not isinstance(found, Mapping):
+        return []
+    parts = [f"{found.get('format')} in {found.get('folder')}"]
+    n = sum(int(number(found.get(key)) or 0) for key in ("n_random", "n_real"))
+    if n and (same := number(found.get("agreement"))) is not None:
+        torn = int(number(found.get("n_undecided")) or 0)
+        rounded = f", {torn} decided by rounding" if torn else ""
+        parts.append(f"{same:.1f} % of {n} images as in torch{rounded}")
+    return parts
+
+
 def summary_line(row: Mapping[str, Any]) -> str:
     """One line that says what a run found, or why it failed.
 
@@ -335,6 +349,7 @@ def summary_line(row: Mapping[str, Any]) -> str:
         where = f" in {engine}" if engine not in (None, "torch") and not row.get("compile") else ""
         where += f" ({rate / dense:.2f}x)" if where and dense and not is_dense(row) else ""
         parts.append(f"{format_rate(rate)} img/s{where}")
+    parts += _exported(row)
     if isinstance(visual := row.get("visual"), Mapping):
         parts.append(f"pictures: {visual.get('page')}")
     return " | ".join(parts)
