@@ -32,7 +32,7 @@ def outcome(images: Tensor, wrong: list[int], far: float = 1.0, tolerance: float
     wanted = model(images)
     found = wanted.numpy().copy()
     for i in wrong:
-        found[i] = wanted[i].flip(0).numpy() * far
+        found[i] = wanted[i].flip(0).numpy() + (far - 1)
     pairs = [(images[:1], wanted[:1], found[:1]), (images[1:], wanted[1:], found[1:])]
     return compare(model, pairs, tolerance)
 
@@ -58,13 +58,11 @@ def test_a_tie_does_not_excuse_any_answer() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_no_number_never_agrees(value: float) -> None:
-    images = balanced()
-    wanted = Choice()(images)
-    found = wanted.numpy().copy()
-    found[1, 0] = value
-    for tolerance in (1e-4, None):
-        assert not compare(Choice(), [(images, wanted, found)], tolerance).agrees
+@pytest.mark.parametrize("image", [0, 1, 3])
+@pytest.mark.parametrize("tolerance", [1e-4, None])
+def test_no_number_never_agrees(value: float, image: int, tolerance: float | None) -> None:
+    """In the first batch or a later one, on a tie or not."""
+    assert not outcome(balanced(), [image], far=value, tolerance=tolerance).agrees
 
 
 def test_another_precision_is_only_measured() -> None:
