@@ -7,7 +7,8 @@
 
 A job is one backbone in one mode, precision, batch size and number of threads, with all methods at
 0.6 of the dense GMACs (`--fraction` asks for another part). Its rows are written when it ends, and
-a job whose rows from such a machine are there is not done again. The jobs with a target come first.
+a job that has rows of all these methods from such a machine is not done again. The jobs with a
+target come first.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         for part in options.fraction or [suite.FRACTION]
         for job in asked
     ]
-    done = done_jobs(options.out)
+    done = done_jobs(options.out, options.methods or METHODS)
     left = [job for job in chosen if str(job) not in done]
     print(f"{in_words(machine())}; {len(chosen)} jobs, {len(chosen) - len(left)} done before")
     if options.list:
@@ -113,12 +114,16 @@ def _names(option: str, given: str | None, known: Mapping[str, Any]) -> set[str]
     return names
 
 
-def done_jobs(path: Path) -> set[str]:
-    """Jobs whose rows, of a machine like this one, are in a file already."""
+def done_jobs(path: Path, methods: Sequence[str] = ()) -> set[str]:
+    """Jobs whose rows, of all these methods on a machine like this one, are in a file already."""
     rows = readable_rows([path]) if Path(path).is_file() else []
     here = in_words(machine())
-    rows = [row for row in rows if machine_of(row) == here]
-    return {str((row.get("bench") or {}).get("job")) for row in rows}
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        if machine_of(row) == here:
+            found.setdefault(str((row.get("bench") or {}).get("job")), set()).add(row["method"])
+    # Where not even the dense model fits into memory, no method has a row.
+    return {j for j, known in found.items() if known == {"none"} or known.issuperset(methods)}
 
 
 class Bench:

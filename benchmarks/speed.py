@@ -39,6 +39,7 @@ from benchmarks.timing import (
     release,
 )
 from reduction.functional import kernels
+from reduction.registry import METHODS
 from zoo.adapters import fast_linear
 from zoo.errors import UnreachableBudget, ZooError
 from zoo.measure.describe import describe
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line."""
     options = parser().parse_args(arguments)
     options.batch = [size for sizes in options.batch or () for size in sizes]
-    options.methods = [] if options.reducers == USUAL else options.reducers.split(",")
+    options.methods = [] if options.reducers == USUAL else names_of(options.reducers)
     if options.allocator == "keep" and not keep_pages():
         print("this C library cannot be told to keep pages: --allocator default", file=sys.stderr)
         options.allocator = "default"
@@ -101,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = usage.add_argument
     add("--backbone", nargs="+", default=["deit_small"], help="timm names, deit_small, deit_base")
-    add("--reducers", default=USUAL, help="names with commas, or all")
+    add("--reducers", default=USUAL, help="names with commas, all, or untrained: need no training")
     add("--schedule", nargs="+", default=[], help="for all methods, e.g. constant_r:r=13")
     add("--batch", nargs="+", type=_numbers, help="16 if not given; 1 16 or 1,16")
     add("--mode", choices=("inference", "training"), default="inference")
@@ -129,6 +130,16 @@ def parser() -> argparse.ArgumentParser:
     modes.add_argument("--job-seconds", type=float, default=40, help="what rounds are fitted to")
     modes.add_argument("--list", action="store_true", help="say what is left, and do nothing")
     return usage
+
+
+def names_of(text: str) -> list[str]:
+    """Methods by what `--reducers` says, and those that need no training for "untrained" in it."""
+    groups = {
+        "all": zoo.list_methods(),
+        "untrained": [name for name in METHODS.names() if not METHODS.get(name).card.trained],
+    }
+    found = (groups.get(part, [part]) for part in text.split(","))
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
 
 def _numbers(text: str) -> list[int]:
@@ -219,7 +230,7 @@ def build(
     options: argparse.Namespace, backbone: str, runtime: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Exception]]:
     """Models by name, and the errors of those that cannot be built."""
-    names = zoo.list_methods() if options.reducers == "all" else options.reducers.split(",")
+    names = names_of(options.reducers)
     shared = options.mode == "inference"  # training changes weights, so everyone gets their own
     plain = plain_backbone(backbone)
 
