@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from zoo.measure.engines import EXPORTED
 
 METHODS = ("tome", "topk", "evit", "pitome", "diffrate", "token_pooling")
+CONTROLS = "controls"  # in place of a method: smaller images and models, with nothing reduced
 FRACTION, ALIGNED = 0.6, 32
 #: Name on the command line: timm's name, its arguments, and what the table calls it.
 MODELS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {

@@ -9,6 +9,7 @@ makes the tables from the rows that these commands append:
     python eval.py experiment=leaderboard/selectors weights=FILE
     python -m benchmarks.trained
     python -m benchmarks.speed --suite modes --fraction 0.75 0.5 0.35 --only dinov2_small
+    python -m benchmarks.speed --suite modes --fraction 0.5 --reducers untrained --modes eager
 
 `--quick` runs a few points of the first table again and says of each whether it falls inside the
 95 % interval of the committed row; `--again RUN_ID` does so with any row.
@@ -25,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import agreement, modes, modes_table, standings
+from benchmarks import agreement, methods_table, modes, modes_table, standings
 from benchmarks.standings import budget, good, is_dense, options, share
 from benchmarks.table import inserted
 from zoo.results.rows import read_rows, wilson_interval
@@ -73,6 +74,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "clip art resolution": _dinov2(agreement.resolution_table, "openclipart"),
     "clip art galleries": _galleries("openclipart"),
     "selectors": lambda: agreement.selector_table(_rows(SELECTORS)),
+    "speed of all": lambda: methods_table.methods_tables(
+        _rows(ROOT / modes.POINTS), _rows(FASHION), _rows(DINOV2)
+    ),
     "speed": lambda: modes_table.points_table(_rows(ROOT / modes.POINTS)),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 import zoo
 from zoo.errors import ZooError
 from zoo.model.reduced import ReducedViT
+from zoo.run.controls import lower_sizes
 
 _STAGES: dict[str, Any] = {"name": "keep_rate", "rate": 0.7, "blocks": [3, 6, 9]}
 _EVERY: dict[str, Any] = {
@@ -30,6 +32,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "tofu": _R13,
     "pitome": _EVERY,
 }
+#: Smaller models of a geometry, trained as long: name, and cost as a part of the larger one's.
+SMALLER = {"vit_fashion": ("vit_fashion_small", 0.5)}
 _SHORT = {"deit_small": "deit_small_patch16_224", "deit_base": "deit_base_patch16_224"}
 _SEARCHED = {"deit_small_patch16_224": "deit_small_2.9", "deit_base_patch16_224": "deit_base_11.5"}
 
@@ -78,6 +82,29 @@ def plain_backbone(name: str, seed: int = 0, **arguments: Any) -> nn.Module:
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def controls(name: str, arguments: Mapping[str, Any], fraction: float) -> dict[str, nn.Module]:
+    """What a reduced model of a cost competes with: smaller images, and a smaller model.
+
+    Args:
+        name: timm's name of the model that is reduced.
+        arguments: Its own, beside the name.
+        fraction: Of its GMACs; the images have as many patches of its patches, as near as it goes.
+
+    Returns:
+        Dense backbones with random weights, by what tells them from the model.
+    """
+    whole = zoo.wrap(plain_backbone(name, **arguments), None)
+    side, patch = (f(whole.backbone)[-1] for f in (whole.tower.input_size, whole.tower.patch_size))
+    found = {
+        f"{pixels} px": plain_backbone(name, **{**arguments, "img_size": pixels})
+        for pixels in lower_sizes(side, patch, [fraction])
+    }
+    small, cost = SMALLER.get(name, ("", 0.0))
+    if abs(cost - fraction) < 0.01:
+        found[small] = plain_backbone(small)
+    return found
 
 
 def reduced(

@@ -8,7 +8,8 @@
 A job is one backbone in one mode, precision, batch size and number of threads, with all methods at
 0.6 of the dense GMACs (`--fraction` asks for another part). Its rows are written when it ends, and
 a job that has rows of all these methods from such a machine is not done again. The jobs with a
-target come first.
+target come first. `--reducers controls` measures what methods compete with, smaller images and a
+smaller model.
 """
 
 from __future__ import annotations
@@ -27,8 +28,17 @@ from torch import Tensor, nn
 import zoo
 from benchmarks import jobs as suite
 from benchmarks import tasks
-from benchmarks.jobs import METHODS, MODELS, MODES, PRECISIONS, Job, target, target_over_timm
-from benchmarks.models import plain_backbone, reduced
+from benchmarks.jobs import (
+    CONTROLS,
+    METHODS,
+    MODELS,
+    MODES,
+    PRECISIONS,
+    Job,
+    target,
+    target_over_timm,
+)
+from benchmarks.models import controls, plain_backbone, reduced
 from benchmarks.modes_table import machine_of
 from benchmarks.speed import DENSE, TIMM, make_row, print_table, status_of
 from benchmarks.timing import Step, in_turns, is_out_of_memory, release
@@ -39,6 +49,7 @@ from zoo.measure.engines import EXPORTED, Engine, Graphs
 from zoo.measure.machine import in_words, machine
 from zoo.model.reduced import ReducedViT
 from zoo.results.rows import append_row, new_row, readable_rows
+from zoo.run.evaluate import count_costs
 
 ROWS = Path("results/speed/modes.jsonl")
 POINTS = Path("results/speed/points.jsonl")  # at the costs of docs/leaderboard.md
@@ -121,7 +132,9 @@ def done_jobs(path: Path, methods: Sequence[str] = ()) -> set[str]:
     found: dict[str, set[str]] = {}
     for row in rows:
         if machine_of(row) == here:
-            found.setdefault(str((row.get("bench") or {}).get("job")), set()).add(row["method"])
+            bench = row.get("bench") or {}
+            name = CONTROLS if bench.get("control") else row["method"]
+            found.setdefault(str(bench.get("job")), set()).add(name)
     # Where not even the dense model fits into memory, no method has a row.
     return {j for j, known in found.items() if known == {"none"} or known.issuperset(methods)}
 
@@ -138,6 +151,7 @@ class Bench:
         self._ready: Job | None = None
         self._running: Job | None = None
         self._models: dict[str, ReducedViT] = {}
+        self._controls: frozenset[str] = frozenset()
         self._broken: dict[str, Exception] = {}
         self._engine: Engine | None = None
         self._graphs = Graphs()
@@ -216,6 +230,8 @@ class Bench:
                 row["imgs_per_s_timm"] = batch / times[TIMM].median
             if DENSE in times and not times[DENSE].error:
                 row["imgs_per_s_dense"] = batch / times[DENSE].median
+            if name in self._controls:
+                _as_control(row, name, count_costs(self._models[DENSE], trace=False))
             if self._engine is not None and self._engine.version is not None:
                 row["kernels"] = {self._engine.name: self._engine.version}
             found.append(row)
@@ -241,7 +257,15 @@ class Bench:
         }  # fmt: skip
         # timm's own model stays as timm makes it; the others share one set of weights.
         shared = self._models[DENSE].backbone
-        for method in self.options.methods or METHODS:
+        methods = list(self.options.methods or METHODS)
+        self._controls = frozenset()
+        if CONTROLS in methods:
+            methods.remove(CONTROLS)
+            smaller = controls(name, arguments, job.fraction)
+            self._controls = frozenset(smaller)
+            for label, backbone in smaller.items():
+                self._models[label] = reduced(backbone, None, own_kernels=True, **runtime)
+        for method in methods:
             schedule = {"name": "target_gmacs", "fraction": job.fraction, "align": job.align}
             try:
                 self._models[method] = _with_method(shared, method, schedule, runtime)
@@ -254,11 +278,12 @@ class Bench:
 
     def _steps(self, job: Job, device: torch.device) -> Iterator[tuple[str, Step]]:
         """Candidates that can be run; the others are noted as broken."""
-        size = self._models[DENSE].tower.input_size(self._models[DENSE].backbone)
-        images = torch.randn(job.batch, *size, device=device)
         assert self._engine is not None
         for name, model in list(self._models.items()):
-            exported = self._engine.name in EXPORTED and name == DENSE
+            like = self._models[DENSE if name == TIMM else name]
+            size = like.tower.input_size(like.backbone)
+            images = torch.randn(job.batch, *size, device=device)
+            exported = self._engine.name in EXPORTED and name in (DENSE, *self._controls)
             runner: nn.Module = model.unwrap() if exported else model
             try:
                 if job.mode == "graphs":
@@ -293,6 +318,17 @@ def _with_method(
             raise
         spec = {"name": method, **error.instead}
         return zoo.wrap(backbone, spec, schedule).eval().set_runtime(**runtime)
+
+
+def _as_control(row: dict[str, Any], name: str, dense: Mapping[str, Any]) -> None:
+    """Says in a row that it is of a control, and gives its efficiency by the dense model's cost."""
+    bench = row["bench"]
+    bench["control"], bench["share"] = name, row["gmacs"]["total"] / dense["gmacs"]["total"]
+    if "efficiency" in bench:
+        bench["efficiency"] *= bench["share"]
+        bench["efficiency_by_dense"] = {
+            k: v * bench["share"] for k, v in bench["efficiency_by_dense"].items()
+        }
 
 
 def _without_gradients(start: Callable[[Tensor], Step], images: Tensor) -> Step:

@@ -35,7 +35,7 @@ def modes_table(rows: Sequence[Row]) -> str:
     for job in (*jobs("cpu"), *jobs("cuda")):
         if (own := found.get(str(job))) is None:
             continue
-        first = next((row for row in own.values() if _ok(row)), None)
+        first = next((row for row in own.values() if ok(row)), None)
         both = (first["bench"]["ms_dense"] if first else {}) or {}
         cells = [MODELS[job.model][2], _kind(job), str(job.batch)]
         cells.append(str(job.threads) if job.device == "cpu" else job.device)
@@ -48,7 +48,7 @@ def modes_table(rows: Sequence[Row]) -> str:
                 reached += aim is not None and value >= aim
         lines.append(cells)
     said = f"{reached} of {aimed} numbers with a target reach it."
-    return "\n".join([_where(rows), "", markdown(lines), "", said, _gpu(rows)])
+    return "\n".join([where(rows), "", markdown(lines), "", said, _gpu(rows)])
 
 
 def deployed_table(rows: Sequence[Row]) -> str:
@@ -61,7 +61,7 @@ def deployed_table(rows: Sequence[Row]) -> str:
         if job.align == 1 or job.batch > 1:
             continue
         for method, row in found.get(str(job), {}).items():
-            if not _ok(row) or row["method"] == "none":
+            if not ok(row) or row["method"] == "none":
                 continue
             dense = row["bench"]["ms_dense"]["dense"]
             times = row["bench"]["speedup"]
@@ -70,7 +70,7 @@ def deployed_table(rows: Sequence[Row]) -> str:
             lines.append(cells)
     if len(lines) == 1:
         return "No rows yet: `python -m benchmarks.speed --suite modes` writes them."
-    return "\n".join([_where(rows), "", markdown(lines)])
+    return "\n".join([where(rows), "", markdown(lines)])
 
 
 def points_table(rows: Sequence[Row]) -> str:
@@ -97,12 +97,12 @@ def _points(rows: Sequence[Row]) -> str:
     for job, cost in itertools.product(sorted(jobs("cpu"), key=_as_told), reversed(costs)):
         if (own := found.get(str(job._replace(fraction=cost)))) is None:
             continue
-        dense = next((row["bench"]["ms_dense"] for row in own.values() if _ok(row)), {})
+        dense = next((row["bench"]["ms_dense"] for row in own.values() if ok(row)), {})
         cells = [MODELS[job.model][2], f"{100 * cost:g} %", _kind(job)]
         cells += [str(job.batch), str(job.threads)]
         cells.append(f"{min(dense.values()):.1f}" if dense else "")
         lines.append(cells + [_times(own.get(method)) for method in methods])
-    return "\n".join([_where(rows), "", markdown(lines)])
+    return "\n".join([where(rows), "", markdown(lines)])
 
 
 def machine_of(row: Row) -> str:
@@ -123,24 +123,26 @@ def _as_told(job: Job) -> tuple[int, ...]:
 def _times(row: Row | None) -> str:
     if row is None or str(row.get("error")).startswith("UnreachableBudget"):
         return ""  # as in the tables of accuracy, where a method cannot cost so little
-    return f"{row['bench']['speedup']:.2f}x" if _ok(row) else "failed"
+    return f"{row['bench']['speedup']:.2f}x" if ok(row) else "failed"
 
 
 def _by_job(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     """The latest row of each method of each job."""
     found: dict[str, dict[str, Row]] = {}
     for row in of_modes(rows):
-        found.setdefault(str(row["bench"]["job"]), {})[str(row["method"])] = row
+        name = row["bench"].get("control") or row["method"]
+        found.setdefault(str(row["bench"]["job"]), {})[str(name)] = row
     return found
 
 
-def _ok(row: Row) -> bool:
+def ok(row: Row) -> bool:
+    """Whether a row has a time."""
     return row.get("status") == "ok" and bool(row.get("imgs_per_s"))
 
 
 def _results(row: Row | None) -> list[tuple[float, str, float | None]]:
     """Number, unit and target: efficiency with the same kernels, and times timm's speed."""
-    if row is None or not _ok(row):
+    if row is None or not ok(row):
         return []
     bench = row["bench"]
     found = [(bench["efficiency_by_dense"]["dense"], "", bench.get("target"))]
@@ -152,7 +154,7 @@ def _results(row: Row | None) -> list[tuple[float, str, float | None]]:
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
-    if not _ok(row):
+    if not ok(row):
         return "failed"
     return ", ".join(
         f"{value:.3f}{unit}"
@@ -161,7 +163,7 @@ def _cell(row: Row | None) -> str:
     )
 
 
-def _where(rows: Sequence[Row]) -> str:
+def where(rows: Sequence[Row]) -> str:
     """On which machine, and between which dates."""
     own = of_modes(rows)
     machines = dict.fromkeys(in_words(row["machine"]) for row in own if row.get("machine"))

@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = usage.add_argument
     add("--backbone", nargs="+", default=["deit_small"], help="timm names, deit_small, deit_base")
-    add("--reducers", default=USUAL, help="names with commas, all, or untrained: need no training")
+    add("--reducers", default=USUAL, help="names with commas, all, untrained, controls")
     add("--schedule", nargs="+", default=[], help="for all methods, e.g. constant_r:r=13")
     add("--batch", nargs="+", type=_numbers, help="16 if not given; 1 16 or 1,16")
     add("--mode", choices=("inference", "training"), default="inference")
@@ -139,6 +139,7 @@ def names_of(text: str) -> list[str]:
         "untrained": [name for name in METHODS.names() if not METHODS.get(name).card.trained],
     }
     found = (groups.get(part, [part]) for part in text.split(","))
+    # "controls" is known to the suite of modes alone; as a method it is none.
     return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
 
@@ -326,7 +327,8 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _line(row: dict[str, Any]) -> tuple[str, ...]:
-    name, schedule = row["method"], _short(row["schedule"])
+    name = (row["bench"] or {}).get("control") or row["method"]
+    schedule = _short(row["schedule"])
     if row["status"] != "ok":
         return (name, schedule, "", "", "", "", "", "", f"{row['status']}: {row['error']}")
     b, memory = row["bench"], row["peak_mem_mb"]

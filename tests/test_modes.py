@@ -119,6 +119,43 @@ def test_bfloat16_runs_packed_and_casts_weights(
         assert row["runtime"] == {"linear": "packed"} and row["dtype"] == "float32"
 
 
+def test_a_job_is_done_once_all_the_methods_that_are_asked_for_have_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small(monkeypatch)
+    out = tmp_path / "modes.jsonl"
+    words = "--only deit_small --modes eager --dtype float32 --threads 1 --batch 1".split()
+    for _ in range(2):
+        assert run(out, *words) == 0
+    assert [row["method"] for row in read_rows(out)] == ["none", "tome", "topk"]
+    assert run(out, *words, "--reducers", "topk,evit") == 0
+    assert [row["method"] for row in read_rows(out)][3:] == ["none", "topk", "evit"]
+    assert run(out, *words, "--reducers", "tome,topk,evit") == 0
+    assert len(read_rows(out)) == 6
+
+
+def test_controls_are_the_dense_model_on_a_smaller_image(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small(monkeypatch)
+    out = tmp_path / "modes.jsonl"
+    words = "--only deit_small --modes eager --dtype float32 --threads 1 --batch 1".split()
+    for _ in range(2):
+        assert run(out, *words, "--reducers", "controls", "--fraction", "0.5") == 0
+    dense, control = read_rows(out)
+    assert dense["bench"].get("control") is None and control["bench"]["control"] == "112 px"
+    assert (dense["img_size"], control["img_size"]) == (160, 112)
+    assert control["method"] == "none" and control["status"] == "ok"
+    share = control["gmacs"]["total"] / dense["gmacs"]["total"]
+    assert control["bench"]["share"] == share and 0.4 < share < 0.6
+    bench = control["bench"]
+    assert bench["efficiency"] == pytest.approx(bench["speedup"] * share)
+    assert "112 px" in capsys.readouterr()[0]
+    # Rows of methods of the same job are not looked for among them.
+    assert run(out, *words, "--reducers", "tome", "--fraction", "0.5") == 0
+    assert [row["method"] for row in read_rows(out)][2:] == ["none", "tome"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -1,0 +1,180 @@
+"""Tables of the speed of every method at the leaderboard's costs, from rows of the suite `modes`.
+
+Where `modes_table` has a line per job and a column per usual method, here a method has a line.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.agreement import of_features
+from benchmarks.jobs import METHODS, MODELS, MODES, PRECISIONS
+from benchmarks.markdown import markdown
+from benchmarks.modes_table import machine_of, of_modes, ok, where
+from benchmarks.standings import budget, good, is_dense, linked, options
+from reduction.mixins.adaptive import Adaptive
+from reduction.registry import METHODS as REGISTERED
+
+MIDDLE = 0.5  # the cost at which accuracy stands beside the speed, and lines are sorted
+
+SMALLER_IMAGE = "a smaller image"
+
+Row = Mapping[str, Any]
+#: Precision, mode, alignment, cost: what a column of a table is about.
+Column = tuple[str, str, int, float]
+Key = tuple[Column, int]  # and the batch size
+
+
+def methods_tables(
+    rows: Sequence[Row], fashion: Sequence[Row] = (), dinov2: Sequence[Row] = ()
+) -> str:
+    """Markdown: two tables per model and machine, in eager mode at every cost and in other modes.
+
+    Args:
+        rows: Of the suite with `--fraction`, as they were appended.
+        fashion: Of the leaderboard of the classifier: top-1 that stands beside the speed.
+        dinov2: Of the leaderboard of the tower: agreement with the dense one.
+    """
+    beside = {
+        "vit_fashion": ("top-1", top1(fashion)),
+        "dinov2_small": ("answers as dense, %", _agreement(dinov2)),
+    }
+    parts = []
+    for machine in dict.fromkeys(machine_of(row) for row in of_modes(rows)):
+        own = whole_runs([row for row in of_modes(rows) if machine_of(row) == machine])
+        for model in MODELS:
+            if here := [row for row in own if row["bench"]["model"] == model]:
+                name, known = beside.get(model, ("", {}))
+                parts.append(_tables(model, here, name, known))
+    command = "python -m benchmarks.speed --suite modes --fraction 0.5 --reducers untrained"
+    return "\n\n".join(parts) or f"No rows yet: `{command}` writes them."
+
+
+def whole_runs(rows: Sequence[Row]) -> list[Row]:
+    """The rows of runs that measured more than the usual methods, and of the controls."""
+    runs: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        runs[str(row["bench"]["job"]), str(row["command"])].append(row)
+    known = len(METHODS) + 1  # the dense model
+    rows = [row for found in runs.values() if len(found) > known for row in found]
+    controls = [row for found in runs.values() for row in found if row["bench"].get("control")]
+    return rows + controls
+
+
+def _tables(model: str, rows: Sequence[Row], accuracy: str, known: Mapping[str, str]) -> str:
+    found: dict[str, dict[Key, Row]] = defaultdict(dict)
+    for row in rows:
+        b = row["bench"]
+        column = (b["precision"], b["kind"], b["align"], b["fraction"])
+        found[_line(row)][column, b["batch"]] = row
+    dense = found.pop("none", {})
+    at_middle = {  # which image, or which model, the accuracy in a line of a control is of
+        _line(r): str(r["bench"]["control"])
+        for r in rows
+        if r["bench"].get("control") and r["bench"]["fraction"] == MIDDLE
+    }
+    known = {**known, **{line: known.get(control, "") for line, control in at_middle.items()}}
+    columns = sorted({key[0] for own in found.values() for key in own}, key=_place)
+    batches = sorted({key[1] for own in found.values() for key in own})
+    text = [f"**{MODELS[model][2]}**, eager, at every cost. {where(rows)}"]
+    eager = [c for c in columns if c[1] == "eager"]
+    rest = [c for c in columns if c[1] != "eager"]
+
+    def fast(method: str) -> float:
+        at = [r for (c, _), r in found[method].items() if c[3] == MIDDLE and ok(r)]
+        return max((r["bench"]["speedup"] for r in at if r["bench"]["kind"] == "eager"), default=0)
+
+    order = [
+        m for m in sorted(found, key=lambda m: (-fast(m), m)) if any(map(ok, found[m].values()))
+    ]
+    for shown in (eager, rest):
+        if not shown:
+            continue
+        if shown is rest:
+            text.append("The same in other modes:")
+        heads = ["method", *([accuracy + f" at {100 * MIDDLE:g} %"] if accuracy else [])]
+        heads += [_head(column, shown) for column in shown]
+        lines = [heads, ["dense, ms per batch", *[""] * bool(accuracy)]]
+        lines[1] += [_pair([_ms(dense.get((c, b))) for b in batches]) for c in shown]
+        for method in order:
+            if not any(found[method].get((c, b)) for c in shown for b in batches):
+                continue
+            cells = [
+                _name(method) if method not in at_middle else method,
+                *([known.get(method, "")] if accuracy else []),
+            ]
+            cells += [_pair([_speed(found[method].get((c, b))) for b in batches]) for c in shown]
+            lines.append(cells)
+        text.append(markdown(lines))
+    return "\n\n".join(text)
+
+
+def _line(row: Row) -> str:
+    """What a line is about: a method, or a control at whatever size."""
+    control = row["bench"].get("control")
+    if control is None:
+        return str(row["method"])
+    return SMALLER_IMAGE if control.endswith(" px") else f"`{control}`"
+
+
+def _place(column: Column) -> tuple[Any, ...]:
+    precision, mode, align, cost = column
+    return list(MODES).index(mode), align, PRECISIONS.index(precision), -cost
+
+
+def _head(column: Column, shown: Sequence[Column]) -> str:
+    precision, mode, align, cost = column
+    words = [precision]
+    if mode != "eager":
+        words.append(mode if align == 1 else f"{mode}, {align}")
+    return f"{', '.join(words)}, {100 * cost:g} %"
+
+
+def _name(method: str) -> str:
+    adaptive = method in REGISTERED.names() and issubclass(REGISTERED.get(method), Adaptive)
+    return linked(method) + " \\*" * adaptive
+
+
+def _pair(cells: Sequence[str]) -> str:
+    """Batch 1 / batch 16."""
+    return " / ".join(cell or "–" for cell in cells) if any(cells) else ""
+
+
+def _speed(row: Row | None) -> str:
+    if row is None or str(row.get("error")).startswith("UnreachableBudget"):
+        return ""
+    return f"{row['bench']['speedup']:.2f}" if ok(row) else "failed"
+
+
+def _ms(row: Row | None) -> str:
+    if row is None or not ok(row):
+        return ""
+    return f"{min(row['bench']['ms_dense'].values()):.1f}"
+
+
+def top1(rows: Sequence[Row], cost: float = MIDDLE) -> dict[str, str]:
+    """Top-1 by method at a cost, or control, in the first table; of several seeds the mean."""
+    found = defaultdict(list)
+    for row in good(rows):
+        if row["weights_dtype"] != "bfloat16" or options(row):
+            continue
+        if is_dense(row):
+            whole = row["backbone"] == "vit_fashion"
+            found[f"{row['img_size']} px" if whole else row["backbone"]].append(row["top1"])
+        elif budget(row) == cost:
+            found[row["method"]].append(row["top1"])
+    return {method: f"{sum(values) / len(values):.2f}" for method, values in found.items()}
+
+
+def _agreement(rows: Sequence[Row]) -> dict[str, str]:
+    """Agreement on Fashion-MNIST by method, with sizes where it was published so, or control."""
+    found = {}
+    for row in of_features(rows, "fashion_mnist"):
+        value = f"{row['knn']['agreement']:.1f}"
+        if is_dense(row):
+            found[f"{row['img_size']} px"] = value
+        elif options(row).get("prop_attn", "paper") == "paper" and budget(row) == MIDDLE:
+            found[row["method"]] = value
+    return found
