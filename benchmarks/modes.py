@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         for job in asked
     ]
     done = done_jobs(options.out, options.methods or METHODS)
-    left = [job for job in chosen if str(job) not in done]
+    left = together([job for job in chosen if str(job) not in done])
     print(f"{in_words(machine())}; {len(chosen)} jobs, {len(chosen) - len(left)} done before")
     if options.list:
         print("\n".join(f"left: {job}" for job in left))
@@ -139,6 +139,27 @@ def done_jobs(path: Path, methods: Sequence[str] = ()) -> set[str]:
     return {j for j, known in found.items() if known == {"none"} or known.issuperset(methods)}
 
 
+def together(found: Sequence[Job]) -> list[Job]:
+    """Jobs in their order, but those that run the same models right behind the first of them."""
+    groups: dict[Job, dict[Job, list[Job]]] = {}
+    for job in found:
+        groups.setdefault(_models_of(job), {}).setdefault(_run_of(job), []).append(job)
+    return [job for group in groups.values() for own in group.values() for job in own]
+
+
+def _models_of(job: Job) -> Job:
+    """What two jobs have in common that run the same models; exported ones the same graphs."""
+    alike = _run_of(job)
+    if MODES[job.mode][0] in EXPORTED:  # in whatever engine, precision and number of threads
+        alike = alike._replace(mode="", precision="", threads=0)
+    return alike
+
+
+def _run_of(job: Job) -> Job:
+    """What two jobs have in common whose models stay opened, or compiled, in between."""
+    return job._replace(batch=0)
+
+
 class Bench:
     """Builds models once for as many jobs as follow each other with the same ones.
 
@@ -166,13 +187,10 @@ class Bench:
         if job.device == "cpu":
             torch.set_num_threads(job.threads)
         exported = MODES[job.mode][0] in EXPORTED
-        alike = job._replace(batch=0)
-        if exported:  # from the same graphs, in whatever engine, precision and number of threads
-            alike = alike._replace(mode="", precision="", threads=0)
-        if self._ready != alike:
+        if self._ready != (alike := _models_of(job)):
             self._prepare(job, device, exported)
             self._ready = alike
-        if self._running != (running := job._replace(batch=0)):
+        if self._running != (running := _run_of(job)):
             self._engine = None  # what it opened has gone before the next one opens
             precision = job.precision if exported else None
             self._engine = Engine(

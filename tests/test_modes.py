@@ -134,6 +134,23 @@ def test_a_job_is_done_once_all_the_methods_that_are_asked_for_have_rows(
     assert len(read_rows(out)) == 6
 
 
+def test_jobs_of_the_same_models_follow_each_other() -> None:
+    first = job("float32", "onnxruntime", 1)
+    found = [
+        first, first._replace(align=1), first._replace(mode="openvino"),
+        first._replace(mode="openvino", precision="bfloat16"), job("float32", "compile", 1),
+        first._replace(batch=16), first._replace(align=1, batch=16), job("float32", "compile", 16),
+    ]  # fmt: skip
+    ordered = modes.together(found)
+    assert sorted(map(str, ordered)) == sorted(map(str, found))
+    # One graph per alignment, one session per runtime, one compilation per precision.
+    assert [(j.mode, j.align, j.batch) for j in ordered] == [
+        ("onnxruntime", 32, 1), ("onnxruntime", 32, 16), ("openvino", 32, 1), ("openvino", 32, 1),
+        ("onnxruntime", 1, 1), ("onnxruntime", 1, 16), ("compile", 32, 1), ("compile", 32, 16),
+    ]  # fmt: skip
+    assert modes.together(jobs("cpu"))[:2] == jobs("cpu")[:2]
+
+
 def test_controls_are_the_dense_model_on_a_smaller_image(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
