@@ -6,7 +6,7 @@ Where `modes_table` has a line per job and a column per usual method, here a met
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.agreement import of_features
@@ -65,50 +65,63 @@ def whole_runs(rows: Sequence[Row]) -> list[Row]:
 
 def _tables(model: str, rows: Sequence[Row], accuracy: str, known: Mapping[str, str]) -> str:
     found: dict[str, dict[Key, Row]] = defaultdict(dict)
+    dense: dict[Key, Row] = {}
+    controls: dict[str, str] = {}
     for row in rows:
         b = row["bench"]
-        column = (b["precision"], b["kind"], b["align"], b["fraction"])
-        found[_line(row)][column, b["batch"]] = row
-    dense = found.pop("none", {})
-    at_middle = {  # which image, or which model, the accuracy in a line of a control is of
-        _line(r): str(r["bench"]["control"])
-        for r in rows
-        if r["bench"].get("control") and r["bench"]["fraction"] == MIDDLE
-    }
-    known = {**known, **{line: known.get(control, "") for line, control in at_middle.items()}}
-    columns = sorted({key[0] for own in found.values() for key in own}, key=_place)
-    batches = sorted({key[1] for own in found.values() for key in own})
+        key = (b["precision"], b["kind"], b["align"], b["fraction"]), b["batch"]
+        if ok(row):
+            dense.setdefault(key, row)  # all rows of a run say how fast the dense model was
+        found[_line(row)][key] = row
+        if control := b.get("control"):
+            at_middle = known.get(control, "") if b["fraction"] == MIDDLE else ""
+            controls[_line(row)] = at_middle or controls.get(_line(row), "")
+    found.pop("none", None)
+    columns = {key[0] for line, own in found.items() if line not in controls for key in own}
+    beside = {accuracy: {**known, **controls}} if accuracy else {}
     text = [f"**{MODELS[model][2]}**, eager, at every cost. {where(rows)}"]
-    eager = [c for c in columns if c[1] == "eager"]
-    rest = [c for c in columns if c[1] != "eager"]
-
-    def fast(method: str) -> float:
-        at = [r for (c, _), r in found[method].items() if c[3] == MIDDLE and ok(r)]
-        return max((r["bench"]["speedup"] for r in at if r["bench"]["kind"] == "eager"), default=0)
-
-    order = [
-        m for m in sorted(found, key=lambda m: (-fast(m), m)) if any(map(ok, found[m].values()))
-    ]
-    for shown in (eager, rest):
-        if not shown:
-            continue
-        if shown is rest:
-            text.append("The same in other modes:")
-        heads = ["method", *([accuracy + f" at {100 * MIDDLE:g} %"] if accuracy else [])]
-        heads += [_head(column, shown) for column in shown]
-        lines = [heads, ["dense, ms per batch", *[""] * bool(accuracy)]]
-        lines[1] += [_pair([_ms(dense.get((c, b))) for b in batches]) for c in shown]
-        for method in order:
-            if not any(found[method].get((c, b)) for c in shown for b in batches):
-                continue
-            cells = [
-                _name(method) if method not in at_middle else method,
-                *([known.get(method, "")] if accuracy else []),
-            ]
-            cells += [_pair([_speed(found[method].get((c, b))) for b in batches]) for c in shown]
-            lines.append(cells)
-        text.append(markdown(lines))
+    for name, eager in (("", True), ("The same in other modes:", False)):
+        if shown := sorted((c for c in columns if (c[1] == "eager") is eager), key=_place):
+            lines = _lines(found, dense, shown, beside, controls)
+            text += [*[name] * bool(name), markdown(lines)]
     return "\n\n".join(text)
+
+
+def _lines(
+    found: Mapping[str, Mapping[Key, Row]],
+    dense: Mapping[Key, Row],
+    shown: Sequence[Column],
+    beside: Mapping[str, Mapping[str, str]],
+    controls: Iterable[str],
+) -> list[list[str]]:
+    """Heads, the dense model's times, and the methods that have any here, the fastest first."""
+    batches = sorted({batch for _, batch in dense})
+
+    def cells(of: Callable[[Row | None], str], own: Mapping[Key, Row]) -> list[str]:
+        return [_pair([of(own.get((column, batch))) for batch in batches]) for column in shown]
+
+    heads = ["method", *(f"{name} at {100 * MIDDLE:g} %" for name in beside)]
+    lines = [heads + [_head(column) for column in shown]]
+    lines.append(["dense, ms per batch", *("" for _ in beside), *cells(_ms, dense)])
+    for line in sorted(found, key=lambda name: (-_fast(found[name]), name)):
+        own = {key: row for key, row in found[line].items() if key[0] in shown}
+        if any(map(ok, own.values())):
+            start = [line if line in controls else _name(line)]
+            start += [values.get(line, "") for values in beside.values()]
+            lines.append(start + cells(_speed, own))
+    return lines
+
+
+def _fast(own: Mapping[Key, Row]) -> float:
+    """The speed-up that lines are sorted by: eager, at the middle cost, in whatever precision."""
+    return max(
+        (
+            row["bench"]["speedup"]
+            for ((_, mode, _, cost), _), row in own.items()
+            if (mode, cost) == ("eager", MIDDLE) and ok(row)
+        ),
+        default=0.0,
+    )
 
 
 def _line(row: Row) -> str:
@@ -124,7 +137,7 @@ def _place(column: Column) -> tuple[Any, ...]:
     return list(MODES).index(mode), align, PRECISIONS.index(precision), -cost
 
 
-def _head(column: Column, shown: Sequence[Column]) -> str:
+def _head(column: Column) -> str:
     precision, mode, align, cost = column
     words = [precision]
     if mode != "eager":

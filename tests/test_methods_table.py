@@ -100,6 +100,7 @@ TOP1 = {"weights_dtype": "bfloat16", "method": "none", "status": "ok", "seed": 0
 def test_a_smaller_image_stands_among_the_methods() -> None:
     rows = [
         *run(job(1), 1.5),
+        *run(job(1, fraction=0.75), 1.3),
         *control(job(1), "20 px", 1.49),
         *control(job(1, fraction=0.75), "24 px", 1.2),
         *control(job(1), "vit_fashion_small", 1.1),
