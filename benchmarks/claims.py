@@ -8,7 +8,8 @@ names a file below results/, what tells the row from others there (of several th
 the field. A paired test of their answers, or of their neighbours' where there are no others, names
 two rows, with `vs` between them, and `p`, `first` or `second`; a difference of one field of both is
 `minus FIELD`. `share` is the cost in percent of the dense model's; `over timm` and `over dense` are
-speed-ups.
+speed-ups. `count FIELD` is how many methods have such a row with that field, `count FIELD below 1`
+how many a lower one.
 
     python -m benchmarks.claims docs/findings.md --write
 
@@ -18,7 +19,9 @@ checks every number of a page against its row, and lists the rows at its end.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import operator
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,6 +44,7 @@ _CLAIM = re.compile(
 )
 _OVER = {"over timm": "imgs_per_s_timm", "over dense": "imgs_per_s_dense"}
 _PAIRED = ("p", "first", "second", "images")
+_COMPARED = {"below": operator.lt, "from": operator.ge}
 
 Row = Mapping[str, Any]
 
@@ -67,23 +71,37 @@ def claims(page: str) -> list[Claim]:
 
 
 def rows_of(claim: Claim, folder: Path = RESULTS) -> list[Row]:
-    """The row of a claim, or the two of a comparison.
+    """The row of a claim, the two of a comparison, or those that are counted, one per method.
 
     Raises:
         ZooError: There is none.
     """
     name, _, rest = claim.source.partition(" ")
     file = folder / f"{name}.jsonl"
-    known = [row for row in read_rows(file) if row["status"] == "ok"]
+    known = _good(file, file.stat().st_mtime_ns) if file.is_file() else []
+    if claim.field.startswith("count "):
+        found = {row["method"]: row for row in known if _fits(row, rest.split())}
+        found.pop("none", None)
+        return list(found.values()) or [_last([], rest.split(), claim)]
     return [_last(known, part.split(), claim) for part in f" {rest} ".split(" vs ")]
 
 
+@functools.lru_cache(maxsize=16)
+def _good(file: Path, _written: int) -> list[Row]:
+    """Good rows of a file, which dozens of claims are about, read once as long as it stays."""
+    return [row for row in read_rows(file) if row["status"] == "ok"]
+
+
 def _last(known: Sequence[Row], conditions: Sequence[str], claim: Claim) -> Row:
-    wanted = [condition.split("=", 1) for condition in conditions]
     for row in reversed(known):
-        if all(_is(field(row, name), value) for name, value in wanted):
+        if _fits(row, conditions):
             return row
     raise ZooError(f"no row for {claim.number} <!-- {claim.source}: {claim.field} -->")
+
+
+def _fits(row: Row, conditions: Sequence[str]) -> bool:
+    wanted = [condition.split("=", 1) for condition in conditions]
+    return all(_is(field(row, name), value) for name, value in wanted)
 
 
 def field(row: Row, name: str) -> Any:
@@ -119,6 +137,13 @@ def value_of(claim: Claim, rows: Sequence[Row]) -> float:
     if claim.field in _PAIRED and len(rows) == 2:
         test = compared(*rows) or compared(*rows, task="knn")
         found = None if test is None else getattr(test, claim.field)
+    elif claim.field.startswith("count "):
+        name, *condition = claim.field.split()[1:]
+        values = [v for row in rows if (v := field(row, name)) is not None]
+        found = len(values)
+        if condition:
+            sign, limit = condition
+            found = sum(_COMPARED[sign](value, float(limit)) for value in values)
     elif claim.field.startswith("minus "):
         one, other = (field(row, claim.field.removeprefix("minus ")) for row in rows)
         found = one - other
@@ -161,7 +186,8 @@ def listed(page: str, folder: Path = RESULTS) -> str:
     lines = ["| row | file | command |", "|---|---|---|"]
     seen = set()
     for claim in claims(page):
-        for row in rows_of(claim, folder):
+        rows = rows_of(claim, folder)
+        for row in rows[-1:] if claim.field.startswith("count ") else rows:
             if row["run_id"] not in seen:
                 seen.add(row["run_id"])
                 name = claim.source.partition(" ")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,12 @@ def folder(tmp_path):
         ("99<!-- a/b method=evit: top1 -->", False),  # a failed row is none
         ("1<!-- a/b method=tome reducer.prop_attn=false: top1 -->", False),
         ("1<!-- a/b method=tome: nothing -->", False),
+        ("4<!-- a/b : count top1 -->", True),  # of a method the last row
+        ("2<!-- a/b : count top1 below 66 -->", True),
+        ("2<!-- a/b : count top1 from 66.5 -->", True),
+        ("1<!-- a/b : count gmacs.total -->", True),
+        ("3<!-- a/b : count top1 below 66 -->", False),
+        ("0<!-- a/b method=lost: count top1 -->", False),  # there is nothing to count
     ],
 )
 def test_a_number_is_what_its_row_says(folder, text, right):
@@ -66,6 +73,21 @@ def test_rows_are_listed_once_with_their_commands(folder):
     page = "91<!-- a/b method=tome: top1 -->, 91<!-- a/b method=tome: top1 -->"
     lines = claims.listed(page, folder).splitlines()
     assert lines[2:] == ["| tome | [a/b](../results/a/b.jsonl) | `python eval.py reducer=tome` |"]
+
+
+def test_of_what_is_counted_one_row_is_listed(folder):
+    lines = claims.listed("2<!-- a/b : count top1 below 66 -->", folder).splitlines()
+    assert len(lines) == 3 and "| evs |" in lines[2]
+
+
+def test_a_file_that_was_written_again_is_read_again(folder):
+    page = "91<!-- a/b method=tome: top1 -->"
+    assert claims.wrong(page, folder) == []
+    file = folder / "a" / "b.jsonl"
+    text = file.read_text().replace("91.25", "12.5")
+    file.write_text(text)
+    os.utime(file, ns=(1, 1))
+    assert claims.wrong(page, folder) != []
 
 
 def test_a_claim_without_a_row_says_so(folder):
