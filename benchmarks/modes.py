@@ -339,14 +339,13 @@ def _with_method(
 
 
 def _as_control(row: dict[str, Any], name: str, dense: Mapping[str, Any]) -> None:
-    """Says in a row that it is of a control, and gives its efficiency by the dense model's cost."""
-    bench = row["bench"]
-    bench["control"], bench["share"] = name, row["gmacs"]["total"] / dense["gmacs"]["total"]
+    """Says in a row that it is of a control, and of which model it takes the place."""
+    bench, own = row["bench"], row["gmacs_dense"]
+    bench["control"], row["gmacs_dense"] = name, dense["gmacs"]["total"]
     if "efficiency" in bench:
-        bench["efficiency"] *= bench["share"]
-        bench["efficiency_by_dense"] = {
-            k: v * bench["share"] for k, v in bench["efficiency_by_dense"].items()
-        }
+        part = own / row["gmacs_dense"]
+        by_dense = {k: v * part for k, v in bench["efficiency_by_dense"].items()}
+        bench.update(efficiency=bench["efficiency"] * part, efficiency_by_dense=by_dense)
 
 
 def _without_gradients(start: Callable[[Tensor], Step], images: Tensor) -> Step:
