@@ -5,6 +5,7 @@ Where `modes_table` has a line per job and a column per usual method, here a met
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -43,11 +44,14 @@ def methods_tables(
     }
     parts = []
     for machine in dict.fromkeys(machine_of(row) for row in of_modes(rows)):
-        own = whole_runs([row for row in of_modes(rows) if machine_of(row) == machine])
+        here = [row for row in of_modes(rows) if machine_of(row) == machine]
+        own = whole_runs(here)
         for model in MODELS:
-            if here := [row for row in own if row["bench"]["model"] == model]:
+            if found := [row for row in own if row["bench"]["model"] == model]:
                 name, known = beside.get(model, ("", {}))
-                parts.append(_tables(model, here, name, known))
+                parts.append(_tables(model, found, name, known))
+        if own and (said := _repeated(here)):
+            parts.append(said)
     command = "python -m benchmarks.speed --suite modes --fraction 0.5 --reducers untrained"
     return "\n\n".join(parts) or f"No rows yet: `{command}` writes them."
 
@@ -61,6 +65,23 @@ def whole_runs(rows: Sequence[Row]) -> list[Row]:
     rows = [row for found in runs.values() if len(found) > known for row in found]
     controls = [row for found in runs.values() for row in found if row["bench"].get("control")]
     return rows + controls
+
+
+def _repeated(rows: Sequence[Row]) -> str:
+    """How far the same number lay apart in two runs, which had other methods side by side."""
+    found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if ok(row) and row["method"] != "none":
+            key = str(row["bench"]["job"]), str(row["method"])
+            found[key][str(row["command"])] = row["bench"]["speedup"]
+    apart = [max(v.values()) / min(v.values()) - 1 for v in found.values() if len(v) > 1]
+    if not apart:
+        return ""
+    middle, most = 100 * statistics.median(apart), 100 * max(apart)
+    return (
+        f"{len(apart)} of the numbers from this machine were measured in two runs: they differ by "
+        f"{middle:.1f} % in the median and by {most:.0f} % at most."
+    )
 
 
 def _tables(model: str, rows: Sequence[Row], accuracy: str, known: Mapping[str, str]) -> str:
