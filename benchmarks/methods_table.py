@@ -40,7 +40,7 @@ def methods_tables(
     """
     beside = {
         "vit_fashion": ("top-1", top1(fashion)),
-        "dinov2_small": ("answers as dense, %", _agreement(dinov2)),
+        "dinov2_small": ("answers as dense, %", agreement(dinov2)),
     }
     parts = []
     for machine in dict.fromkeys(machine_of(row) for row in of_modes(rows)):
@@ -202,13 +202,13 @@ def top1(rows: Sequence[Row], cost: float = MIDDLE) -> dict[str, str]:
     return {method: f"{sum(values) / len(values):.2f}" for method, values in found.items()}
 
 
-def _agreement(rows: Sequence[Row]) -> dict[str, str]:
+def agreement(rows: Sequence[Row], cost: float = MIDDLE) -> dict[str, str]:
     """Agreement on Fashion-MNIST by method, with sizes where it was published so, or control."""
     found = {}
     for row in of_features(rows, "fashion_mnist"):
         value = f"{row['knn']['agreement']:.1f}"
         if is_dense(row):
             found[f"{row['img_size']} px"] = value
-        elif options(row).get("prop_attn", "paper") == "paper" and budget(row) == MIDDLE:
+        elif options(row).get("prop_attn", "paper") == "paper" and budget(row) == cost:
             found[row["method"]] = value
     return found

@@ -129,13 +129,13 @@ def test_by_the_clock_the_same_points_lie_elsewhere() -> None:
         new_row(**whole, top1=90.0, command="28"),
         new_row(**whole | {"img_size": 20}, top1=89.3, command="20"),
     ]
-    promised, many, one = clock.curves(rows, known)
+    promised, many, one = clock.curves(clock.SUBJECTS["clock_fashion"], rows, known)
     assert set(promised) == {"tome", "a smaller image"}  # the others have no top-1
     assert promised == {"tome": [(2.0, 88.5)], "a smaller image": [(2.0, 89.3)]}
     assert many["tome"] == [(1.8, 88.5)] and one["tome"] == [(0.9, 88.5)]
     assert one["a smaller image"] == [(1.0, 89.3)]
     pytest.importorskip("matplotlib")
-    figure = clock.draw(rows, known)
+    figure = clock.draw(clock.SUBJECTS["clock_fashion"], rows, known)
     said = {text.get_text() for text in figure.texts}
     assert {"ToMe", "a smaller image"} <= said and "MCTF" not in said
     assert [axes.get_title(loc="left") for axes in figure.axes] == list(clock.PANELS)
