@@ -2,7 +2,8 @@
 
 A generator would give an image another draw in another batch, or at another place in it. Here the
 draw follows from a seed and from the image's own pixels, in whole numbers: nothing is rounded, so
-neither the batch, nor the device, nor an exported graph changes it.
+neither the batch, nor the device, nor an exported graph changes it. Only a runtime that computes
+whole numbers in float32, as OpenVINO's does on a CPU, draws others.
 
 Shapes: B images, N tokens.
 """
