@@ -66,7 +66,7 @@ def test_other_modes_stand_below_and_runs_of_the_usual_methods_are_left_out() ->
     ]
     text = methods_tables(rows)
     assert "9.00" not in text
-    assert text.index("| method | top-1 at 50 % | float32, 50 % |") < text.index("in other modes")
+    assert text.index("| method | top-1 at 50 % | float32, 50 % |") < text.index("In other modes")
     assert "| method | top-1 at 50 % | float32, openvino, 32, 50 % |" in text
 
 
@@ -86,6 +86,24 @@ def test_a_cost_out_of_reach_is_empty_and_a_failure_says_so() -> None:
     assert cells(line)[2:] == ["1.14 / –", ""]
     line = next(line for line in methods_tables(rows).splitlines() if "`evit`" in line)
     assert cells(line)[2:] == ["1.18 / –", "failed / failed"]
+
+
+def test_counts_that_cannot_be_aligned_are_empty_too() -> None:
+    own = "leaves as many tokens as its pattern gives, so align=32 cannot be met; use align=1"
+    cannot = {"status": "failed", "error": f"ZooError: atc {own}"}
+    exported = [
+        r | (cannot if r["method"] == "atc" else {}) for r in run(job(1, "openvino", 32), 1.5)
+    ]
+    text = methods_tables([*run(job(1), 1.5), *exported, *run(job(1, "compile"), 1.6)])
+    line = next(line for line in reversed(text.splitlines()) if "`atc`" in line)
+    assert cells(line)[2:] == ["1.54", ""]
+
+
+def test_without_rows_of_eager_mode_the_fastest_in_another_is_first() -> None:
+    text = methods_tables(run(job(16, "compile"), 1.5))
+    assert "In eager mode" not in text
+    names = [line.split("`")[1] for line in text.splitlines() if line.startswith("| [")]
+    assert names == list(MORE)
 
 
 def control(one: Job, label: str, speedup: float) -> list[dict[str, Any]]:
