@@ -8,6 +8,8 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO ?= results/demo
 BIN := $(VENV)/bin
+# Sources are compiled once, and not by each of the many processes that tests start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo report leaderboard-quick test test-all lint format clean
 .DEFAULT_GOAL := help

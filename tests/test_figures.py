@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests import figures
 
 
-@pytest.mark.parametrize("figure", figures.figures(), ids=lambda f: f.what)
-def test_figure_is_held(figure: figures.Figure) -> None:
+def test_figures_are_held() -> None:
     # `python -m tests.figures` names the files.
-    assert figure.holds, figure
+    assert not [figure for figure in figures.figures() if not figure.holds]
 
 
 def test_every_module_lies_on_a_floor() -> None:
