@@ -21,6 +21,8 @@ from reduction.registry import METHODS as REGISTERED
 MIDDLE = 0.5  # the cost at which accuracy stands beside the speed, and lines are sorted
 
 SMALLER_IMAGE = "a smaller image"
+#: Where the turns of one number lie further apart than this part of it, it is marked.
+UNSURE = 0.25
 
 Row = Mapping[str, Any]
 #: Precision, mode, alignment, cost: what a column of a table is about.
@@ -178,7 +180,10 @@ def _speed(row: Row | None) -> str:
     cannot = error.startswith("UnreachableBudget") or error.endswith("use align=1")
     if row is None or cannot:
         return ""
-    return f"{row['bench']['speedup']:.2f}" if ok(row) else "failed"
+    if not ok(row):
+        return "failed"
+    unsure = (row["bench"].get("spread") or 0.0) > UNSURE
+    return "~" * unsure + f"{row['bench']['speedup']:.2f}"
 
 
 def _ms(row: Row | None) -> str:

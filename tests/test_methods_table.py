@@ -186,3 +186,11 @@ def test_untrained_are_the_methods_that_need_no_training() -> None:
     }
     assert set(jobs.METHODS) <= set(found)
     assert set(names_of("all")) == set(REGISTERED.names())
+
+
+def test_a_number_whose_turns_lie_far_apart_is_marked() -> None:
+    rows = run(job(1), 1.5)
+    for one, spread in zip(rows, (0.5, 0.24, 0.26), strict=False):
+        one["bench"]["spread"] = spread
+    lines = [line for line in methods_tables(rows).splitlines() if line.startswith("| [")]
+    assert [cells(line)[2] for line in lines[:2]] == ["1.50", "~1.49"]
