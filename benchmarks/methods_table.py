@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.agreement import of_features
 from benchmarks.jobs import METHODS, MODELS, MODES, PRECISIONS
 from benchmarks.markdown import markdown
-from benchmarks.modes_table import machine_of, of_modes, ok, where
+from benchmarks.modes_table import machine_of, of_modes, ok, out_of_reach, where
 from benchmarks.standings import budget, good, is_dense, linked, options
 from reduction.mixins.adaptive import Adaptive
 from reduction.registry import METHODS as REGISTERED
@@ -176,9 +176,7 @@ def _pair(cells: Sequence[str]) -> str:
 
 
 def _speed(row: Row | None) -> str:
-    error = "" if row is None else str(row.get("error"))
-    cannot = error.startswith("UnreachableBudget") or error.endswith("use align=1")
-    if row is None or cannot:
+    if row is None or out_of_reach(row):
         return ""
     if not ok(row):
         return "failed"

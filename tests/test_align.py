@@ -21,7 +21,7 @@ from zoo import checkpoint
 from zoo.adapters.hollow import hollow
 from zoo.budget import align as measuring
 from zoo.cost.counters import torch_gmacs
-from zoo.errors import ZooError
+from zoo.errors import UnreachableBudget, ZooError
 from zoo.measure.describe import describe
 from zoo.model.anatomy import Anatomy
 from zoo.model.plan import make_plan
@@ -56,7 +56,7 @@ def test_a_method_leaves_multiples_and_runs_as_planned(name: str, align: int) ->
 @pytest.mark.parametrize("name", [n for n in sorted(ROWS) if ROWS[n].own_counts])
 def test_a_method_with_counts_of_its_own_says_so(name: str) -> None:
     row = ROWS[name]
-    with pytest.raises(ZooError, match="cannot be met; use align=1"):
+    with pytest.raises(UnreachableBudget, match="cannot be met; use align=1"):
         model = zoo.wrap(backbone("plain"), row.reducer(), {**dict(row.schedule), "align": 16})
         model.plan()
 
@@ -117,7 +117,7 @@ def test_pruning_keeps_its_share_of_what_leaves() -> None:
 
 
 def test_a_pattern_of_its_own_cannot_be_aligned() -> None:
-    with pytest.raises(ZooError, match="use align=1"):
+    with pytest.raises(UnreachableBudget, match="use align=1"):
         zoo.wrap(backbone("plain"), "heuristic", {"name": "keep_rate", "align": 16})
     for wrong in (0, -1, "x", True, None, 1.5, 10**9):
         with pytest.raises(ZooError, match="align must be") as refused:

@@ -218,6 +218,18 @@ def test_a_budget_out_of_reach_is_skipped(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert cells[-2].strip() == ""
 
 
+def test_lengths_that_a_method_cannot_leave_are_skipped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small(monkeypatch)
+    out = tmp_path / "modes.jsonl"
+    words = "--only deit_small --modes aligned --dtype float32 --threads 1 --batch 1"
+    assert run(out, *words.split(), "--reducers", "topk,heuristic", "--fraction", "0.6") == 0
+    found = {row["method"]: row for row in read_rows(out)}
+    assert found["heuristic"]["status"] == "skipped" and found["topk"]["status"] == "ok"
+    assert found["heuristic"]["error"].endswith("use align=1")
+
+
 def test_other_costs_are_other_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small(monkeypatch)
     out = tmp_path / "points.jsonl"

@@ -7,7 +7,7 @@ from typing import Any
 
 from reduction.base import Reducer
 from reduction.counts import Budget, Step
-from zoo.errors import ZooError
+from zoo.errors import UnreachableBudget, ZooError
 
 
 class Aligned:
@@ -22,7 +22,8 @@ class Aligned:
         nominal: The plan as asked for, a `Plan` for each block.
 
     Raises:
-        ZooError: If `align` was never measured, or a method does not leave what it is asked for.
+        ZooError: If `align` was never measured.
+        UnreachableBudget: If the method does not leave what it is asked for.
     """
 
     def __init__(self, align: int | str, nominal: Sequence[Any]) -> None:
@@ -85,7 +86,7 @@ class Aligned:
                     return step
                 others = True
         if others:
-            raise ZooError(
+            raise UnreachableBudget(
                 f"{reducer.name or type(reducer).__name__} leaves as many tokens as its pattern "
                 f"or threshold gives and not what it is asked for, so align={align} cannot be "
                 "met; use align=1"
