@@ -13,7 +13,13 @@ from zoo.errors import ZooError
 from zoo.results.answers import packed
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/findings.md", "docs/leaderboard.md", "docs/size-bias.md")
+PAGES = (
+    "README.md",
+    "docs/findings.md",
+    "docs/leaderboard.md",
+    "docs/performance.md",
+    "docs/size-bias.md",
+)
 
 
 @pytest.fixture
