@@ -194,24 +194,26 @@ def test_wrong_words_are_one_line(
     assert says in text and len(text.strip().splitlines()) == 1
 
 
+def one_job(folder: Path, words: str) -> dict[str, Any]:
+    """Rows by method, of one image by DeiT-S on one thread."""
+    out = folder / "modes.jsonl"
+    words = f"--only deit_small --dtype float32 --threads 1 --batch 1 {words}"
+    assert run(out, *words.split()) == 0
+    return {row["method"]: row for row in read_rows(out)}
+
+
 def test_a_method_that_cannot_be_run_is_a_row(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     small(monkeypatch)
-    out = tmp_path / "modes.jsonl"
-    words = "--only deit_small --modes eager --dtype float32 --threads 1 --batch 1"
-    assert run(out, *words.split(), "--reducers", "topk,nothing") == 0
-    found = {row["method"]: row for row in read_rows(out)}
+    found = one_job(tmp_path, "--modes eager --reducers topk,nothing")
     assert found["topk"]["status"] == "ok" and found["nothing"]["status"] == "failed"
     assert "nothing" in found["nothing"]["error"]
 
 
 def test_a_budget_out_of_reach_is_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small(monkeypatch)
-    out = tmp_path / "modes.jsonl"
-    words = "--only deit_small --modes eager --dtype float32 --threads 1 --batch 1"
-    assert run(out, *words.split(), "--reducers", "topk", "--fraction", "0.01") == 0
-    found = {row["method"]: row for row in read_rows(out)}
+    found = one_job(tmp_path, "--modes eager --reducers topk --fraction 0.01")
     assert found["topk"]["status"] == "skipped" and found["none"]["status"] == "ok"
     assert found["topk"]["error"].startswith("UnreachableBudget: ")
     cells = modes_table.points_table(list(found.values())).splitlines()[-1].split("|")
@@ -222,10 +224,7 @@ def test_lengths_that_a_method_cannot_leave_are_skipped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     small(monkeypatch)
-    out = tmp_path / "modes.jsonl"
-    words = "--only deit_small --modes aligned --dtype float32 --threads 1 --batch 1"
-    assert run(out, *words.split(), "--reducers", "topk,heuristic", "--fraction", "0.6") == 0
-    found = {row["method"]: row for row in read_rows(out)}
+    found = one_job(tmp_path, "--modes aligned --reducers topk,heuristic --fraction 0.6")
     assert found["heuristic"]["status"] == "skipped" and found["topk"]["status"] == "ok"
     assert found["heuristic"]["error"].endswith("use align=1")
 
