@@ -56,7 +56,7 @@ def test_a_method_leaves_multiples_and_runs_as_planned(name: str, align: int) ->
 @pytest.mark.parametrize("name", [n for n in sorted(ROWS) if ROWS[n].own_counts])
 def test_a_method_with_counts_of_its_own_says_so(name: str) -> None:
     row = ROWS[name]
-    with pytest.raises(UnreachableBudget, match="cannot be met; use align=1"):
+    with pytest.raises(UnreachableBudget, match="align=16 cannot be met.*use align=1"):
         model = zoo.wrap(backbone("plain"), row.reducer(), {**dict(row.schedule), "align": 16})
         model.plan()
 
@@ -119,6 +119,10 @@ def test_pruning_keeps_its_share_of_what_leaves() -> None:
 def test_a_pattern_of_its_own_cannot_be_aligned() -> None:
     with pytest.raises(UnreachableBudget, match="use align=1"):
         zoo.wrap(backbone("plain"), "heuristic", {"name": "keep_rate", "align": 16})
+    target = {"name": "target_gmacs", "fraction": 0.6, "align": 16}
+    with pytest.raises(UnreachableBudget, match="^heuristic: align=16") as told:
+        zoo.wrap(backbone("plain"), "heuristic", target)
+    assert str(told.value).count("heuristic") == 1
     for wrong in (0, -1, "x", True, None, 1.5, 10**9):
         with pytest.raises(ZooError, match="align must be") as refused:
             create_schedule({"name": "keep_rate", "align": wrong})

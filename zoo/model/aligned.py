@@ -87,9 +87,8 @@ class Aligned:
                 others = True
         if others:
             raise UnreachableBudget(
-                f"{reducer.name or type(reducer).__name__} leaves as many tokens as its pattern "
-                f"or threshold gives and not what it is asked for, so align={align} cannot be "
-                "met; use align=1"
+                f"align={align} cannot be met: this method leaves as many tokens as its pattern or "
+                "threshold gives and not what it is asked for; use align=1"
             )
         return None
 
